@@ -1,0 +1,126 @@
+"""Registers, shared memory and spills of every kernel on every architecture, as a file that a diff shows.
+
+    python -m trtc.bench.kernels.resources            # compare with bench/results/kernel_resources.json
+    python -m trtc.bench.kernels.resources --update   # write it
+
+Needs NVRTC, no GPU. `tests/kernels/test_compile.py` runs the comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from ...kernels import embedding, layer_norm, linear
+from ...kernels.append_kv import SOURCE as APPEND_KV
+from ...kernels.context_attention.plan import sources as context_attention_sources
+from ...kernels.contract import ELEMENT_TYPES
+from ...kernels.nvrtc import CI_ARCHITECTURES, KernelSource, compile_kernel, compile_target
+from ...kernels.paged_decode_attention.plan import sources as decode_attention_sources
+from ...kernels.sampling import sources as sampling_sources
+
+RESOURCES_FILE = Path(__file__).parents[1] / "results" / "kernel_resources.json"
+UPDATE_COMMAND = "python -m trtc.bench.kernels.resources --update"
+
+HIDDEN_SIZES = (768, 2560, 4096)
+VOCABULARY = 50272
+ROWS = (1, 8, 16, 32, 64)
+MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_120": 170}
+"""Architecture -> multiprocessors of a common GPU of it, which the plans depend on: A100, L40S, H200, RTX 5090."""
+
+Usage = dict[str, int]
+Resources = dict[str, dict[str, Usage]]
+"""Architecture -> `file: kernel` -> ResourceUsage as a dictionary."""
+
+
+def linear_plans(arch: str) -> Iterator[linear.Plan]:
+    """Plans of all linear layers of the fused OPT decoders, for decode batches."""
+    capability, multiprocessors = int(arch.removeprefix("sm_")), MULTIPROCESSORS[arch]
+    for rows, hidden in itertools.product(ROWS, HIDDEN_SIZES):
+        norm = "layer" if rows <= linear.MAX_STREAM_ROWS else "none"
+        for features, columns, fused in (
+            (3 * hidden, hidden, norm),
+            (hidden, hidden, "none"),
+            (4 * hidden, hidden, norm),
+            (hidden, 4 * hidden, "none"),
+            (VOCABULARY, hidden, "none"),
+        ):
+            yield linear.choose_plan(
+                rows, features, columns, norm=fused, capability=capability, multiprocessors=multiprocessors
+            )
+
+
+def sources(arch: str) -> Iterator[KernelSource]:
+    """The kernels of float16 engines on `arch`; bfloat16 is the same code and is compiled for sm_90 only."""
+    capability = int(arch.removeprefix("sm_"))
+    yield APPEND_KV
+    for dtype in ("float16", "bfloat16") if arch == "sm_90" else ("float16",):
+        element = ELEMENT_TYPES[dtype]
+        yield from embedding.sources(element)
+        yield from layer_norm.sources(element)
+        yield from linear.sources(element, linear_plans(arch))
+        yield from sampling_sources(element)
+        yield from decode_attention_sources(element, capability=capability)
+        yield from context_attention_sources(element, capability=capability)
+
+
+def measure(arch: str) -> dict[str, Usage]:
+    """Compile everything for `arch`: `file: kernel` -> ResourceUsage as a dictionary."""
+    target = compile_target(arch)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        compiled = pool.map(lambda source: (source, compile_kernel(source, arch=target)), sources(arch))
+        return {
+            f"{source.name}: {entry}": asdict(usage)
+            for source, result in compiled
+            for entry, usage in sorted(result.resources.items())
+        }
+
+
+def spills(measured: dict[str, Usage]) -> list[str]:
+    """Kernels that spill registers to local memory."""
+    return [
+        name for name, usage in measured.items() if usage["spill_store_bytes"] or usage["spill_load_bytes"]
+    ]
+
+
+def growth(measured: dict[str, Usage], recorded: dict[str, Usage]) -> list[str]:
+    """What got worse or is not recorded, one line each."""
+    lines = []
+    for name, usage in measured.items():
+        before = recorded.get(name)
+        if before is None:
+            lines.append(f"{name} is not recorded")
+            continue
+        lines += [
+            f"{name}: {key} {before[key]} -> {value}" for key, value in usage.items() if value > before[key]
+        ]
+    return lines + [f"{name} is recorded but no longer compiled" for name in recorded if name not in measured]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--update", action="store_true", help="write the file instead of comparing")
+    update = parser.parse_args().update
+    resources = {arch: measure(arch) for arch in CI_ARCHITECTURES}
+    if update:
+        RESOURCES_FILE.parent.mkdir(parents=True, exist_ok=True)
+        RESOURCES_FILE.write_text(json.dumps(resources, indent=1, sort_keys=True) + "\n")
+    recorded: Resources = json.loads(RESOURCES_FILE.read_text())
+    problems = [
+        f"{arch}: {line}"
+        for arch, measured in resources.items()
+        for line in (*growth(measured, recorded[arch]), *(f"{name} spills" for name in spills(measured)))
+    ]
+    print("\n".join(problems) or f"{sum(map(len, resources.values()))} kernels, no spills, nothing grew")
+    raise SystemExit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

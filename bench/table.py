@@ -1,0 +1,105 @@
+"""Tables of the README from the files in bench/results/; numbers are never typed.
+
+python bench/table.py            # writes them between the markers in README.md
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results" / "h200-vs-vllm.json"
+START, END = "<!-- bench: h200-vs-vllm -->\n", "<!-- /bench -->\n"
+BARS = {
+    ("125m", "decode", 1): 5.0, ("125m", "decode", 8): 4.0, ("125m", "decode", 64): 3.0,
+    ("1.3b", "decode", 1): 1.8, ("1.3b", "decode", 8): 1.7, ("1.3b", "decode", 64): 1.5,
+    ("125m", "prefill", 64): 1.1, ("1.3b", "prefill", 64): 1.1, ("125m", "mixed", 512): 2.5,
+}  # fmt: skip
+"""The ratio that each row is meant to reach: a row that falls short is shown as it is."""
+
+
+def rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for model, sides in data["models"].items():
+        ours = {r["batch"]: r for r in sides["trtc"] if r["kind"] == "batch"}
+        theirs = {r["batch"]: r for r in sides["vllm"] if r["kind"] == "batch"}
+        for batch, one in ours.items():
+            a, b = theirs[batch]["decode_ms_per_token"], one["decode_ms_per_token"]
+            yield row(
+                model,
+                "decode",
+                batch,
+                f"{b:.3f} ms",
+                f"{a:.3f} ms",
+                a / b,
+                one["decode_percent_of_read_limit"],
+            )
+        largest = max(ours)
+        a, b = theirs[largest]["prefill_s"] * 1e3, ours[largest]["prefill_s"] * 1e3
+        yield row(model, "prefill", largest, f"{b:.1f} ms", f"{a:.1f} ms", a / b, None)
+        best = [max((r for r in side if r["kind"] == "continuous"), key=lambda r: r["output_tok_s"], default=None)
+                for side in (sides["trtc"], sides["vllm"])]  # fmt: skip
+        if best[0] and best[1]:
+            a, b = best[1]["output_tok_s"], best[0]["output_tok_s"]
+            yield row(
+                model,
+                "mixed",
+                best[0]["requests"],
+                f"{b / 1e3:.1f}k tok/s",
+                f"{a / 1e3:.1f}k tok/s",
+                b / a,
+                None,
+            )
+
+
+def row(
+    model: str, case: str, count: int, ours: str, theirs: str, ratio: float, percent: float | None
+) -> tuple[str, ...]:
+    bar = BARS[model, case, count]
+    what = {"decode": "decode step, batch", "prefill": "prefill, batch", "mixed": "mixed requests at once:"}[
+        case
+    ]
+    mark = "" if ratio >= bar else " (short)"
+    return (
+        f"OPT-{model.upper()}",
+        f"{what} {count}",
+        ours,
+        theirs,
+        f"{ratio:.2f}",
+        f"{bar}{mark}",
+        f"{percent or ''}",
+    )
+
+
+def table(data: dict[str, Any]) -> str:
+    """The table and the line below it that says what was measured."""
+    header = ("model", "case", "trtc", "vLLM", "ratio", "aim", "% of read limit")
+    lines = [header, ("---",) * len(header), *rows(data)]
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    setup = next(r for r in data["models"]["125m"]["trtc"] if r["kind"] == "setup")
+    peer = next(r for r in data["models"]["125m"]["vllm"] if r["kind"] == "setup")
+    return (
+        f"{text}\n{data['device']}, driver {data['driver']}, float16, random weights, greedy, 512 tokens in and 128 out; "
+        f"trtc at {data['commit']}{' with local changes' if data['dirty'] else ''} and vLLM {peer['vllm']} in one run on "
+        f"{data['date']}, torch {setup['torch']}. Prefill is the time to the first token of the whole batch. "
+        f"Mixed is the better of two runs; the first one of trtc also captures its CUDA graphs. "
+        f"The read limit is the bandwidth of a copy in the same run, {setup['read_bandwidth_gb_s']:.0f} GB/s. Samples: "
+        f"`bench/results/{RESULTS.name}`.\n"
+    )
+
+
+def with_table(readme: str, text: str) -> str:
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    return before + START + "\n" + text + "\n" + END + after
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(), table(json.loads(RESULTS.read_text()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Options and helpers that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.config import ModelConfig
+from ..core.dtypes import MODEL_DTYPES, parse_model_dtype
+from ..core.sharding import ShardingOptions
+
+if TYPE_CHECKING:
+    from ..core.checkpoint import Progress
+    from ..core.hf import HFCheckpoint
+    from ..core.plugin_registry import Family
+
+
+def add_model_source(parser: argparse.ArgumentParser) -> None:
+    """How a Hugging Face checkpoint becomes weights: what `convert` and `build --model-dir` have in common."""
+    parser.add_argument(
+        "--model", metavar="FAMILY", help="model family, e.g. opt (default: found from config.json)"
+    )
+    dtypes = ", ".join(MODEL_DTYPES)
+    parser.add_argument(
+        "--dtype", default="auto", help=f"{dtypes}, or auto: as config.json says (default: auto)"
+    )
+    parser.add_argument("--tp-size", type=int, default=ShardingOptions.tp_size, metavar="N",
+                        help="ranks of tensor parallelism (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--use-parallel-embedding", action="store_true", help="split the token embedding over the ranks"
+    )
+    parser.add_argument("--embedding-sharding-dim", type=int, choices=(0, 1), metavar="{0,1}",
+                        default=ShardingOptions.embedding_sharding_dim,
+                        help="0: split by vocabulary, 1: by hidden size (default: %(default)s)")  # fmt: skip
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=1, metavar="N",
+                        help="threads that read, convert and write (default: %(default)s)")  # fmt: skip
+
+
+def sharding_options(args: argparse.Namespace) -> ShardingOptions:
+    return ShardingOptions(args.tp_size, args.use_parallel_embedding, args.embedding_sharding_dim)
+
+
+def find_family(
+    args: argparse.Namespace, hf_config: dict[str, object], where: Path
+) -> tuple[Family, ModelConfig]:
+    """The family that `--model` names or config.json belongs to, and the model's configuration with `--dtype`."""
+    from ..core.plugin_registry import plugins
+
+    registry = plugins()
+    family = (
+        registry.family(args.model)
+        if args.model
+        else registry.family_of(hf_config, str(where / "config.json"))
+    )
+    model = family.config(hf_config)
+    if args.dtype != "auto":
+        model = dataclasses.replace(model, dtype=parse_model_dtype(args.dtype, "--dtype"))
+    return family, model
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Progress]:
+    """Shows how far a conversion or build is, on stderr; silent where stderr is not a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit="weight", disable=None, leave=False) as bar:
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            bar.set_postfix_str(name, refresh=False)
+
+        yield show
+
+
+def human_bytes(count: float) -> str:
+    """`1536` -> `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def folder_bytes(path: Path) -> int:
+    return sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file())
+
+
+def open_checkpoint(path: Path) -> HFCheckpoint:
+    from ..core.hf import HFCheckpoint
+
+    return HFCheckpoint.open(path)

@@ -1,0 +1,52 @@
+"""`trtc convert`: a Hugging Face folder -> a trtc checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from .common import (
+    add_model_source,
+    add_workers,
+    find_family,
+    folder_bytes,
+    human_bytes,
+    open_checkpoint,
+    progress_bar,
+    sharding_options,
+)
+
+NAME = "convert"
+HELP = "convert a Hugging Face checkpoint into a trtc checkpoint, sharded for the ranks that will run it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-dir", type=Path, required=True, help="folder with config.json and weights")
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, help="folder to write; an older checkpoint is replaced"
+    )
+    add_model_source(parser)
+    add_workers(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    from ..core.checkpoint import convert
+
+    start = time.perf_counter()
+    with open_checkpoint(args.model_dir) as source, progress_bar("converting") as progress:
+        family, model = find_family(args, source.config, args.model_dir)
+        convert(
+            source,
+            family.weight_table(model),
+            model,
+            args.output_dir,
+            dtype=model.dtype,
+            sharding=sharding_options(args),
+            workers=args.workers,
+            progress=progress,
+        )
+    size = human_bytes(folder_bytes(args.output_dir))
+    print(f"{args.output_dir}: {family.name} in {model.dtype}, {args.tp_size} rank(s), {size}, "
+          f"{time.perf_counter() - start:.1f} s")  # fmt: skip
+    return 0

@@ -1,0 +1,46 @@
+"""`--nproc`, and what a process does that is one rank of several."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from ..core.errors import ConfigError
+
+
+def add_nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc", type=int, metavar="N",
+                        help="start N ranks on this machine, for an engine of --tp-size N (default: the ranks of mpirun, "
+                        "else one)")  # fmt: skip
+
+
+def enter_job(args: argparse.Namespace, **load_options: Any) -> int | None:
+    """What comes before a command that loads an engine: the exit code where that is all this process has to do.
+
+    `--nproc` starts the ranks, which run the same command line, and waits for them. A rank other than 0 follows rank 0 to
+    its end. On rank 0, and in a process that is alone, the result is None: the command goes on.
+    load_options: what the command gives `LLM` or `load_executor`; the same on every rank.
+    """
+    from ..runtime.placement import placement
+
+    place = placement()
+    if args.nproc is not None:
+        if args.nproc < 1:
+            raise ConfigError(f"--nproc is {args.nproc}; accepted: 1 or more")
+        if place.size == 1 and args.nproc > 1:
+            from ..runtime.launcher import launch
+
+            return launch([sys.executable, "-P", "-m", "trtc.cli", *args.words], args.nproc)
+        if place.size != args.nproc:
+            raise ConfigError(
+                f"--nproc {args.nproc} in a job of {place.size} ranks; leave it out under mpirun"
+            )
+    if place.size > 1:  # what torch says, with a stack of C++, when a rank is lost, we say in one line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if place.rank > 0:
+        from ..runtime.load import load_executor
+
+        load_executor(args.engine_dir, **load_options)
+    return None

@@ -1,0 +1,221 @@
+"""`trtc run`: prompts in, text out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import ConfigError, RequestError
+from .ranks import add_nproc, enter_job
+
+if TYPE_CHECKING:
+    from ..runtime.llm import Prompt
+    from ..runtime.outputs import RequestOutput
+
+NAME = "run"
+HELP = "generate text with an engine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine-dir", type=Path, required=True, help="folder written by `trtc build`")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--input-text", nargs="+", metavar="TEXT", help="prompts")
+    prompts.add_argument("--input-ids", nargs="+", metavar="ID,ID,...", help="prompts as token ids")
+    prompts.add_argument("--input-file", type=Path, metavar="FILE",
+                         help=".txt: a prompt a line; .json: a list of texts or lists of token ids; .jsonl: a text, a list "
+                         'of ids, or {"prompt": ...} a line')  # fmt: skip
+    parser.add_argument(
+        "--max-output-len", type=int, default=64, metavar="N", help="tokens (default: %(default)s)"
+    )
+    parser.add_argument("--output-json", type=Path, metavar="FILE", help="also write results here")
+    parser.add_argument("--stream", action="store_true", help="print text as it comes (one prompt only)")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default: %(default)s)")
+    sampling.add_argument("--top-k", type=int, default=0, help="0: all tokens (default: %(default)s)")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
+    sampling.add_argument("--min-p", type=float, default=0.0, help="default: %(default)s")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="default: %(default)s")
+    sampling.add_argument("--presence-penalty", type=float, default=0.0, help="default: %(default)s")
+    sampling.add_argument("--frequency-penalty", type=float, default=0.0, help="default: %(default)s")
+    sampling.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end the output")
+    sampling.add_argument("--stop-token-ids", nargs="+", type=int, default=[], metavar="ID")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    sampling.add_argument("--seed", type=int, help="same seed, same text, whatever else is in the batch")
+    sampling.add_argument(
+        "--logprobs", type=int, metavar="K", help="put the K best tokens of each step into --output-json"
+    )
+    add_nproc(parser)
+    cache = parser.add_argument_group("KV cache")
+    cache.add_argument("--kv-cache-memory-bytes", type=int, metavar="N",
+                       help="memory of the KV cache (default: enough for the engine's limits)")  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> int:
+    load_options: dict[str, Any] = {"kv_cache_memory_bytes": args.kv_cache_memory_bytes}
+    code = enter_job(args, **load_options)
+    if code is not None:
+        return code
+    from ..runtime.llm import LLM
+    from ..runtime.sampling_params import SamplingParams
+
+    prompts = read_prompts(args)
+    if args.stream and len(prompts) != 1:
+        raise ConfigError(f"--stream shows one prompt, found {len(prompts)}; leave it out for several")
+    if args.output_json is not None and not args.output_json.resolve().parent.is_dir():
+        raise ConfigError(f"--output-json: {args.output_json.resolve().parent} is not a folder")
+    params = SamplingParams(
+        max_tokens=args.max_output_len,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        stop=args.stop,
+        stop_token_ids=args.stop_token_ids,
+        ignore_eos=args.ignore_eos,
+        seed=args.seed,
+        logprobs=args.logprobs,
+    )
+    with LLM(args.engine_dir, **load_options) as llm:
+        if llm.tokenizer is None and (args.stop or any(isinstance(p, str) for p in prompts)):
+            raise RequestError(
+                f"{args.engine_dir}: the engine has no tokenizer files; use --input-ids and --stop-token-ids"
+            )
+        start = time.perf_counter()
+        printer = _StreamPrinter() if args.stream else None
+        outputs = llm.generate(prompts, params, on_output=printer)
+        seconds = time.perf_counter() - start
+    if printer is None:
+        _print_outputs(outputs)
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    if args.output_json is not None:
+        write_json(args.output_json, [result_json(output) for output in outputs])
+    return 0
+
+
+class _StreamPrinter:
+    """Prints what is new of the one output."""
+
+    def __init__(self) -> None:
+        self._printed = 0
+
+    def __call__(self, output: RequestOutput) -> None:
+        completion = output.outputs[0]
+        shown: Any = completion.text or list(completion.token_ids)
+        new = shown[self._printed :]
+        text = new if isinstance(new, str) else "".join(f"{token} " for token in new)
+        print(text, end="\n" if output.finished else "", flush=True)
+        self._printed = len(shown)
+
+
+def _print_outputs(outputs: list[RequestOutput]) -> None:
+    for i, output in enumerate(outputs):
+        completion = output.outputs[0]
+        shown_prompt = output.prompt if output.prompt is not None else list(output.prompt_token_ids)
+        shown = (
+            completion.text if output.prompt is not None or completion.text else list(completion.token_ids)
+        )
+        print(f"Input [{i}]: {shown_prompt!r}\nOutput [{i}]: {shown!r} ({completion.finish_reason})")
+
+
+def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """The prompts of the command line. Raises ConfigError naming file and line for what is not a prompt."""
+    if args.input_text is not None:
+        return list(args.input_text)
+    if args.input_ids is not None:
+        return [_parse_ids(text) for text in args.input_ids]
+    return _read_prompt_file(args.input_file)
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--input-ids: {text!r} is not a comma-separated list of token ids") from None
+
+
+def _read_prompt_file(path: Path) -> list[Prompt]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--input-file: {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--input-file: {path}: not UTF-8 text (byte {error.start})") from None
+    if path.suffix == ".jsonl":
+        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        prompts = [_prompt_of_json(_parse_json(line, where), where) for where, line in lines]
+    elif path.suffix == ".json":
+        value = _parse_json(text, str(path))
+        if not isinstance(value, list):
+            raise ConfigError(
+                f"--input-file: {path}: is a {type(value).__name__}; accepted: a list of prompts"
+            )
+        prompts = [_prompt_of_json(item, f"{path}, item {i}") for i, item in enumerate(value)]
+    else:
+        prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--input-file: {path}: holds no prompt")
+    return prompts
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--input-file: {where}: not valid JSON: {error}") from None
+
+
+def _prompt_of_json(value: Any, where: str) -> Prompt:
+    known = {"prompt", "prompt_token_ids"}
+    if isinstance(value, dict) and len(known & value.keys()) == 1:
+        value = value[(known & value.keys()).pop()]
+    if isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value)):
+        return value
+    raise ConfigError(
+        f'--input-file: {where}: not a prompt; accepted: a text, a list of token ids, {{"prompt": ...}}'
+    )
+
+
+def result_json(output: RequestOutput) -> dict[str, Any]:
+    """One result as JSON: prompt, text, token ids, finish reason and, where asked for, logprobs."""
+    completion = output.outputs[0]
+    data: dict[str, Any] = {
+        "prompt": output.prompt,
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.logprobs is not None:
+        data["logprobs"] = [
+            {
+                str(token): {"logprob": lp.logprob, "rank": lp.rank, "token": lp.decoded_token}
+                for token, lp in step.items()
+            }
+            for step in completion.logprobs
+        ]
+    return data
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path`, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path`, whole or not at all."""
+    scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None

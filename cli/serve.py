@@ -1,0 +1,68 @@
+"""`trtc serve`: an engine behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ..core.errors import TargetError
+from ..runtime.server.config import ServerConfig
+
+NAME = "serve"
+HELP = "serve an engine over HTTP, with OpenAI's interface"
+
+_KEY_VARIABLE = "TRTC_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine-dir", type=Path, required=True, help="folder written by `trtc build`")
+    parser.add_argument(
+        "--host", default=ServerConfig.host, help="address to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=ServerConfig.port, help="0: a free one (default: %(default)s)"
+    )
+    parser.add_argument("--api-key", metavar="KEY",
+                        help="what clients must send; required unless --host is this machine alone (default: the "
+                        f"environment variable {_KEY_VARIABLE}, which other users of this machine cannot see)")  # fmt: skip
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="what clients call it (default: the name of --engine-dir)"
+    )
+    parser.add_argument("--drain-timeout-s", type=int, default=ServerConfig.drain_timeout_s, metavar="N",
+                        help="seconds that requests may take to finish after SIGTERM (default: %(default)s)")  # fmt: skip
+    limits = parser.add_argument_group("limits; what is beyond them is refused, with the limit")
+    for name, help_text in (
+        ("max-queue", "sequences that may wait beyond the engine's max_batch_size; then 429"),
+        ("max-body-bytes", "bytes of one request"),
+        ("max-prompts", "prompts in one request"),
+        ("max-n", "completions per prompt"),
+        ("max-logprobs", "candidates per position"),
+    ):
+        default = getattr(ServerConfig, name.replace("-", "_"))
+        limits.add_argument(f"--{name}", type=int, default=default, metavar="N",
+                            help=f"{help_text} (default: %(default)s)")  # fmt: skip
+    cache = parser.add_argument_group("KV cache")
+    cache.add_argument("--kv-cache-memory-bytes", type=int, metavar="N",
+                       help="memory of the KV cache (default: enough for the engine's limits)")  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> int:
+    config = ServerConfig(
+        model_name=args.served_model_name or args.engine_dir.resolve().name,
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key if args.api_key is not None else os.environ.get(_KEY_VARIABLE),
+        max_queue=args.max_queue,
+        max_body_bytes=args.max_body_bytes,
+        max_prompts=args.max_prompts,
+        max_n=args.max_n,
+        max_logprobs=args.max_logprobs,
+        drain_timeout_s=args.drain_timeout_s,
+    )
+    try:
+        from ..runtime.server.serve import serve
+    except ModuleNotFoundError as error:
+        raise TargetError(f"serving needs the package {error.name}: pip install 'trtc[serve]'") from None
+    serve(args.engine_dir, config, kv_cache_memory_bytes=args.kv_cache_memory_bytes)
+    return 0

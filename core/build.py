@@ -1,0 +1,178 @@
+"""Checkpoint -> engine: compose, run the passes, evaluate weights, let the target compile, write the directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from .atomic import atomic_directory
+from .checkpoint import Progress, WeightSource
+from .config import BuildConfig, ModelConfig
+from .engine import DESCRIPTION, FILE_BYTES, RankPart, describe, is_engine, map_files, write_description
+from .errors import BuildError, ConfigError
+from .graph import Graph
+from .interpreter import interpret
+from .passes import Partition, optimize
+from .plugin_registry import Family
+from .safetensors_io import SafetensorsWriter
+from .spec import TensorSpec
+from .targets.base import Target, get_target
+from .text_files import copy_text_files
+
+Trace = Callable[[str, Graph], None]
+
+
+def plan(
+    family: Family,
+    model: ModelConfig,
+    source: WeightSource,
+    build: BuildConfig,
+    rank: int,
+    trace: Trace | None = None,
+) -> Partition:
+    """What `rank` will run, and how its weights are made. `trace` is told the graph after composition and each pass.
+
+    Raises ConfigError when target and model or options do not fit, GraphError when a pass or the family breaks a rule.
+    """
+    target = get_target(build.target)
+    can = target.capabilities(build)
+    if model.dtype not in can.dtypes:
+        raise ConfigError(
+            f"target {target.name} does not compute in {model.dtype}; accepted: {', '.join(can.dtypes)}"
+        )
+    if build.tp_size > 1 and not can.tensor_parallel:
+        raise ConfigError(f"target {target.name} does not run tensor parallel yet; build with tp_size 1")
+    graph = family.compose(model)
+    if trace is not None:
+        trace("compose", graph)
+    return optimize(
+        graph,
+        sharding=source.sharding,
+        rank=rank,
+        aliases=source.aliases,
+        fusions=can.fusions,
+        ops=can.ops,
+        trace=trace,
+    )
+
+
+def build_engine(
+    family: Family,
+    model: ModelConfig,
+    source: WeightSource,
+    build: BuildConfig,
+    output_dir: Path,
+    *,
+    text_files: Path | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the engine of `source` to the folder `output_dir`, which appears complete or not at all.
+
+    text_files: folder with tokenizer files to take along.
+    workers: threads that make weights; memory grows by about one weight for each.
+    progress: called from this thread after every weight.
+    Raises TrtcError (ConfigError, BuildError, CheckpointError, GraphError) naming what does not fit.
+    """
+    if workers < 1:
+        raise ConfigError(f"workers is {workers}; accepted: a whole number >= 1")
+    build.check_model(model)
+    target = get_target(build.target)
+    plans = [plan(family, model, source, build, rank) for rank in range(build.tp_size)]
+    with atomic_directory(output_dir, is_engine, seal=DESCRIPTION) as folder:
+        parts = [
+            _build_rank(target, one, source, build, folder, rank, workers, progress)
+            for rank, one in enumerate(plans)
+        ]
+        if text_files is not None:
+            copy_text_files(text_files, folder)
+        write_description(folder, describe(folder, model, build, parts, workers))
+
+
+def _build_rank(
+    target: Target,
+    planned: Partition,
+    source: WeightSource,
+    build: BuildConfig,
+    folder: Path,
+    rank: int,
+    workers: int,
+    progress: Progress | None,
+) -> RankPart:
+    specs = {node.name: node.outputs[0] for node in planned.graph.weights}
+    files = {f"rank{rank}-{n}.safetensors": names for n, names in enumerate(_file_contents(specs))}
+    with ExitStack() as stack:
+        home = folder
+        if target.embeds_weights:  # the files are needed only until the target has read them
+            home = Path(stack.enter_context(TemporaryDirectory(prefix="weights-", dir=folder)))
+        with ExitStack() as writing:
+            writers: dict[str, SafetensorsWriter] = {}
+            for name, tensors in files.items():
+                layout = {tensor: (specs[tensor].dtype, _sizes(specs[tensor])) for tensor in tensors}
+                writers |= dict.fromkeys(
+                    tensors, writing.enter_context(SafetensorsWriter(home / name, layout))
+                )
+            _write_weights(planned, source, writers, rank, workers, progress)
+        weights = map_files(home / name for name in files)
+        artifacts = target.compile(planned.graph, build, folder, rank, weights)
+    return RankPart(planned.graph, () if target.embeds_weights else tuple(files), artifacts)
+
+
+def _write_weights(
+    planned: Partition,
+    source: WeightSource,
+    writers: Mapping[str, SafetensorsWriter],
+    rank: int,
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    def write(name: str) -> None:
+        writers[name].write(name, _make_weight(planned.recipes.get(name), source, rank, name).contiguous())
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(write, name): name for name in writers}
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                if progress is not None:
+                    progress(done, len(futures), f"rank {rank}: {futures[future]}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _make_weight(recipe: Graph | None, source: WeightSource, rank: int, name: str) -> torch.Tensor:
+    """A stored weight: read, or computed by its recipe from weights that are read."""
+    if recipe is None:
+        return source.read(rank, name)
+    made: torch.Tensor = interpret(
+        recipe, {node.name: source.read(rank, node.name) for node in recipe.weights}
+    )
+    if recipe.specs[name].dtype.is_float and not bool(torch.isfinite(made).all()):
+        raise BuildError(f"weight {name!r} is not finite once it is computed in {recipe.specs[name].dtype}; "
+                         f"convert with --dtype float32 or bfloat16")  # fmt: skip
+    return made
+
+
+def _file_contents(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
+    """Groups of weight names, each of about FILE_BYTES."""
+    group: list[str] = []
+    size = 0
+    for name, spec in specs.items():
+        if group and size + spec.nbytes() > FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += spec.nbytes()
+    if group:
+        yield group
+
+
+def _sizes(spec: TensorSpec) -> tuple[int, ...]:
+    assert all(isinstance(d, int) for d in spec.shape), f"weight of a size known only at run time: {spec}"
+    return tuple(d for d in spec.shape if isinstance(d, int))

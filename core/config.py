@@ -1,0 +1,191 @@
+"""Configurations: what a model is (`ModelConfig`) and what an engine of it shall be able to do (`BuildConfig`).
+
+Both are frozen, checked once when they are made, and travel as JSON in checkpoints and engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from .dtypes import DType, parse_model_dtype
+from .errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer, as far as the core and the runtime need to know it.
+
+    A family that needs more (where its norms stand, say) derives a frozen dataclass of its own; the extra fields must
+    be JSON values. Sizes are those of the whole model, never of one rank's part.
+    """
+
+    family: str
+    """Name of the plugin that owns the model: the name of its entry point."""
+    architecture: str
+    """`architectures[0]` of the Hugging Face config.json."""
+    dtype: DType
+    """Type of weights and activations."""
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    max_positions: int
+    """Longest sequence, in tokens, that the position information of the model covers."""
+    tie_word_embeddings: bool
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_size",
+            "max_positions",
+        )
+        for name in sizes:
+            require_positive_int(getattr(self, name), f"{self.family} config: {name}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"{self.family} config: num_heads {self.num_heads} is not a multiple of "
+                f"num_kv_heads {self.num_kv_heads}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str = "config.json") -> Self:
+        """The inverse of `to_json`. Raises ConfigError for unknown, missing or bad fields."""
+        values = checked_fields(cls, data, where)
+        values["dtype"] = parse_model_dtype(values["dtype"], where)
+        values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
+        return cls(**values)
+
+    def base(self) -> ModelConfig:
+        """The fields every family has: what an engine keeps, so that it runs without the family's plugin."""
+        names = [f.name for f in dataclasses.fields(ModelConfig)]
+        return ModelConfig(**{name: getattr(self, name) for name in names})
+
+
+PAGE_SIZES = (16, 32, 64)
+TARGETS = ("cpu", "cuda", "tensorrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """What an engine is built for. Lengths and sizes are in tokens unless the name says otherwise."""
+
+    max_seq_len: int
+    """Longest prompt and output together."""
+    max_input_len: int
+    """Longest prompt."""
+    target: str = "cpu"
+    max_batch_size: int = 8
+    """Sequences in one step."""
+    max_num_tokens: int = 8192
+    """Tokens of all sequences in one step; longer prompts are taken in chunks."""
+    max_beam_width: int = 1
+    page_size: int = 32
+    """Tokens of one page of the KV cache."""
+    tp_size: int = 1
+    target_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options that only the target knows (compute capabilities, profiles, ...); JSON values."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_batch_size",
+            "max_input_len",
+            "max_seq_len",
+            "max_num_tokens",
+            "max_beam_width",
+            "tp_size",
+        ):
+            require_positive_int(getattr(self, name), f"build option {name}")
+        if self.page_size not in PAGE_SIZES:
+            raise ConfigError(
+                f"build option page_size: {self.page_size} is not supported; accepted: {PAGE_SIZES}"
+            )
+        if self.max_beam_width > 1:
+            raise ConfigError(
+                f"build option max_beam_width {self.max_beam_width}: there is no beam search yet; accepted: 1"
+            )
+        if self.max_input_len >= self.max_seq_len:
+            raise ConfigError(
+                f"build option max_input_len {self.max_input_len} leaves no room for output: "
+                f"max_seq_len is {self.max_seq_len}"
+            )
+        if self.max_num_tokens < self.max_batch_size:
+            raise ConfigError(
+                f"build option max_num_tokens {self.max_num_tokens} is smaller than max_batch_size "
+                f"{self.max_batch_size}: every sequence takes at least one token of a step"
+            )
+
+    @classmethod
+    def for_model(
+        cls,
+        model: ModelConfig,
+        *,
+        max_seq_len: int | None = None,
+        max_input_len: int | None = None,
+        **options: Any,
+    ) -> BuildConfig:
+        """The configuration with lengths that are not given taken from the model: all of its positions for a sequence,
+        all but one of them for a prompt. Raises ConfigError for options that do not fit each other or the model.
+        """
+        max_seq_len = model.max_positions if max_seq_len is None else max_seq_len
+        max_input_len = max(max_seq_len - 1, 1) if max_input_len is None else max_input_len
+        build = cls(max_seq_len=max_seq_len, max_input_len=max_input_len, **options)
+        build.check_model(model)
+        return build
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raises ConfigError when `model` has fewer positions than the longest sequence needs."""
+        if self.max_seq_len > model.max_positions:
+            raise ConfigError(
+                f"build option max_seq_len {self.max_seq_len} exceeds the {model.max_positions} positions "
+                f"of the model (max_position_embeddings)"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str = "engine.json") -> Self:
+        return cls(**checked_fields(cls, data, where))
+
+
+def require_positive_int(value: object, where: str) -> None:
+    """Raises ConfigError unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{where}: {value!r} is not a positive integer")
+
+
+def checked_fields(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`data` as a dict of constructor arguments of the dataclass `cls`; ConfigError names unknown and missing ones."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: expected an object, found {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    missing = sorted(
+        name
+        for name, f in fields.items()
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    )
+    if unknown or missing:
+        parts = [f"unknown: {', '.join(unknown)}"] * bool(unknown) + [
+            f"missing: {', '.join(missing)}"
+        ] * bool(missing)
+        raise ConfigError(f"{where}: fields do not fit {cls.__name__} ({'; '.join(parts)})")
+    return dict(data)

@@ -1,0 +1,78 @@
+"""Graph -> Graph rewrites, and the order in which a build applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ..graph import Graph
+from ..sharding import ShardingOptions
+from . import fold, fuse, rows, simplify
+from .fold import Partition, partition
+from .rewrite import Rule, reading, remove_dead, rewrite
+from .shard import shard
+
+__all__ = ["Partition", "Pass", "optimize", "pipeline"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One named step of the pipeline."""
+
+    name: str
+    run: Callable[[Graph], Graph]
+
+
+def pipeline(
+    sharding: ShardingOptions, rank: int, aliases: Mapping[str, str], fusions: frozenset[str]
+) -> Iterator[Pass]:
+    """The steps from a family's composition to what a target lowers, in order.
+
+    aliases: weight -> the weight that holds its data; fusions: what the target can run as one op (`fuse.FUSIONS`).
+    """
+    # First, while every weight is still the checkpoint's own, so that sharding rules apply to it.
+    yield Pass("shard", lambda graph: shard(graph, sharding, rank))
+    # After sharding: a head and an embedding are the same weight only if their shards are.
+    yield Pass("share tied weights", lambda graph: share_tied_weights(graph, aliases))
+    yield Pass("simplify", lambda graph: rewrite(graph, simplify.RULES))
+    # Before norms are fused with sums: a fused sum has two readers' results and no longer is one row-wise op.
+    yield Pass("select rows early", lambda graph: rewrite(graph, rows.RULES))
+    yield Pass("fold projections", lambda graph: rewrite(graph, fold.RULES))
+    for fusion, rule in fuse.RULES.items():
+        if fusion in fusions:
+            yield Pass(f"fuse {fusion}", _rewriter(rule))
+
+
+def _rewriter(rule: Rule) -> Callable[[Graph], Graph]:
+    return lambda graph: rewrite(graph, (rule,))
+
+
+def optimize(
+    graph: Graph,
+    *,
+    sharding: ShardingOptions,
+    rank: int,
+    aliases: Mapping[str, str],
+    fusions: frozenset[str],
+    ops: frozenset[str],
+    trace: Callable[[str, Graph], None] | None = None,
+) -> Partition:
+    """Runs the pipeline and splits off what the build computes. Every step's result is verified.
+
+    ops: the ops the target runs; trace: told the name and result of every step that changed the graph.
+    Raises GraphError naming the step and node, when a pass breaks a rule or an op is left that the target lacks.
+    """
+    for step in pipeline(sharding, rank, aliases, fusions):
+        result = step.run(graph).verify(f"after pass '{step.name}'")
+        if trace is not None and result != graph:
+            trace(step.name, result)
+        graph = result
+    parts = partition(graph)
+    parts.graph.verify("lowering", ops | {"input", "weight"})
+    return parts
+
+
+def share_tied_weights(graph: Graph, aliases: Mapping[str, str]) -> Graph:
+    """Reads every alias from the weight that holds its data."""
+    nodes = tuple(reading(node, aliases) for node in graph.nodes if node.name not in aliases)
+    return remove_dead(Graph(nodes, graph.outputs))

@@ -1,0 +1,189 @@
+"""Joins ops that a target can run as one."""
+
+from __future__ import annotations
+
+from ..graph import Graph, Node
+from .rewrite import Rewrite, Rule, only_reader
+
+SIBLINGS = "linear siblings"
+ACTIVATION = "linear + activation"
+ADD_NORM = "add + norm"
+RESIDUAL = "linear + residual"
+POSITIONS = "embedding + positions"
+AFFINE = "affine norm into linear"
+FUSIONS = frozenset({SIBLINGS, ACTIVATION, ADD_NORM, RESIDUAL, POSITIONS, AFFINE})
+"""What a target can ask for, by name."""
+
+
+def linear_siblings(graph: Graph, node: Node) -> Rewrite | None:
+    """linear(x, W1, b1), linear(x, W2, b2), ... -> split(linear(x, [W1; W2; ...], [b1; b2; ...]))
+
+    One product with all rows (q, k, v; gate and up) reads x once and fills the machine better than several.
+    """
+    if not _is_plain(node):
+        return None
+    siblings = tuple(
+        user
+        for user in graph.users[node.used[0]]
+        if _is_plain(user) and user.used[0] == node.used[0] and _weights_only(graph, user)
+    )
+    biased = len(node.used) == 3
+    if len(siblings) < 2 or siblings[0] != node or any((len(s.used) == 3) != biased for s in siblings):
+        return None
+    if len({graph.specs[s.used[1]].dtype for s in siblings}) != 1:
+        return None
+    name = _joined_name([s.name for s in siblings])
+    result = Rewrite(graph, siblings)
+    joined = [
+        result.add("concat", *(s.used[i] for s in siblings), name=f"{name}.{part}", axis=0)[0]
+        for i, part in ((1, "weight"), (2, "bias"))[: 2 if biased else 1]
+    ]
+    (product,) = result.add("linear", node.used[0], *joined, name=name)
+    sizes = tuple(s.outputs[0].shape[-1] for s in siblings)
+    parts = result.add("split", product, name=f"{name}.split", axis=1, sizes=sizes)
+    for sibling, part in zip(siblings, parts, strict=True):
+        result.replace(sibling.name, part)
+    return result
+
+
+def linear_activation(graph: Graph, node: Node) -> Rewrite | None:
+    """activation(linear(x, W, b)) -> linear(x, W, b; activation)"""
+    inner = graph.producers[node.used[0]] if node.op == "activation" else None
+    if inner is None or not _is_plain(inner) or not only_reader(graph, inner.name):
+        return None
+    result = Rewrite(graph, (node, inner))
+    (tensor,) = result.add("linear", *inner.inputs, name=inner.name, activation=node.attrs["kind"])
+    result.replace(node.name, tensor)
+    return result
+
+
+def add_norm(graph: Graph, node: Node) -> Rewrite | None:
+    """norm(x + residual) -> add_norm(x, residual), which also gives the sum
+
+    Of several norms of one sum, the first takes the sum along; what they read then is no `add` any more.
+    """
+    inner = graph.producers[node.used[0]] if node.op in ("layer_norm", "rms_norm") else None
+    if inner is None or inner.op != "add":
+        return None
+    residual, x = inner.used
+    if graph.specs[residual] != graph.specs[x]:
+        return None
+    result = Rewrite(graph, (node, inner))
+    total, normed = result.add(f"add_{node.op}", x, residual, *node.inputs[1:], name=node.name, **node.attrs)
+    result.replace(inner.name, total)
+    result.replace(node.name, normed)
+    return result
+
+
+def linear_residual(graph: Graph, node: Node) -> Rewrite | None:
+    """residual + linear(x, W, b) -> linear(x, W, b, residual)"""
+    if node.op != "add":
+        return None
+    for tensor, residual in (node.used[::-1], node.used):
+        inner = graph.producers[tensor]
+        same = graph.specs[residual] == node.outputs[0]  # not a vector over the last axis
+        if inner.op == "linear" and len(inner.inputs) <= 3 and same and only_reader(graph, tensor):
+            bias = inner.inputs[2] if len(inner.inputs) == 3 else None
+            result = Rewrite(graph, (node, inner))
+            x, weight = inner.inputs[:2]
+            (total,) = result.add("linear", x, weight, bias, residual, name=node.name, **inner.attrs)
+            result.replace(node.name, total)
+            return result
+    return None
+
+
+def affine_into_linear(graph: Graph, node: Node) -> Rewrite | None:
+    """linear(norm(x; g, s), W, b) -> linear(norm(x), W * g, b + W s), where nothing else reads the norm
+
+    The norm's own weights vanish from the step, so that a kernel can norm in front of its product with nothing to read.
+    """
+    inner = graph.producers[node.used[0]] if node.op == "linear" else None
+    if inner is None or inner.op not in NORMS or len(inner.inputs) == 1 or not only_reader(graph, inner.name):
+        return None
+    scale, shift = (*inner.inputs, None)[1:3]
+    _, weight, bias, *rest = (*node.inputs, None, None)[: max(3, len(node.inputs))]
+    if weight is None or scale is None or not is_constant(graph, weight):
+        return None
+    result = Rewrite(graph, (node, inner))
+    (normed,) = result.add(inner.op, inner.used[0], name=inner.name, **inner.attrs)
+    (scaled,) = result.add("mul", weight, scale, name=f"{node.name}.weight.normed")
+    if shift is not None:
+        features, columns = graph.specs[weight].shape
+        (row,) = result.add("reshape", shift, name=f"{node.name}.shift", shape=(1, columns))
+        (moved,) = result.add("linear", row, weight, name=f"{node.name}.shift.product")
+        (offset,) = result.add("reshape", moved, name=f"{node.name}.shift.offset", shape=(features,))
+        bias = offset if bias is None else result.add("add", offset, bias, name=f"{node.name}.bias.normed")[0]
+    (tensor,) = result.add("linear", normed, scaled, bias, *rest, name=node.name, **node.attrs)
+    result.replace(node.name, tensor)
+    return result
+
+
+def norm_linear(graph: Graph, node: Node) -> Rewrite | None:
+    """linear(norm(x), W, ...) -> linear(x, W, ...; norm), where nothing else reads the norm and it has no weights
+
+    Not one of `RULES`: whether it pays depends on the number of rows, which a target knows when it plans a step.
+    """
+    inner = graph.producers[node.used[0]] if node.op == "linear" and "norm" not in node.attrs else None
+    if inner is None or inner.op not in NORMS or len(inner.inputs) > 1 or not only_reader(graph, inner.name):
+        return None
+    attrs = {**node.attrs, "norm": NORMS[inner.op], "eps": inner.attrs["eps"]}
+    result = Rewrite(graph, (node, inner))
+    (tensor,) = result.add("linear", inner.used[0], *node.inputs[1:], name=node.name, **attrs)
+    result.replace(node.name, tensor)
+    return result
+
+
+def embedding_positions(graph: Graph, node: Node) -> Rewrite | None:
+    """embedding(ids, E) + embedding(positions, P) -> embedding(ids, E, positions, P)"""
+    if node.op != "add":
+        return None
+    first, second = (graph.producers[name] for name in node.used)
+    if not all(
+        e.op == "embedding" and len(e.inputs) == 2 and only_reader(graph, e.name) for e in (first, second)
+    ):
+        return None
+    if second.attrs.get("masked", False):
+        return None
+    result = Rewrite(graph, (node, first, second))
+    attrs = {**first.attrs, "position_offset": second.attrs["offset"]}
+    (tensor,) = result.add("embedding", *first.inputs, *second.inputs, name=node.name, **attrs)
+    result.replace(node.name, tensor)
+    return result
+
+
+NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
+"""Op of a norm -> its name in a linear layer."""
+
+RULES: dict[str, Rule] = {
+    SIBLINGS: linear_siblings,
+    ACTIVATION: linear_activation,
+    POSITIONS: embedding_positions,
+    RESIDUAL: linear_residual,
+    AFFINE: affine_into_linear,
+    ADD_NORM: add_norm,
+}
+"""The rule of each fusion. Their order is that in which a pipeline applies them: a gate whose activation is fused
+already is no longer up's sibling, and a sum that a linear layer took in is no longer one for a norm."""
+
+
+def is_constant(graph: Graph, tensor: str) -> bool:
+    """Whether `tensor` is a weight or computed from weights alone."""
+    node = graph.producers[tensor]
+    return node.op == "weight" or (bool(node.inputs) and all(is_constant(graph, name) for name in node.used))
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether `node` is a linear layer with nothing fused in."""
+    return node.op == "linear" and not node.attrs and len(node.inputs) <= 3
+
+
+def _weights_only(graph: Graph, node: Node) -> bool:
+    return all(graph.producers[name].op == "weight" for name in node.used[1:])
+
+
+def _joined_name(names: list[str]) -> str:
+    """`a.q`, `a.k`, `a.v` -> `a.qkv`; `a.gate`, `a.up` -> `a.gate_up`."""
+    stem, _, _ = names[0].rpartition(".")
+    parts = [name.rpartition(".")[2] for name in names]
+    joined = "".join(parts) if all(len(part) == 1 for part in parts) else "_".join(parts)
+    return f"{stem}.{joined}" if stem else joined

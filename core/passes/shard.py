@@ -1,0 +1,174 @@
+"""Splits a graph over the ranks of tensor parallelism.
+
+Weights are split as their table rows say (`core.sharding`); the pass follows the split through the graph and
+inserts the collectives. Of every tensor it knows along which axis it is split; None means that every rank holds all
+of it. A layer whose weight is split by columns gives a split result; one split by rows takes a split input and ends
+with an all-reduce (Megatron-LM, arXiv:1909.08053).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import BuildError
+from ..graph import Graph, Node, make_node
+from ..sharding import Shard, ShardingOptions, local_shape, split_axis
+from ..spec import Dim, TensorSpec
+
+Axis = int | None
+
+
+def shard(graph: Graph, options: ShardingOptions, rank: int) -> Graph:
+    """The graph of `rank`: what it computes with its part of the weights.
+
+    Raises BuildError for a node whose inputs are split in a way that its op cannot work with.
+    """
+    if options.tp_size == 1:
+        return graph
+    return _Sharder(graph, options, rank).run()
+
+
+class _Sharder:
+    def __init__(self, graph: Graph, options: ShardingOptions, rank: int) -> None:
+        self.graph, self.options, self.rank = graph, options, rank
+        self.nodes: list[Node] = []
+        self.specs: dict[str, TensorSpec] = {}
+        self.axes: dict[str, Axis] = {}
+        self.renamed: dict[str, str] = {}
+
+    def run(self) -> Graph:
+        for node in self.graph.nodes:
+            result, axis = _RULES.get(node.op, _replicated)(self, node)
+            for old, new in zip(node.tensors, result, strict=True):
+                self.renamed[old] = new
+                self.axes[new] = axis
+        for name in self.graph.outputs:
+            assert self.axes[self.renamed[name]] is None, f"output %{name} is split"
+        return Graph(tuple(self.nodes), tuple(self.renamed[name] for name in self.graph.outputs))
+
+    def add(self, op: str, *inputs: str | None, name: str, **attrs: Any) -> tuple[str, ...]:
+        node = make_node(name, op, inputs, attrs, self.specs)
+        self.nodes.append(node)
+        self.specs.update(zip(node.tensors, node.outputs, strict=True))
+        return node.tensors
+
+    def inputs(self, node: Node) -> list[str | None]:
+        return [None if name is None else self.renamed[name] for name in node.inputs]
+
+    def axis(self, tensor: str | None) -> Axis:
+        return None if tensor is None else self.axes[tensor]
+
+    def all_reduce(self, tensor: str) -> str:
+        return self.add("all_reduce", tensor, name=f"{tensor}.all_reduce", tp_size=self.options.tp_size)[0]
+
+    def all_gather(self, tensor: str, axis: int) -> str:
+        return self.add(
+            "all_gather", tensor, name=f"{tensor}.all_gather", axis=axis, tp_size=self.options.tp_size
+        )[0]
+
+    def require(self, condition: bool, node: Node) -> None:
+        if not condition:
+            split = ", ".join(f"%{name}: {self.axes[self.renamed[name]]}" for name in node.used)
+            raise BuildError(
+                f"tp_size {self.options.tp_size}: {node.op} '{node.name}' cannot work with inputs split along ({split})"
+            )
+
+
+Result = tuple[tuple[str, ...], Axis]
+
+
+def _replicated(s: _Sharder, node: Node) -> Result:
+    inputs = s.inputs(node)
+    s.require(all(s.axis(name) is None for name in inputs), node)
+    return s.add(node.op, *inputs, name=node.name, **node.attrs), None
+
+
+def _weight(s: _Sharder, node: Node) -> Result:
+    rule = Shard(node.attrs.get("shard", Shard.REPLICATE))
+    shape = local_shape(node.attrs["shape"], rule, s.options, name=node.name)
+    return s.add("weight", name=node.name, **{**node.attrs, "shape": shape}), split_axis(rule, s.options)
+
+
+def _embedding(s: _Sharder, node: Node) -> Result:
+    ids, table = s.inputs(node)
+    axis = s.axis(table)
+    if axis is None:
+        return _replicated(s, node)
+    if axis == 1:
+        (part,) = s.add("embedding", ids, table, name=node.name, **node.attrs)
+        return (s.all_gather(part, 1),), None
+    assert table is not None
+    rows = s.specs[table].shape[0]
+    assert isinstance(rows, int)
+    attrs = {**node.attrs, "offset": node.attrs["offset"] - s.rank * rows, "masked": True}
+    (part,) = s.add("embedding", ids, table, name=node.name, **attrs)
+    return (s.all_reduce(part),), None
+
+
+def _linear(s: _Sharder, node: Node) -> Result:
+    x, weight, *bias = s.inputs(node)
+    axis = s.axis(weight)
+    if axis is None:
+        return _replicated(s, node)
+    if axis == 1:
+        s.require(s.axis(x) == 1 and not node.attrs and all(s.axis(b) is None for b in bias), node)
+        total = s.all_reduce(s.add("linear", x, weight, name=f"{node.name}.part")[0])
+        return (s.add("add", total, *bias, name=node.name) if bias else (total,)), None
+    s.require(s.axis(x) is None and all(s.axis(b) == 0 for b in bias), node)
+    result = s.add("linear", x, weight, *bias, name=node.name, **node.attrs)
+    vocab = node.outputs[0].shape[1]
+    if s.graph.producers[node.used[1]].attrs.get("shard") != Shard.VOCAB_HEAD:
+        return result, 1
+    whole = s.all_gather(result[0], 1)  # padding of an odd vocabulary is cut off again
+    return s.add("slice", whole, name=f"{node.name}.vocab", axis=1, start=0, stop=vocab), None
+
+
+def _elementwise(s: _Sharder, node: Node) -> Result:
+    inputs = s.inputs(node)
+    first = s.axis(inputs[0])
+    for name in inputs[1:]:
+        assert name is not None and inputs[0] is not None
+        vector = s.specs[name].rank < s.specs[inputs[0]].rank
+        s.require(s.axis(name) == (0 if vector and first == 1 else first), node)
+    return s.add(node.op, *inputs, name=node.name, **node.attrs), first
+
+
+def _reshape(s: _Sharder, node: Node) -> Result:
+    """[T, heads * head_dim] <-> [T, heads, head_dim], split by heads."""
+    (x,) = s.inputs(node)
+    axis = s.axis(x)
+    if axis is None:
+        return _replicated(s, node)
+    assert x is not None
+    shape: list[Dim] = list(node.attrs["shape"])
+    size = shape[1] if len(shape) > 1 else None
+    fits = axis == 1 and {s.specs[x].rank, len(shape)} == {2, 3} and isinstance(size, int)
+    s.require(fits and size % s.options.tp_size == 0, node)  # type: ignore[operator]
+    shape[1] = size // s.options.tp_size  # type: ignore[operator]
+    return s.add("reshape", x, name=node.name, shape=tuple(shape)), 1
+
+
+def _attention(s: _Sharder, node: Node) -> Result:
+    inputs = s.inputs(node)
+    s.require(len({s.axis(name) for name in inputs[:3]}) == 1, node)
+    return s.add(node.op, *inputs, name=node.name, **node.attrs), s.axis(inputs[0])
+
+
+def _rotary(s: _Sharder, node: Node) -> Result:
+    inputs = s.inputs(node)
+    return s.add(node.op, *inputs, name=node.name, **node.attrs), s.axis(inputs[0])
+
+
+_RULES: dict[str, Callable[[_Sharder, Node], Result]] = {
+    "weight": _weight,
+    "embedding": _embedding,
+    "linear": _linear,
+    "activation": _elementwise,
+    "add": _elementwise,
+    "mul": _elementwise,
+    "cast": _elementwise,
+    "reshape": _reshape,
+    "attention": _attention,
+    "rotary": _rotary,
+}

@@ -1,0 +1,90 @@
+"""The CPU target: runs a graph with torch, no compiler and no accelerator needed.
+
+Ops run as their reference implementations, except attention, which works on whole batches, and what plugins bring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import BuildConfig
+from ..dtypes import MODEL_DTYPES, to_torch
+from ..errors import ConfigError
+from ..graph import Graph
+from ..ops import ReferenceContext, op_names
+from ..ops.registry import Communicator
+from ..passes.fuse import ACTIVATION, ADD_NORM, SIBLINGS
+from .base import CacheShape, Capabilities
+from .cpu_attention import CpuAttention, KVCache
+from .program import KernelFactory, Program
+
+
+class CpuTarget:
+    name = "cpu"
+    embeds_weights = False
+
+    def capabilities(self, build: BuildConfig) -> Capabilities:
+        if build.target_options:
+            raise ConfigError(f"target cpu has no options, found: {', '.join(build.target_options)}")
+        return Capabilities(
+            ops=op_names(),
+            fusions=frozenset({SIBLINGS, ACTIVATION, ADD_NORM}),
+            dtypes=frozenset(MODEL_DTYPES),
+            tensor_parallel=True,
+        )
+
+    def compile(
+        self,
+        graph: Graph,
+        build: BuildConfig,
+        directory: Path,
+        rank: int,
+        weights: Mapping[str, torch.Tensor],
+    ) -> Mapping[str, Any]:
+        return {}  # the graph in engine.json is the program
+
+
+TARGET = CpuTarget()
+
+
+def allocate_cache(shape: CacheShape, num_pages: int) -> KVCache:
+    """Per layer, k and v of zeros. The memory is committed by the system as pages are first written."""
+    size = (num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
+
+    def zeros() -> torch.Tensor:
+        # numpy allocates zeros lazily; torch writes them. Zeros, because attention reads (and masks) unused slots.
+        raw = np.zeros(int(np.prod(size)) * shape.dtype.itemsize, np.uint8)
+        return torch.from_numpy(raw).view(to_torch(shape.dtype)).view(size)
+
+    return [(zeros(), zeros()) for _ in range(shape.layers)]
+
+
+class CpuProgram:
+    """The graph of one rank over its KV cache."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Mapping[str, torch.Tensor],
+        cache: KVCache,
+        *,
+        kernels: Mapping[str, KernelFactory] | None = None,
+        communicator: Communicator | None = None,
+    ) -> None:
+        """weights: a tensor for every weight node of `graph`, memory-mapped ones included.
+
+        kernels: factories by op name that take precedence over this target's own (from plugins).
+        """
+        self._attention = CpuAttention(cache)
+        factories: dict[str, KernelFactory] = {"attention": self._attention.kernel, **(kernels or {})}
+        self._program = Program(graph, weights, factories, ReferenceContext(cache, communicator))
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One step. inputs: the tensors of `core.graph.GRAPH_INPUTS`, int32. Returns the graph's output."""
+        self._attention.begin_step(inputs["query_start"], inputs["kv_length"], inputs["page_table"])
+        return self._program.run(inputs)

@@ -1,0 +1,151 @@
+"""Machine code in an engine: which kernels it needs, compiled for each architecture, and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ....kernels import context_attention, embedding, layer_norm, linear, paged_decode_attention, sampling
+from ....kernels.contract import ELEMENT_TYPES
+from ....kernels.errors import KernelContractError, KernelError
+from ....kernels.nvrtc import (
+    KERNELS_ROOT,
+    CompiledKernel,
+    Defines,
+    KernelSource,
+    ResourceUsage,
+    compile_kernel,
+    compile_target,
+)
+from ....kernels.paged import check_model
+from ...errors import BuildError, EngineError
+from ...graph import Graph
+from ..base import CacheShape
+from .variants import decode_graph
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_120")
+"""What an engine can be built for: Ampere, Ada, Hopper and Blackwell (RTX) GPUs."""
+
+MULTIPROCESSORS: Mapping[str, tuple[int, ...]] = {
+    "sm_80": (108,),
+    "sm_89": (142,),
+    "sm_90": (132,),
+    "sm_120": (170,),
+}
+"""The GPU of each architecture that launches are planned for: A100, L40, H100 and H200, RTX 5090.
+
+Which kernel serves a shape depends on the number of multiprocessors. A GPU with another number runs the plans of these.
+"""
+
+MAX_DECODE_BUCKET = 1024
+
+
+def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
+    """Batch sizes for which a decode step is captured: a batch runs in the smallest that holds it."""
+    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, MAX_DECODE_BUCKET]
+    return (*(size for size in sizes if size < max_batch_size), min(max_batch_size, MAX_DECODE_BUCKET))
+
+
+def check_supported(shape: CacheShape, num_heads: int) -> None:
+    """Raises BuildError when the attention kernels do not take the model or the page size."""
+    try:
+        check_model(
+            "attention",
+            dtype=shape.dtype.value,
+            head_dim=shape.head_dim,
+            num_heads=num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            page_size=shape.page_size,
+        )
+    except KernelContractError as error:
+        raise BuildError(f"target cuda: {error}") from None
+
+
+def kernel_sources(
+    graph: Graph, shape: CacheShape, max_batch_size: int, arch: str, logits_dtype: str
+) -> tuple[KernelSource, ...]:
+    """Every kernel that `CudaProgram` can ask for when it runs `graph` on a GPU of `arch`."""
+    element = ELEMENT_TYPES[shape.dtype.value]
+    capability = int(arch.removeprefix("sm_"))
+    return (
+        *embedding.sources(element),
+        *layer_norm.sources(element),
+        *linear.sources(element, _linear_plans(graph, max_batch_size, arch, capability)),
+        *paged_decode_attention.sources(element, (shape.head_dim,), capability),
+        *context_attention.sources(element, (shape.head_dim,)),
+        *sampling.sources(ELEMENT_TYPES[logits_dtype]),
+    )
+
+
+def _linear_plans(
+    graph: Graph, max_batch_size: int, arch: str, capability: int
+) -> Iterator[linear.plan.Plan]:
+    for rows in decode_buckets(min(max_batch_size, linear.MAX_ROWS)):
+        for features, columns, norm in linear_shapes(graph, rows):
+            for multiprocessors in MULTIPROCESSORS[arch]:
+                yield linear.choose_plan(
+                    rows, features, columns, norm=norm, capability=capability, multiprocessors=multiprocessors
+                )
+
+
+def linear_shapes(graph: Graph, rows: int) -> set[tuple[int, int, str]]:
+    """(features, columns, fused norm) of the linear layers in a decode step of `rows` sequences."""
+    decode = decode_graph(graph, fuse_norms=rows <= linear.MAX_STREAM_ROWS)
+    shapes = set()
+    for node in decode.nodes:
+        if node.op == "linear":
+            features, columns = decode.specs[node.used[1]].shape
+            assert isinstance(features, int) and isinstance(columns, int)
+            shapes.add((features, columns, str(node.attrs.get("norm", "none"))))
+    return shapes
+
+
+def code_file(arch: str) -> str:
+    """Name of the file of an engine with the machine code for `arch`."""
+    return f"kernels.{arch}.cubins"
+
+
+def write_code(sources: Sequence[KernelSource], arch: str, directory: Path) -> list[dict[str, Any]]:
+    """Compiles `sources` for `arch` into one file; returns its table of contents.
+
+    Raises BuildError when the compiler is missing or refuses a kernel.
+    """
+    contents: list[dict[str, Any]] = []
+    with (directory / code_file(arch)).open("wb") as file:
+        for source in sources:
+            try:
+                compiled = compile_kernel(source, arch=compile_target(arch))
+            except KernelError as error:
+                raise BuildError(f"target cuda: {str(error).splitlines()[0]}") from None
+            contents.append(
+                {
+                    "source": source.name,
+                    "entries": dict(compiled.entries),
+                    "resources": {name: asdict(usage) for name, usage in compiled.resources.items()},
+                    "key": compiled.key,
+                    "offset": file.tell(),
+                    "bytes": len(compiled.cubin),
+                }
+            )
+            file.write(compiled.cubin)
+    return contents
+
+
+def read_code(
+    contents: Iterable[Mapping[str, Any]], arch: str, directory: Path
+) -> Iterator[tuple[KernelSource, Defines, CompiledKernel]]:
+    """What `KernelLibrary` takes as precompiled. Raises EngineError when the file does not fit its table of contents."""
+    data = (directory / code_file(arch)).read_bytes()
+    for item in contents:
+        cubin = data[item["offset"] : item["offset"] + item["bytes"]]
+        if len(cubin) != item["bytes"]:
+            raise EngineError(f"{directory / code_file(arch)}: shorter than engine.json says")
+        source = KernelSource(KERNELS_ROOT / item["source"], tuple(item["entries"]))
+        resources = {name: ResourceUsage(**usage) for name, usage in item["resources"].items()}
+        yield (
+            source,
+            {},
+            CompiledKernel(compile_target(arch), cubin, b"", item["entries"], resources, item["key"]),
+        )

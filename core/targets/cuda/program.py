@@ -1,0 +1,289 @@
+"""Runs a graph on a GPU with the project's kernels: prefill steps launch by launch, decode steps from CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ....kernels.context_attention import ContextAttention
+from ....kernels.embedding import Embedding, Positions
+from ....kernels.layer_norm import LayerNorm
+from ....kernels.library import KernelLibrary
+from ....kernels.linear import MAX_STREAM_ROWS, Linear, Norm, outruns_cublas, weight_sums
+from ....kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
+from ...graph import Graph, Node
+from ...ops import ReferenceContext, get_op
+from ...ops.elementwise import ACTIVATIONS
+from ..program import Kernel, KernelFactory, Program
+from .variants import decode_graph, prefill_graph
+
+Pages = tuple[torch.Tensor, torch.Tensor]
+"""k and v of one layer, each [num_pages, page_size, num_kv_heads, head_dim]."""
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """The sequences of a step that have one new token; they are its first rows. int32, on the GPU.
+
+    kv_length: [rows], 0 where a row is unused; page_table: [rows, pages].
+    """
+
+    kv_length: torch.Tensor
+    page_table: torch.Tensor
+    early: bool
+    """Nothing in this CUDA graph, before attention, writes these tensors or pages of earlier tokens."""
+
+    @property
+    def count(self) -> int:
+        return self.kv_length.shape[0]
+
+
+@dataclass(frozen=True)
+class ContextRows:
+    """The sequences of a step that have several new tokens; they follow those that decode. int32, on the GPU.
+
+    query_start: [sequences + 1] into these rows; kv_length: [sequences]; page_table: [sequences, pages].
+    """
+
+    query_start: torch.Tensor
+    kv_length: torch.Tensor
+    page_table: torch.Tensor
+
+
+class CudaProgram:
+    """The graph of one rank, on one GPU.
+
+    weights: on the GPU; cache: one pair of page tensors a layer, on the GPU.
+    accumulation: of prefill attention: float32, float16, or unfused (torch, one sequence at a time).
+    max_kv_length: longest sequence, for which the work of decode attention is divided.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Mapping[str, torch.Tensor],
+        cache: list[Pages],
+        library: KernelLibrary,
+        *,
+        accumulation: str,
+        max_kv_length: int,
+        kernels: Mapping[str, KernelFactory] | None = None,
+    ) -> None:
+        self._graph, self._weights, self._cache, self._library = graph, weights, cache, library
+        self._accumulation, self._max_kv_length = accumulation, max_kv_length
+        self._embedding, self._norm, self._linear = Embedding(library), LayerNorm(library), Linear(library)
+        self._decode_attention, self._context_attention = (
+            PagedDecodeAttention(library),
+            ContextAttention(library),
+        )
+        self._foreign = kernels or {}
+        self._weight_sums: dict[str, torch.Tensor] = {}
+        self._decode_rows: DecodeRows | None = None
+        self._context_rows: ContextRows | None = None
+        self._plans: dict[int, tuple[DecodePlan, torch.Tensor | None]] = {}
+        self._prefill = self._program(prefill_graph(graph), library_products=True)
+
+    def prefill(
+        self, inputs: Mapping[str, torch.Tensor], decode: DecodeRows | None, context: ContextRows | None
+    ) -> torch.Tensor:
+        """A step with prompts in it. inputs: token_ids, positions [T], logits_index [R]. Returns logits [R, vocab]."""
+        self._decode_rows, self._context_rows = decode, context
+        return self._prefill.run(inputs)
+
+    def decoder(self, rows: int) -> Callable[[Mapping[str, torch.Tensor], DecodeRows], torch.Tensor]:
+        """What runs a decode step of `rows` sequences: `(inputs token_ids, positions [rows]; rows) -> logits`.
+
+        The logits are those the head computes, before the graph widens them. Capturable in a CUDA graph after one run.
+        """
+        graph = decode_graph(self._graph, fuse_norms=rows <= MAX_STREAM_ROWS)
+        program = self._program(narrow_logits(graph), library_products=False)
+
+        def run(inputs: Mapping[str, torch.Tensor], decode: DecodeRows) -> torch.Tensor:
+            self._decode_rows, self._context_rows = decode, None
+            return program.run(inputs)
+
+        return run
+
+    def _program(self, graph: Graph, *, library_products: bool) -> Program:
+        """library_products: cuBLASLt for every product. The engine carries linear kernels for decode buckets only."""
+        kernels: dict[str, KernelFactory] = {
+            "embedding": self._embedding_kernel,
+            "linear": partial(self._linear_kernel, library_products),
+            "layer_norm": partial(self._norm_kernel, "layer"),
+            "rms_norm": partial(self._norm_kernel, "rms"),
+            "add_layer_norm": partial(self._add_norm_kernel, "layer"),
+            "add_rms_norm": partial(self._add_norm_kernel, "rms"),
+            "attention": self._attention_kernel,
+            **self._foreign,
+        }
+        return Program(graph, self._weights, kernels)
+
+    # ---- one method an op: node -> what runs it
+
+    def _embedding_kernel(self, node: Node) -> Kernel:
+        offset, masked = node.attrs["offset"], node.attrs.get("masked", False)
+        position_offset = node.attrs.get("position_offset", 0)
+
+        def run(
+            ids: torch.Tensor,
+            table: torch.Tensor,
+            positions: torch.Tensor | None = None,
+            position_table: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            out = table.new_empty(ids.shape[0], table.shape[1])
+            both = positions is not None and position_table is not None
+            fused = Positions(positions, position_table, position_offset) if both else None  # type: ignore[arg-type]
+            return self._embedding(ids, table, out=out, offset=offset, masked=masked, positions=fused)
+
+        return run
+
+    def _norm_kernel(self, kind: str, node: Node) -> Kernel:
+        epsilon = node.attrs["eps"]
+
+        def run(
+            x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            out = torch.empty_like(x)
+            if x.shape[0]:
+                self._norm(x, scale, shift, out=out, kind=kind, epsilon=epsilon)
+            return out
+
+        return run
+
+    def _add_norm_kernel(self, kind: str, node: Node) -> Kernel:
+        epsilon = node.attrs["eps"]
+
+        def run(
+            x: torch.Tensor,
+            residual: torch.Tensor,
+            scale: torch.Tensor | None = None,
+            shift: torch.Tensor | None = None,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            total, out = torch.empty_like(x), torch.empty_like(x)
+            if x.shape[0]:
+                self._norm(
+                    x, scale, shift, out=out, residual=residual, total=total, kind=kind, epsilon=epsilon
+                )
+            return total, out
+
+        return run
+
+    def _linear_kernel(self, library_products: bool, node: Node) -> Kernel:
+        activation = node.attrs.get("activation", "none")
+        norm = self._fused_norm(node) if "norm" in node.attrs else None
+
+        def run(
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor | None = None,
+            residual: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            if x.shape[0] == 0:  # a step that holds only parts of prompts wants no logits
+                return x.new_empty(0, weight.shape[0])
+            if library_products or not outruns_cublas(x.shape[0], weight.shape[0]):
+                assert norm is None, f"{node.name}: a norm is fused into a product of {x.shape[0]} rows"
+                return large_linear(x, weight, bias, residual, activation)
+            out = x.new_empty(x.shape[0], weight.shape[0])
+            return self._linear(
+                x.contiguous(), weight, bias, out=out, residual=residual, activation=activation, norm=norm
+            )
+
+        return run
+
+    def _fused_norm(self, node: Node) -> Norm:
+        kind, epsilon = node.attrs["norm"], node.attrs["eps"]
+        name = node.used[1]
+        if kind == "layer" and name not in self._weight_sums:
+            self._weight_sums[name] = weight_sums(self._weights[name])
+        return Norm(self._weight_sums.get(name), kind, epsilon)
+
+    def _attention_kernel(self, node: Node) -> Kernel:
+        layer, scale = node.attrs["layer"], node.attrs["scale"]
+
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            count = 0
+            if self._decode_rows is not None:
+                count = self._decode_rows.count
+                self._decode(layer, scale, q[:count], k[:count], v[:count], out[:count], self._decode_rows)
+            if self._context_rows is not None:
+                self._context(layer, scale, q[count:], k[count:], v[count:], out[count:], self._context_rows)
+            return out
+
+        return run
+
+    def _decode(
+        self,
+        layer: int,
+        scale: float,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        rows: DecodeRows,
+    ) -> None:
+        keys, values = self._cache[layer]
+        plan, workspace = self._decode_plan(rows.count, q.shape[1])
+        self._decode_attention(
+            q, k, v, keys, values, rows.page_table, rows.kv_length,
+            out=out, plan=plan, scale=scale, workspace=workspace, early=rows.early,
+        )  # fmt: skip
+
+    def _decode_plan(self, rows: int, num_heads: int) -> tuple[DecodePlan, torch.Tensor | None]:
+        if rows not in self._plans:
+            keys = self._cache[0][0]
+            plan = self._decode_attention.plan(rows, num_heads, keys, self._max_kv_length)
+            size = plan.workspace_bytes
+            workspace = torch.zeros(size, dtype=torch.uint8, device=keys.device) if size else None
+            self._plans[rows] = plan, workspace
+        return self._plans[rows]
+
+    def _context(
+        self,
+        layer: int,
+        scale: float,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        rows: ContextRows,
+    ) -> None:
+        keys, values = self._cache[layer]
+        starts = (rows.query_start, rows.kv_length, rows.page_table)
+        if self._accumulation == "unfused":
+            attrs = {"layer": layer, "scale": scale}
+            out.copy_(get_op("attention").reference(ReferenceContext(self._cache), attrs, q, k, v, *starts))
+            return
+        self._context_attention(
+            q, k, v, keys, values, *starts, out=out, scale=scale, accumulation=self._accumulation
+        )
+
+
+def narrow_logits(graph: Graph) -> Graph:
+    """`graph` without a last cast: sampling kernels read what the head leaves."""
+    (name,) = graph.outputs
+    node = graph.producers[name]
+    return Graph(graph.nodes, (node.used[0],)) if node.op == "cast" else graph
+
+
+def large_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """activation(x weight^T + bias) + residual with many rows: cuBLASLt, bias and ReLU in its epilogue."""
+    if bias is None:
+        y = x @ weight.t()
+    elif activation == "relu":
+        y = torch._addmm_activation(bias, x, weight.t())
+        activation = "none"
+    else:
+        y = torch.addmm(bias, x, weight.t())
+    if activation != "none":
+        y = ACTIVATIONS[activation](y)
+    return y if residual is None else y.add_(residual)

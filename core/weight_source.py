@@ -1,0 +1,240 @@
+"""Where the weights of a build come from: a Hugging Face checkpoint converted on the way, or dummy values.
+
+A `WeightSource` gives, for every rank, tensors by our names, in the dtype and with the shape that the sharded
+graph expects. `core.checkpoint.TrtcCheckpoint`, a converted checkpoint on disk, is another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from .dtypes import MODEL_DTYPES, DType, to_torch
+from .errors import CheckpointError
+from .sharding import AxisSlice, ShardingOptions, local_shape, padded_shape, share_rows, slice_bounds
+from .weights import IDENTITY, ResolvedWeight, Shape, WeightTable
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .hf import HFCheckpoint
+
+BLOCK_BYTES = 16 << 20
+"""Tensors are read, converted and written in blocks of rows of this size in float32, which bounds memory: a
+conversion with four workers peaked at 1.9 GiB with 64 MiB and at 0.9 GiB with 16 MiB, since the allocator keeps what
+each thread frees."""
+
+DUMMY_STD = 0.02
+
+
+class WeightSource(Protocol):
+    """The weights of all ranks; safe to read from many threads.
+
+    aliases: name -> name of the weight that holds its data on every rank. `names` leaves aliases out; the
+        other
+    methods accept them.
+    """
+
+    @property
+    def sharding(self) -> ShardingOptions: ...
+    @property
+    def aliases(self) -> Mapping[str, str]: ...
+    def names(self, rank: int) -> tuple[str, ...]: ...
+    def dtype(self, rank: int, name: str) -> DType: ...
+    def shape(self, rank: int, name: str) -> Shape: ...
+    def read(self, rank: int, name: str) -> torch.Tensor:
+        """The shard of `name` that `rank` holds."""
+
+
+class ShardedWeights(ABC):
+    """A WeightSource that slices whole weights into shards, block of rows by block of rows.
+
+    A tied weight is an alias where its shard equals that of its owner; elsewhere it is a weight of its own
+    with the data of its owner.
+    Raises ConfigError when a weight cannot be split over the ranks.
+    """
+
+    def __init__(self, weights: Iterable[ResolvedWeight], *, dtype: DType, sharding: ShardingOptions) -> None:
+        self.sharding = sharding
+        self._dtype = dtype
+        self._all = {weight.name: weight for weight in weights}
+        self.aliases: dict[str, str] = {}
+        for name, weight in self._all.items():
+            owner = weight.tied_to
+            if owner is not None and share_rows(weight.shard, self._all[owner].shard, sharding):
+                self.aliases[name] = owner
+        self._names = tuple(name for name in self._all if name not in self.aliases)
+        self._shapes = {
+            name: local_shape(weight.shape, weight.shard, sharding, name=name, unit=weight.unit)
+            for name, weight in self._all.items()
+        }
+
+    def names(self, rank: int) -> tuple[str, ...]:
+        """The weights that `rank` holds, aliases left out."""
+        return self._names
+
+    def dtype(self, rank: int, name: str) -> DType:
+        return self._dtype
+
+    def shape(self, rank: int, name: str) -> Shape:
+        return self._shapes[name]
+
+    def read(self, rank: int, name: str) -> torch.Tensor:
+        """The shard of `name` that `rank` holds, in fresh memory."""
+        name = self.aliases.get(name, name)
+        part = self.part(rank, name)
+        result = torch.empty(self._shapes[name], dtype=to_torch(self._dtype))
+        rows = (part.start, part.stop) if part is not None and part.axis == 0 else None
+        for start, block in self.blocks(name, rows):
+            cut = cut_block(start, block, part)
+            if cut is not None:
+                result[cut[0] : cut[0] + len(cut[1])] = cut[1]
+        return result
+
+    def part(self, rank: int, name: str) -> AxisSlice | None:
+        """The part of the whole weight that `rank` holds, None for all of it."""
+        weight = self._all[name]
+        return slice_bounds(weight.shape, weight.shard, self.sharding, rank, name=name, unit=weight.unit)
+
+    def blocks(self, name: str, rows: tuple[int, int] | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """The whole weight, padding included, as (first row, block of rows), in order.
+
+        rows: only the blocks that meet the rows [rows[0], rows[1]).
+        """
+        weight = self._all[name]
+        size = weight.shape[0]
+        padded = padded_shape(weight.shape, weight.shard, self.sharding)[0]
+        first, last = rows or (0, padded)
+        origin = self._all[weight.tied_to] if weight.tied_to else weight
+        step = self._rows_per_block(origin)
+        for start in range(first - first % step, min(last, size), step):
+            yield start, self._read_rows(origin, start, min(start + step, size))
+        if last > size:
+            yield size, torch.zeros((padded - size, *weight.shape[1:]), dtype=to_torch(self._dtype))
+
+    def _rows_per_block(self, weight: ResolvedWeight) -> int:
+        row_bytes = math.prod(weight.shape[1:]) * DType.FLOAT32.itemsize
+        return max(1, BLOCK_BYTES // row_bytes)
+
+    @abstractmethod
+    def _read_rows(self, weight: ResolvedWeight, start: int, stop: int) -> torch.Tensor:
+        """The rows [start, stop) of a weight that is not tied, in our layout and dtype."""
+
+
+def cut_block(start: int, block: torch.Tensor, part: AxisSlice | None) -> tuple[int, torch.Tensor] | None:
+    """What of the rows [start, start + len(block)) of a weight belongs to `part`.
+
+    Returns (first row within the shard, rows), or None when nothing belongs to it.
+    """
+    if part is None:
+        return start, block
+    if part.axis == 1:
+        return start, block[:, part.start : part.stop]
+    begin, end = max(start, part.start), min(start + len(block), part.stop)
+    if begin >= end:
+        return None
+    return begin - part.start, block[begin - start : end - start]
+
+
+class HFWeights(ShardedWeights):
+    """The weights of a Hugging Face checkpoint, mapped by its family's table, cast and sharded when read.
+
+    dtype: the type the weights get.
+    Raises CheckpointError when tensors are missing, unexpected, mis-shaped or not floating point (one error
+    lists all), ConfigError when a weight cannot be split over the ranks. Reading raises CheckpointError when
+    the file turns out truncated or when a finite value overflows `dtype`.
+    """
+
+    def __init__(
+        self,
+        source: HFCheckpoint,
+        table: WeightTable,
+        config: ModelConfig,
+        *,
+        dtype: DType,
+        sharding: ShardingOptions,
+    ) -> None:
+        self._source = source
+        plan = table.match(config, source.shapes, str(source.path))
+        self._plan = plan
+        _check_dtypes(source, plan.sources.values())
+        super().__init__(plan.weights.values(), dtype=dtype, sharding=sharding)
+
+    def location(self, name: str) -> tuple[str, int]:
+        """(file, offset) of the data of a weight, to read weights in the order of the disk."""
+        tensor = self._source.tensors[self._plan.sources[name]]
+        return tensor.file, tensor.offset
+
+    def _rows_per_block(self, weight: ResolvedWeight) -> int:
+        # Rows of a transformed weight are not rows of the file: it is read as a whole.
+        return super()._rows_per_block(weight) if weight.transform == IDENTITY else weight.shape[0]
+
+    def _read_rows(self, weight: ResolvedWeight, start: int, stop: int) -> torch.Tensor:
+        source = self._plan.sources[weight.name]
+        if weight.transform == IDENTITY:
+            tensor = self._source.read_rows(source, start, stop)
+        else:
+            tensor = weight.transform.apply(self._source.read(source))
+            assert tuple(tensor.shape) == weight.shape, (
+                f"{weight.name}: {weight.transform} gives {list(tensor.shape)}"
+            )
+        return _cast(tensor, self._dtype, f"{self._source.path}: tensor {source!r}")
+
+
+def _check_dtypes(source: HFCheckpoint, names: Iterable[str]) -> None:
+    bad = [
+        f"{name} is {source.tensors[name].dtype}"
+        for name in names
+        if source.tensors[name].dtype not in MODEL_DTYPES
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{source.path}: tensors of a dtype that cannot be converted: {'; '.join(bad)};"
+            f" accepted: {', '.join(MODEL_DTYPES)}"
+        )
+
+
+def _cast(tensor: torch.Tensor, dtype: DType, where: str) -> torch.Tensor:
+    """`tensor` as `dtype`. Raises CheckpointError when a finite value becomes infinite."""
+    result = tensor.to(to_torch(dtype))
+    may_overflow = torch.finfo(result.dtype).max < torch.finfo(tensor.dtype).max
+    if may_overflow and result.isinf().any() and (result.isinf() & tensor.isfinite()).any():
+        largest = tensor.abs().max().item()
+        raise CheckpointError(
+            f"{where}: values up to {largest:.4g} do not fit {dtype}; use --dtype bfloat16 or float32"
+        )
+    return result
+
+
+class DummyWeights(ShardedWeights):
+    """Random weights in the shapes of a model, for measurements without a checkpoint.
+
+    Values depend on `seed`, the name of the weight and the position only: the shards of any tp_size are
+    slices of the same whole. Normal with a standard deviation of 0.02; vectors called `.weight` (norms) are
+    around 1.
+    Raises ConfigError when a weight cannot be split over the ranks.
+    """
+
+    def __init__(
+        self,
+        table: WeightTable,
+        config: ModelConfig,
+        *,
+        dtype: DType,
+        sharding: ShardingOptions,
+        seed: int = 0,
+    ) -> None:
+        self._seed = seed
+        super().__init__(table.expand(config), dtype=dtype, sharding=sharding)
+
+    def _read_rows(self, weight: ResolvedWeight, start: int, stop: int) -> torch.Tensor:
+        digest = hashlib.sha256(f"{self._seed}/{weight.name}/{start}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        values = torch.randn((stop - start, *weight.shape[1:]), generator=generator).mul_(DUMMY_STD)
+        if len(weight.shape) == 1 and weight.name.endswith(".weight"):
+            values += 1
+        return values.to(to_torch(self._dtype))

@@ -1,0 +1,96 @@
+"""Writes the k and v of new tokens into the paged KV cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..contract import pointer
+from ..launch import BoundKernel, LaunchShape
+from ..library import KernelLibrary
+from ..nvrtc import KernelSource
+from ..paged import check_cache, check_int32, check_rows, contract_key, page_shift
+
+if TYPE_CHECKING:
+    import torch
+
+ENTRY = "trtc::append_kv"
+SOURCE = KernelSource(Path(__file__).parent / "append_kv.cu", (ENTRY,))
+SIGNATURE = "PPPPPPPiiiiii"
+THREADS = 256
+PIECE_BYTES = 16
+
+
+class AppendKv:
+    """Launcher of the append kernel. One per device and thread."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._library = library
+        self._bound: dict[tuple[object, ...], BoundKernel] = {}
+
+    def __call__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        query_start: torch.Tensor,
+        kv_length: torch.Tensor,
+        page_table: torch.Tensor,
+        *,
+        dependent: bool = True,
+    ) -> None:
+        """Copy the new tokens of every sequence to the end of its pages.
+
+        k, v:             [num_tokens, num_kv_heads, head_dim]            packed; rows may lie apart
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]  dtype of k; written
+        query_start:      [num_seqs + 1] int32  first packed row of each sequence, then the number of rows in use (the
+                          rest is padding and is skipped)
+        kv_length:        [num_seqs] int32      tokens of each sequence, the new ones included
+        page_table:       [num_seqs, pages_per_seq] int32
+        dependent:        programmatic dependent launch; nothing is read before the predecessors have ended.
+        Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
+        """
+        tensors = (k, v, k_cache, v_cache, query_start, kv_length, page_table)
+        key = (*contract_key(*tensors), dependent)
+        kernel = self._bound.get(key)
+        if kernel is None:
+            check(*tensors)
+            kernel = self._bound[key] = self._bind(k, dependent)
+        elements = PIECE_BYTES // k.element_size()
+        kernel(
+            *map(pointer, tensors),
+            k.stride(0) // elements, v.stride(0) // elements, k.shape[1] * k.shape[2] // elements,
+            kv_length.shape[0], page_shift(k_cache), page_table.shape[1],
+        )  # fmt: skip
+
+    def _bind(self, k: torch.Tensor, dependent: bool) -> BoundKernel:
+        pieces = k.numel() * k.element_size() // PIECE_BYTES
+        kernel = self._library.kernel(SOURCE, ENTRY, SIGNATURE)
+        shape = LaunchShape(
+            (-(-pieces // THREADS),), (THREADS,), dependent=dependent and self._library.capability >= 90
+        )
+        return kernel.bind(shape)
+
+
+def check(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    query_start: torch.Tensor,
+    kv_length: torch.Tensor,
+    page_table: torch.Tensor,
+) -> None:
+    """Raise KernelContractError unless the tensors fit the contract of `AppendKv.__call__`."""
+    op, num_seqs = "append_kv", kv_length.shape[0]
+    _, _, num_kv_heads, head_dim = k_cache.shape
+    check_cache(op, k_cache, v_cache, num_kv_heads)
+    sizes = {"num_tokens": k.shape[0], "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    check_rows(op, "k", k, k_cache, sizes)
+    check_rows(op, "v", v, k_cache, sizes)
+    check_int32(op, "query_start", query_start, k, {"num_seqs + 1": num_seqs + 1})
+    check_int32(op, "kv_length", kv_length, k, {"num_seqs": num_seqs})
+    check_int32(
+        op, "page_table", page_table, k, {"num_seqs": num_seqs, "pages_per_seq": page_table.shape[-1]}
+    )

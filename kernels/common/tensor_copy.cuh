@@ -1,0 +1,61 @@
+// Hopper's tensor copy engine and the barriers in shared memory that count its bytes (sm_90 and later).
+//
+// Tiles in shared memory are 64 columns of 16-bit elements wide, rows of 128 bytes, in the 128-byte swizzle that wgmma
+// knows as well; each starts at a multiple of 1024 bytes.
+#pragma once
+#include "common/types.cuh"
+
+namespace trtc {
+
+constexpr int kSwizzledColumns = 64;
+constexpr int kSwizzledRowBytes = 2 * kSwizzledColumns;
+
+struct alignas(64) TensorMap {
+    uint64 opaque[16];
+};
+
+__device__ __forceinline__ void barrier_init(uint32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialized barriers known to the copy engine; a block barrier follows.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint32 barrier, uint32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits until the phase of parity `parity` is complete.
+__device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// Copies the box of `map` at (column, row) to shared memory; `barrier` counts its bytes.
+__device__ __forceinline__ void copy_tensor(uint32 destination, const TensorMap& map, int column, int row,
+                                            uint32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\n" ::
+            "r"(destination),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
+}
+
+}  // namespace trtc

@@ -1,0 +1,117 @@
+"""Layer norm and root-mean-square norm, with an optional residual add in front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..contract import check_tensor, element_type, pointer
+from ..errors import KernelContractError
+from ..launch import BoundKernel, LaunchShape
+from ..library import KernelLibrary
+from ..nvrtc import KernelSource
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("layer", "rms")
+SIGNATURE = "PPPPPPif"
+MAX_THREADS = 512
+VECTORS = (1, 2, 3)
+"""Accepted 16-byte vectors per thread."""
+
+
+def entry(element: str, vectors: int, kind: str) -> str:
+    """Name expression of the kernel for a CUDA type, vectors per thread and a kind of norm."""
+    return f"trtc::layer_norm<{element}, {vectors}, {'true' if kind == 'rms' else 'false'}>"
+
+
+def sources(element: str) -> tuple[KernelSource, ...]:
+    """The file with every kernel for CUDA type `element`."""
+    entries = tuple(entry(element, vectors, kind) for vectors in VECTORS for kind in KINDS)
+    return (KernelSource(Path(__file__).parent / "layer_norm.cu", entries),)
+
+
+class LayerNorm:
+    """Launcher of the norm kernels. One per device and thread."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._library = library
+        self._bound: dict[tuple[object, ...], BoundKernel] = {}
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        total: torch.Tensor | None = None,
+        kind: str = "layer",
+        epsilon: float = 1e-5,
+        dependent: bool = True,
+    ) -> torch.Tensor:
+        """`norm(x) * scale + shift`, or with `residual`: `total = x + residual`, then the norm of `total`.
+
+        x, residual:  [rows, columns]  float16, bfloat16 or float32; columns a multiple of 16 bytes, at most 1536
+                      16-byte vectors
+        scale, shift: [columns]        dtype of x, or None
+        out, total:   [rows, columns]  dtype of x; total with residual only, and may be x or residual
+        kind:         "layer" or "rms".
+        Statistics are float32 (two passes over registers); `total` is rounded before its norm is taken.
+        Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
+        """
+        tensors = (x, scale, shift, residual, total, out)
+        key = (
+            *((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) if t is not None else None for t in tensors),
+            kind, dependent,
+        )  # fmt: skip
+        kernel = self._bound.get(key)
+        if kernel is None:
+            self._check(x, scale, shift, residual, total, out, kind)
+            kernel = self._bound[key] = self._bind(x, kind, dependent)
+        addresses = (pointer(tensor) for tensor in (out, total, x, residual, scale, shift))
+        kernel(*addresses, x.shape[1], epsilon)
+        return out
+
+    def _bind(self, x: torch.Tensor, kind: str, dependent: bool) -> BoundKernel:
+        rows, columns = x.shape
+        element = element_type("layer_norm", x)
+        count = columns * x.element_size() // 16
+        vectors = next(size for size in VECTORS if count <= MAX_THREADS * size)
+        threads = min(MAX_THREADS, -(-count // (vectors * 32)) * 32)
+        kernel = self._library.kernel(sources(element)[0], entry(element, vectors, kind), SIGNATURE)
+        return kernel.bind(
+            LaunchShape((rows,), (threads,), dependent=dependent and self._library.capability >= 90)
+        )
+
+    @staticmethod
+    def _check(
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        total: torch.Tensor | None,
+        out: torch.Tensor,
+        kind: str,
+    ) -> None:
+        element_type("layer_norm", x)
+        rows, columns = x.shape
+        size = 16 // x.element_size()
+        if columns % size or columns > MAX_THREADS * VECTORS[-1] * size:
+            limit = MAX_THREADS * VECTORS[-1] * size
+            raise KernelContractError(
+                f"layer_norm: columns={columns} is not a multiple of {size} up to {limit}"
+            )
+        if kind not in KINDS:
+            raise KernelContractError(f"layer_norm: kind {kind!r} is unknown; accepted: {', '.join(KINDS)}")
+        if (residual is None) != (total is None):
+            raise KernelContractError("layer_norm: residual and total are given together or not at all")
+        all_sizes, row_sizes = {"rows": rows, "columns": columns}, {"columns": columns}
+        for name, tensor, sizes in (
+            ("x", x, all_sizes), ("out", out, all_sizes), ("residual", residual, all_sizes),
+            ("total", total, all_sizes), ("scale", scale, row_sizes), ("shift", shift, row_sizes),
+        ):  # fmt: skip
+            if tensor is not None:
+                check_tensor("layer_norm", name, tensor, x.dtype, sizes, x)

@@ -1,0 +1,189 @@
+"""Linear layer for 1 to 64 rows, bound by the one read of its weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..contract import check_tensor, element_type, pointer
+from ..errors import KernelContractError
+from ..launch import BoundKernel, tensor_map
+from ..library import KernelLibrary
+from .plan import (
+    ACTIVATIONS,
+    MAX_ROWS,
+    MAX_STREAM_ROWS,
+    NORMS,
+    STREAM_SIGNATURE,
+    TILE_SIGNATURE,
+    WARPGROUP_SIGNATURE,
+    Plan,
+    StreamPlan,
+    TilePlan,
+    WarpgroupPlan,
+    check_sizes,
+    choose_plan,
+    outruns_cublas,
+    sources,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ACTIVATIONS",
+    "MAX_ROWS",
+    "MAX_STREAM_ROWS",
+    "NORMS",
+    "Linear",
+    "Norm",
+    "Plan",
+    "choose_plan",
+    "outruns_cublas",
+    "sources",
+    "weight_sums",
+]
+
+ELEMENTS = ("float16", "bfloat16")
+SIGNATURES = {StreamPlan: STREAM_SIGNATURE, TilePlan: TILE_SIGNATURE, WarpgroupPlan: WARPGROUP_SIGNATURE}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the rows of x, without parameters of its own, fused in front of a linear layer.
+
+    A norm's scale g and shift s belong into the layer: W' = W * g and b' = b + W s.
+    weight_sums: [out_features] float32, `weight_sums(W')`, for kind "layer"; None for kind "rms".
+    """
+
+    weight_sums: torch.Tensor | None
+    kind: str = "layer"
+    epsilon: float = 1e-5
+
+
+def weight_sums(weight: torch.Tensor) -> torch.Tensor:
+    """The sum of each row of [out_features, in_features], in float32, as `Norm` wants it."""
+    import torch
+
+    return weight.sum(dim=1, dtype=torch.float32)
+
+
+class Linear:
+    """Launcher of the linear kernels; see `__call__`. One per device and thread."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._library = library
+        self._bound: dict[tuple[object, ...], tuple[Plan, BoundKernel]] = {}
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: str = "none",
+        norm: Norm | None = None,
+        dependent: bool = True,
+        plan: Plan | None = None,
+    ) -> torch.Tensor:
+        """`activation(norm(x) @ weight.T + bias) + residual`, written to `out`, on torch's current stream.
+
+        x:        [rows, in_features]          float16 or bfloat16; rows 1 to 64, in_features a multiple of 8
+        weight:   [out_features, in_features]  dtype of x
+        bias:     [out_features]               dtype of x, or None
+        residual: [rows, out_features]         dtype of x, or None; may be `out`
+        out:      [rows, out_features]         dtype of x
+        activation: a key of ACTIVATIONS.
+        norm:     for up to MAX_STREAM_ROWS rows. It is applied to the sums, so that the normed x is not rounded; a row's
+                  mean should be less than about 50 of its standard deviations.
+        dependent: programmatic dependent launch: the weight is loaded while the predecessor still runs, so that the
+                   predecessor must not be what writes the weight.
+        plan:     overrides `choose_plan`, for measurements.
+        Sums are float32 and rounded once. The result of a row depends neither on timing nor on the other rows' values.
+        Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
+        """
+        rows, columns = x.shape
+        features = weight.shape[0]
+        # Everything that the checks look at is in the key, so that they run once per combination.
+        tensors = (x, weight, bias, residual, out, norm.weight_sums if norm else None)
+        key = (
+            *((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) if t is not None else None for t in tensors),
+            activation, norm.kind if norm else None, dependent, plan,
+        )  # fmt: skip
+        found = self._bound.get(key)
+        if found is None:
+            self._check(x, weight, bias, residual, out, activation, norm)
+            found = self._bound[key] = self._bind(x, rows, features, columns, norm, dependent, plan)
+        plan, kernel = found
+        code = ACTIVATIONS[activation]
+        if isinstance(plan, StreamPlan):
+            sums, epsilon = (norm.weight_sums, norm.epsilon) if norm else (None, 0.0)
+            addresses = map(pointer, (out, x, weight, bias, residual, sums))
+            kernel(*addresses, rows, features, columns, code, epsilon)
+            return out
+        sizes = (rows, features, columns, plan.features_per_block, plan.columns_per_block, code)
+        if isinstance(plan, TilePlan):
+            kernel(*map(pointer, (out, x, weight, bias, residual)), *sizes)
+        else:
+            dtype = str(x.dtype).removeprefix("torch.")
+            weight_map = tensor_map(weight.data_ptr(), dtype, features, columns, plan.features_per_block)
+            x_map = tensor_map(x.data_ptr(), dtype, rows, columns, plan.tokens)
+            kernel(*map(pointer, (out, bias, residual)), weight_map, x_map, *sizes, plan.stages)
+        return out
+
+    def _bind(
+        self, x: torch.Tensor, rows: int, features: int, columns: int, norm: Norm | None, dependent: bool,
+        plan: Plan | None,
+    ) -> tuple[Plan, BoundKernel]:  # fmt: skip
+        library = self._library
+        plan = plan or choose_plan(
+            rows, features, columns, norm=norm.kind if norm else "none", capability=library.capability,
+            multiprocessors=library.multiprocessors,
+        )  # fmt: skip
+        kernel = library.kernel(
+            plan.source, plan.entry(element_type("linear", x, ELEMENTS)), SIGNATURES[type(plan)]
+        )
+        return plan, kernel.bind(plan.launch_shape(dependent and library.capability >= 90))
+
+    @staticmethod
+    def _check(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        out: torch.Tensor,
+        activation: str,
+        norm: Norm | None,
+    ) -> None:
+        import torch
+
+        element_type("linear", x, ELEMENTS)
+        rows, columns = x.shape
+        features = weight.shape[0]
+        check_sizes(rows, columns, features)
+        if activation not in ACTIVATIONS:
+            raise KernelContractError(
+                f"linear: activation {activation!r} is unknown; accepted: {', '.join(ACTIVATIONS)}"
+            )
+        if norm and norm.kind not in ("layer", "rms"):
+            raise KernelContractError(f"linear: norm {norm.kind!r} is unknown; accepted: layer, rms")
+        row_sizes = {"rows": rows, "out_features": features}
+        for name, tensor, sizes in (
+            ("x", x, {"rows": rows, "in_features": columns}),
+            ("weight", weight, {"out_features": features, "in_features": columns}),
+            ("bias", bias, {"out_features": features}),
+            ("residual", residual, row_sizes),
+            ("out", out, row_sizes),
+        ):
+            if tensor is not None:
+                check_tensor("linear", name, tensor, x.dtype, sizes, x)
+        if norm and norm.kind == "layer":
+            if norm.weight_sums is None:
+                raise KernelContractError(
+                    "linear: a layer norm needs weight_sums, the float32 sums of the weight's rows"
+                )
+            check_tensor(
+                "linear", "norm.weight_sums", norm.weight_sums, torch.float32, {"out_features": features}, x
+            )

@@ -1,0 +1,416 @@
+"""Which linear kernel serves a shape, and with which grid. Plain arithmetic: no GPU, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import KernelContractError
+from ..launch import SWIZZLED_COLUMNS, LaunchShape
+from ..nvrtc import KernelSource
+
+FOLDER = Path(__file__).parent
+LANE_COLUMNS = 8
+WARP_COLUMNS = 32
+LANE_BYTES = 16
+
+NORMS = {"none": 0, "layer": 1, "rms": 2}
+"""Norm of the input fused into the product -> its number in stream.cu."""
+
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+"""Activation -> its number in common/activation.cuh."""
+
+BLOCK_BYTES = 112 * 1024
+"""Most shared memory that a block needs: two then fit one SM."""
+
+RING_BYTES = 80 * 1024
+MIN_RING_BYTES = 48 * 1024
+"""Bytes of W in flight per SM: 64 KiB saturate an H200; under 48 KiB x is not held, to leave the ring its room."""
+
+MAX_STAGES = 12
+MAX_TILE_FEATURES = 32
+
+STREAM_SIGNATURE = "PPPPPPiiiif"
+TILE_SIGNATURE = "PPPPPiiiiii"
+TILE_STAGE_COLUMNS = 64
+
+SWIZZLED_ROW_BYTES = 2 * SWIZZLED_COLUMNS
+MAX_WARPGROUP_STAGES = 16
+WARPGROUP_CAPABILITY = 90
+MAX_CLUSTER = 8
+MIN_BLOCK_COLUMNS = 128
+
+SMALL_WEIGHT = 3_500_000
+"""Elements of a weight under which a kernel's time is latency (3072 x 768 is under it)."""
+WARPGROUP_SIGNATURE = "PPPTTiiiiiii"
+
+SMALLEST_SHARED_LIMIT = 99 * 1024
+SHARED_LIMITS = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
+"""Compute capability -> bytes of shared memory one block can have, where it is more than the smallest."""
+
+RESERVED_BYTES = 1024
+"""Shared memory that the driver adds to each block; an SM has room for one block of the limit and this."""
+
+MAX_STREAM_ROWS = 16
+MAX_ROWS = 64
+MAX_NARROW_FEATURES = 32_768
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """A launch of `linear_stream`: each block owns a range of features and reads all of x.
+
+    warps:       per block; they split the columns.
+    octets:      a tile is 8 * octets features (1 to 4).
+    token_tiles: groups of 8 rows of x (1 or 2).
+    stages:      of the ring of W.
+    held_x:      x is held in shared memory; else it comes through the ring, once a tile.
+    least_bytes: shared memory that a block takes even when it needs less.
+    """
+
+    rows: int
+    features: int
+    columns: int
+    norm: str
+    blocks: int
+    warps: int
+    octets: int
+    token_tiles: int
+    stages: int
+    held_x: bool
+    least_bytes: int = 0
+
+    @property
+    def source(self) -> KernelSource:
+        return KernelSource(FOLDER / "stream.cu", ())
+
+    def entry(self, element: str) -> str:
+        """Name expression of the kernel for CUDA type `element`."""
+        held = "true" if self.held_x else "false"
+        parameters = (element, self.warps, self.octets, self.token_tiles, self.stages, held, NORMS[self.norm])
+        return f"trtc::linear_stream<{', '.join(map(str, parameters))}>"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory; the layout is that at the top of `linear_stream`."""
+        ring = self.stages * _stage_bytes(self.warps, self.octets, 0 if self.held_x else self.token_tiles)
+        held = _held_bytes(self.rows, self.columns) if self.held_x else 0
+        return max(self.least_bytes, ring + _partial_bytes(self.rows, self.warps, self.octets) + held)
+
+    def launch_shape(self, dependent: bool) -> LaunchShape:
+        return LaunchShape((self.blocks,), (32 * self.warps,), self.shared_bytes, dependent=dependent)
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """A launch of `linear_tile`: a cluster of blocks per range of features, which splits the columns.
+
+    token_tiles:   groups of 8 rows of x (2, 4 or 8).
+    feature_tiles: groups of 16 features per warp; warps_down: warps that own different features (4 or 8).
+    """
+
+    rows: int
+    features: int
+    columns: int
+    token_tiles: int
+    feature_tiles: int
+    warps_down: int
+    stages: int
+    features_per_block: int
+    cluster: int
+
+    WARPS = 8
+
+    @property
+    def source(self) -> KernelSource:
+        return KernelSource(FOLDER / "tile.cu", ())
+
+    def entry(self, element: str) -> str:
+        """Name expression of the kernel for CUDA type `element`."""
+        parameters = f"{element}, {self.token_tiles}, {self.feature_tiles}, {self.warps_down}, {self.stages}"
+        return f"trtc::linear_tile<{parameters}>"
+
+    @property
+    def columns_per_block(self) -> int:
+        return _round_up(_ceil_div(self.columns, self.cluster), TILE_STAGE_COLUMNS)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the ring, or the sums that take its place, whichever is larger."""
+        tile = 16 * self.feature_tiles * self.warps_down
+        tokens = 8 * self.token_tiles
+        ring = self.stages * TILE_STAGE_COLUMNS * 2 * (tile + tokens)
+        sums = self.WARPS // self.warps_down * tokens * (tile + 4) * 4
+        return max(ring, sums)
+
+    def launch_shape(self, dependent: bool) -> LaunchShape:
+        blocks = _ceil_div(self.features, self.features_per_block) * self.cluster
+        cluster = (self.cluster,) if self.cluster > 1 else ()
+        return LaunchShape((blocks,), (32 * self.WARPS,), self.shared_bytes, cluster, dependent=dependent)
+
+
+@dataclass(frozen=True)
+class WarpgroupPlan:
+    """A launch of `linear_warpgroup` (sm_90a): a cluster of blocks per range of features, which splits the columns.
+
+    tokens:             rows of x, padded (16, 32 or 64).
+    feature_tiles:      groups of 64 features per block (1, 2 or 4).
+    features_per_block: at most 64 * feature_tiles, a multiple of 8.
+    """
+
+    rows: int
+    features: int
+    columns: int
+    tokens: int
+    feature_tiles: int
+    stages: int
+    features_per_block: int
+    cluster: int
+
+    @property
+    def source(self) -> KernelSource:
+        return KernelSource(FOLDER / "warpgroup.cu", ())
+
+    def entry(self, element: str) -> str:
+        """Name expression of the kernel for CUDA type `element`."""
+        return f"trtc::linear_warpgroup<{element}, {self.tokens}, {self.feature_tiles}>"
+
+    @property
+    def columns_per_block(self) -> int:
+        return _round_up(_ceil_div(self.columns, self.cluster), SWIZZLED_COLUMNS)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the ring, or the sums that take its place, whichever is larger."""
+        beyond = 64 * self.feature_tiles - self.features_per_block  # wgmma reads whole tiles
+        ring = SWIZZLED_ROW_BYTES * (self.stages * (self.features_per_block + self.tokens) + beyond)
+        return max(ring, self.tokens * (64 * self.feature_tiles + 4) * 4)
+
+    def launch_shape(self, dependent: bool) -> LaunchShape:
+        blocks = _ceil_div(self.features, self.features_per_block) * self.cluster
+        cluster = (self.cluster,) if self.cluster > 1 else ()
+        threads = 288 if self.feature_tiles > 2 else 160  # one or two warpgroups and the copying warp
+        return LaunchShape((blocks,), (threads,), self.shared_bytes, cluster, dependent=dependent)
+
+
+Plan = StreamPlan | TilePlan | WarpgroupPlan
+
+
+def plan_stream(
+    rows: int,
+    features: int,
+    columns: int,
+    *,
+    norm: str = "none",
+    blocks: int = 132,
+    warps: int = 8,
+    held: bool = True,
+    block_bytes: int = BLOCK_BYTES,
+    least_bytes: int = 0,
+) -> StreamPlan:
+    """A stream launch over `blocks` blocks (fewer for fewer features), in the smallest tile of the fewest turns.
+
+    held: hold x where it fits. block_bytes, least_bytes: shared memory a block may take, and takes at least.
+    """
+    blocks = min(blocks, features)
+    per_block = _ceil_div(features, blocks)
+    octets = _ceil_div(_ceil_div(per_block, _ceil_div(per_block, MAX_TILE_FEATURES)), 8)
+    token_tiles = _ceil_div(rows, 8)
+    needed = _ceil_div(columns, WARP_COLUMNS * warps) * _ceil_div(per_block, 8 * octets)
+    needed = min(MAX_STAGES, max(2, needed))
+
+    free = block_bytes - _partial_bytes(rows, warps, octets)
+    room, stage = min(RING_BYTES, free - _held_bytes(rows, columns)), _stage_bytes(warps, octets, 0)
+    held = held and room >= min(MIN_RING_BYTES, needed * stage)
+    if not held:
+        room, stage = min(RING_BYTES, free), _stage_bytes(warps, octets, token_tiles)
+    stages = max(2, min(needed, room // stage))
+    return StreamPlan(
+        rows, features, columns, norm, blocks, warps, octets, token_tiles, stages, held, least_bytes
+    )
+
+
+def plan_tile(
+    rows: int,
+    features: int,
+    columns: int,
+    *,
+    cluster: int,
+    feature_tiles: int,
+    warps_down: int,
+    stages: int = 4,
+    blocks: int = 132,
+) -> TilePlan:
+    """A tile launch with `cluster` blocks per range, in as few whole waves of `blocks` blocks as the tile allows."""
+    tile = 16 * feature_tiles * warps_down
+    ranges_per_wave = max(1, blocks // cluster)
+    waves = _ceil_div(features, tile * ranges_per_wave)
+    per_block = _round_up(_ceil_div(features, ranges_per_wave * waves), 4)
+    token_tiles = 2 if rows <= 16 else 4 if rows <= 32 else 8
+    return TilePlan(
+        rows, features, columns, token_tiles, feature_tiles, warps_down, stages, per_block, cluster
+    )
+
+
+def plan_warpgroup(
+    rows: int,
+    features: int,
+    columns: int,
+    *,
+    cluster: int,
+    feature_tiles: int,
+    ring_bytes: int = 108 * 1024,
+    blocks: int = 132,
+) -> WarpgroupPlan:
+    """A warpgroup launch with `cluster` blocks per range, in as few whole waves of `blocks` blocks as fit.
+
+    ring_bytes: up to BLOCK_BYTES for two blocks per SM, so that the next kernel loads ahead; up to twice that for one.
+    """
+    ranges_per_wave = max(1, blocks // cluster)
+    waves = _ceil_div(features, 64 * feature_tiles * ranges_per_wave)
+    per_block = min(64 * feature_tiles, _round_up(_ceil_div(features, ranges_per_wave * waves), 8))
+    tokens = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    needed = _ceil_div(_ceil_div(columns, cluster), SWIZZLED_COLUMNS)
+    room = ring_bytes // SWIZZLED_ROW_BYTES - (64 * feature_tiles - per_block)
+    stages = max(2, min(MAX_WARPGROUP_STAGES, needed, room // (per_block + tokens)))
+    return WarpgroupPlan(rows, features, columns, tokens, feature_tiles, stages, per_block, cluster)
+
+
+def choose_plan(
+    rows: int,
+    features: int,
+    columns: int,
+    *,
+    norm: str = "none",
+    capability: int = 90,
+    multiprocessors: int = 132,
+) -> Plan:
+    """The plan for a shape, by rules that follow the measured best on an H200 (bench/notes/kernels_linear.md).
+
+    capability: 90 for sm_90. multiprocessors: of the GPU.
+    Raises KernelContractError for a norm in front of more than MAX_STREAM_ROWS rows.
+    """
+    if rows > 8 and norm == "none" and capability == WARPGROUP_CAPABILITY and _is_wide(features, columns):
+        return plan_warpgroup(rows, features, columns, cluster=1, feature_tiles=2, blocks=multiprocessors)
+    if rows <= MAX_STREAM_ROWS:
+        shared_limit = SHARED_LIMITS.get(capability, SMALLEST_SHARED_LIMIT)
+        return _choose_stream(rows, features, columns, norm, multiprocessors, shared_limit)
+    if norm != "none":
+        raise KernelContractError(
+            f"linear: a norm is fused for up to {MAX_STREAM_ROWS} rows, not {rows}; norm in a kernel of its own"
+        )
+    if capability == WARPGROUP_CAPABILITY:
+        return _choose_warpgroup(rows, features, columns, multiprocessors)
+    cluster = 4 if capability >= 90 and columns >= 4 * MIN_BLOCK_COLUMNS else 1
+    return plan_tile(
+        rows, features, columns, cluster=cluster, feature_tiles=2, warps_down=4, blocks=multiprocessors
+    )
+
+
+def outruns_cublas(rows: int, features: int) -> bool:
+    """Whether these kernels are worth it against cuBLASLt; measured on an H200 (bench/notes/kernels_linear.md).
+
+    They are for few rows, and for more rows where K is split or an epilogue saves a kernel, but not for the logits of
+    more than 16 rows.
+    """
+    return rows <= MAX_STREAM_ROWS or (rows <= MAX_ROWS and features <= MAX_NARROW_FEATURES)
+
+
+def _is_wide(features: int, columns: int) -> bool:
+    """A vocabulary's worth of features over a K that keeps the tensor copy engine busy."""
+    return features > MAX_NARROW_FEATURES and columns >= 2048
+
+
+def _choose_stream(
+    rows: int, features: int, columns: int, norm: str, multiprocessors: int, shared_limit: int
+) -> StreamPlan:
+    """Small weights are bound by latency: fewer and larger blocks; others by bandwidth: every SM equally busy."""
+    blocks, warps, held, least_bytes = multiprocessors, 8, rows <= 4, 0
+    if features * columns < SMALL_WEIGHT:
+        blocks = min(multiprocessors * 3 // 4, max(multiprocessors // 2, _ceil_div(features, 24)))
+        warps = 12 if rows <= 8 else 8
+    elif columns <= 1024 and features > 80 * multiprocessors:
+        # Many turns of little K: x is held, and a second block covers the ends of the turns of the first.
+        blocks, held = 2 * multiprocessors, True
+    elif 20 <= features // (2 * multiprocessors) <= 40 and columns <= 4096:
+        blocks = 2 * multiprocessors  # both blocks of an SM are done in one or two turns
+    else:
+        # One block on every SM: with room for two, some SMs get two when another kernel (attention, say) holds others
+        # as this one starts. Measured with a norm kernel in between: 34 us instead of 26 us for 12288 x 4096.
+        least_bytes = (shared_limit + RESERVED_BYTES) // 2
+    return plan_stream(
+        rows, features, columns, norm=norm, blocks=blocks, warps=warps, held=held,
+        block_bytes=min(BLOCK_BYTES, shared_limit), least_bytes=least_bytes,
+    )  # fmt: skip
+
+
+def _choose_warpgroup(rows: int, features: int, columns: int, multiprocessors: int) -> WarpgroupPlan:
+    """Tiles of 64 features; as many blocks per cluster as it takes to give every SM one or two blocks."""
+    tiles = _ceil_div(features, 64)
+    if features > MAX_NARROW_FEATURES:
+        return plan_warpgroup(rows, features, columns, cluster=1, feature_tiles=4, blocks=multiprocessors)
+    if 2 * tiles <= multiprocessors:
+        cluster = multiprocessors // tiles
+        if cluster == 3 and columns >= 4096:
+            cluster = 2
+    else:
+        cluster = 2 if tiles <= multiprocessors else 1
+    cluster = max(1, min(MAX_CLUSTER, cluster, columns // MIN_BLOCK_COLUMNS))
+    # With one block per SM and a long K, bytes in flight are worth more than a start under the predecessor's tail.
+    deep = cluster == 2 and 2 * tiles <= multiprocessors and columns >= 4096
+    ring_bytes = 2 * BLOCK_BYTES - 4096 if deep else BLOCK_BYTES - 4096
+    return plan_warpgroup(
+        rows,
+        features,
+        columns,
+        cluster=cluster,
+        feature_tiles=1,
+        blocks=multiprocessors,
+        ring_bytes=ring_bytes,
+    )
+
+
+def sources(element: str, plans: Iterable[Plan]) -> tuple[KernelSource, ...]:
+    """The source files, each with the kernels that `plans` need, for CUDA type `element`."""
+    entries: dict[Path, set[str]] = {}
+    for plan in plans:
+        entries.setdefault(plan.source.path, set()).add(plan.entry(element))
+    return tuple(KernelSource(path, tuple(sorted(names))) for path, names in sorted(entries.items()))
+
+
+def check_sizes(rows: int, columns: int, features: int) -> None:
+    """Raise KernelContractError for sizes that no plan serves."""
+    if not 1 <= rows <= MAX_ROWS:
+        raise KernelContractError(
+            f"linear: rows={rows} is not in 1 to {MAX_ROWS}; larger products belong to cuBLASLt"
+        )
+    if columns % LANE_COLUMNS:
+        raise KernelContractError(f"linear: in_features={columns} is not a multiple of {LANE_COLUMNS}")
+    if features * columns >= 2**32:
+        raise KernelContractError(
+            f"linear: weight of {features} x {columns} elements is not under 2**32 elements"
+        )
+
+
+def _stage_bytes(warps: int, octets: int, token_tiles: int) -> int:
+    """Bytes of one stage of a stream kernel's ring: W, and x unless that is held."""
+    return (octets + token_tiles) * warps * 32 * LANE_BYTES
+
+
+def _partial_bytes(rows: int, warps: int, octets: int) -> int:
+    """Bytes of the two buffers in which the sums of a stream kernel's warps meet."""
+    return 2 * warps * rows * 8 * octets * 4
+
+
+def _held_bytes(rows: int, columns: int) -> int:
+    """Bytes of x in shared memory; the stride is `held_stride` in stream.cu."""
+    return rows * (_round_up(columns, 64) + 32) * 2
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(a: int, multiple: int) -> int:
+    return _ceil_div(a, multiple) * multiple

@@ -1,0 +1,279 @@
+// Linear layer for few rows: y = act(norm(x) W^T + b) + residual, bound by the one read of W.
+//
+// Each block owns a contiguous range of W's rows ("features") and streams it once, in tiles of 8 * kOctets features.
+// Its warps split K: in step s, warp w multiplies columns [32 * (kWarps * s + w), + 32) of the tile with the same
+// columns of x, on tensor cores (W is the 16-row operand, the rows of x are the 8 columns). Sums of the warps meet in
+// shared memory in a fixed order, so that the result does not depend on timing.
+//
+// W goes from device memory through a ring in shared memory in which each thread reads back only the 16 bytes that it
+// copied itself: no barrier in the loop, and as many bytes in flight as the ring holds. The ring is filled before the
+// kernel waits for its predecessors (programmatic dependent launch), so that loading overlaps their tail. x is held in
+// shared memory (kHeldX) or, when that would be too large, comes through the ring with each tile of W; here too a
+// thread reads only what it copied.
+//
+// A lane's 16 bytes are 8 neighbouring k of one feature. The tensor core's k order is arbitrary as long as both
+// operands agree, so bytes 0-7 feed a first product of depth 16 and bytes 8-15 a second one; nothing is shuffled.
+//
+// The norm has no parameters of its own (they belong into W and b) and costs no pass over x: with the mean m and the
+// inverse deviation r of a row, r * (x - m) W^T = r * (x W^T - m * (sums of W's rows)). The sums of x and x^2 come from
+// the fragments that the products need anyway.
+#include "common/activation.cuh"
+#include "common/async.cuh"
+#include "common/mma.cuh"
+#include "common/reduce.cuh"
+#include "common/types.cuh"
+
+namespace trtc {
+
+constexpr int kLaneColumns = 8;                // elements in 16 bytes
+constexpr int kWarpColumns = 4 * kLaneColumns; // columns of W that one warp takes in a step
+
+constexpr int kNormNone = 0;
+constexpr int kNormLayer = 1;
+constexpr int kNormRms = 2;  // as kNormLayer with a mean of 0
+
+__device__ __forceinline__ int held_stride(int columns) {
+    // 64 bytes beyond a multiple of 128: two neighbouring rows then lie in different halves of the banks.
+    return (columns + 63) / 64 * 64 + 32;
+}
+
+// y, residual: [rows, features]; x: [rows, columns]; weight: [features, columns]; bias: [features];
+// weight_sums: [features] float, the sums of W's rows, for kNormLayer. bias and residual may be null; residual may be y.
+// columns is a multiple of 8.
+template <typename T, int kWarps, int kOctets, int kTokenTiles, int kStages, bool kHeldX, int kNorm>
+__global__ void __launch_bounds__(kWarps* kWarpSize, 2)
+    linear_stream(T* y, const T* x, const T* weight, const T* bias, const T* residual, const float* weight_sums,
+                  int rows, int features, int columns, int activation, float epsilon) {
+    constexpr int kThreads = kWarps * kWarpSize;
+    constexpr int kStepColumns = kWarps * kWarpColumns;
+    constexpr int kSlotBytes = kThreads * 16;
+    constexpr int kSlots = kOctets + (kHeldX ? 0 : kTokenTiles);
+    constexpr int kStageBytes = kSlots * kSlotBytes;
+    constexpr int kFeatureTiles = (kOctets + 1) / 2;
+    constexpr int kTile = 8 * kOctets;
+    constexpr int kTokens = 8 * kTokenTiles;
+    constexpr int kOutputs = (kTile * kTokens + kThreads - 1) / kThreads;  // of one thread in a tile
+    constexpr int kChains = kFeatureTiles * kTokenTiles <= 2 ? 2 : 1;      // independent sums hide the latency of mma
+
+    extern __shared__ __align__(16) unsigned char shared[];
+    float* partial = reinterpret_cast<float*>(shared + kStages * kStageBytes);  // [2][kWarps][rows][kTile]
+    const int partial_size = kWarps * rows * kTile;
+    T* held = reinterpret_cast<T*>(partial + 2 * partial_size);                 // [rows][held_stride] with kHeldX
+    __shared__ float2 moments[kNorm == kNormNone ? 1 : kWarps * kTokens];       // sums of x and x^2, by warp and row
+
+    allow_dependents();
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int group = lane / 4, member = lane % 4;
+    // Not a fixed number per block: all multiprocessors must get a block, or blocks of the next kernel crowd into
+    // those that did not (measured: a grid of 131 instead of 132 costs a quarter of the bandwidth).
+    const int first_feature = static_cast<uint64>(blockIdx.x) * features / gridDim.x;
+    const int end_feature = static_cast<uint64>(blockIdx.x + 1) * features / gridDim.x;
+    const int steps = (columns + kStepColumns - 1) / kStepColumns;
+    const int total_steps = (end_feature - first_feature + kTile - 1) / kTile * steps;
+
+    // The lane's place in W; it runs ahead of the products by kStages steps.
+    const int first_column = warp * kWarpColumns + member * kLaneColumns;
+    const unsigned int ring = shared_address(shared) + threadIdx.x * 16;
+    struct Cursor {
+        int feature;
+        int column;
+        unsigned int slot;
+    };
+    auto advance = [&](Cursor& cursor) {
+        cursor.column += kStepColumns;
+        if (cursor.column >= steps * kStepColumns) {
+            cursor.column = first_column;
+            cursor.feature += kTile;
+        }
+        cursor.slot += kStageBytes;
+        if (cursor.slot >= ring + kStages * kStageBytes) cursor.slot = ring;
+    };
+    auto copy_weight = [&](const Cursor& cursor) {
+#pragma unroll
+        for (int octet = 0; octet < kOctets; ++octet) {
+            const int feature = cursor.feature + 8 * octet;
+            const bool valid = feature < end_feature && cursor.column < columns;
+            const uint32 offset = valid ? static_cast<uint32>(feature) * columns + cursor.column : 0;
+            stream_async_16(cursor.slot + octet * kSlotBytes, weight + offset, valid);
+        }
+    };
+    auto copy_x_to_ring = [&](const Cursor& cursor) {
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+            const int row = 8 * tile + group;
+            const bool valid = row < rows && cursor.column < columns;
+            const uint32 offset = valid ? static_cast<uint32>(row) * columns + cursor.column : 0;
+            copy_async_16(cursor.slot + (kOctets + tile) * kSlotBytes, x + offset, valid);
+        }
+    };
+    auto held_place = [&](int tile, int column) { return held + (8 * tile + group) * held_stride(columns) + column; };
+
+    // What a thread needs at the end of a tile for its outputs is loaded at the tile's start.
+    T offset[kOutputs], addend[kOutputs];
+    float weight_sum[kOutputs];
+    auto load_parameters = [&](int tile_first) {
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+            const int feature = tile_first + (threadIdx.x + i * kThreads) % kTile;
+            offset[i] = bias && feature < end_feature ? bias[feature] : from_float<T>(0.f);
+            if (kNorm == kNormLayer) weight_sum[i] = feature < end_feature ? weight_sums[feature] : 0.f;
+        }
+    };
+    auto load_residual = [&](int tile_first) {
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+            const int output = threadIdx.x + i * kThreads;
+            const int row = output / kTile, feature = tile_first + output % kTile;
+            addend[i] = from_float<T>(0.f);
+            if (residual && row < rows && feature < end_feature) {
+                addend[i] = __ldcg(residual + static_cast<size_t>(row) * features + feature);
+            }
+        }
+    };
+
+    // Everything that no predecessor wrote, before the wait: a ring full of W, and the parameters.
+    const Cursor start{first_feature + group, first_column, ring};
+    Cursor ahead = start;
+#pragma unroll 1
+    for (int step = 0; step < min(kStages, total_steps); ++step) {
+        copy_weight(ahead);
+        advance(ahead);
+    }
+    load_parameters(first_feature);
+    wait_for_predecessors();
+
+    if constexpr (kHeldX) {
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+            if (8 * tile + group >= rows) continue;
+            const T* row = x + static_cast<uint32>(8 * tile + group) * columns;
+#pragma unroll 4
+            for (int column = first_column; column < columns; column += kStepColumns) {
+                copy_async_16(shared_address(held_place(tile, column)), row + column, true);
+            }
+        }
+    } else {
+        Cursor behind = start;
+#pragma unroll 1
+        for (int step = 0; step < min(kStages, total_steps); ++step) {
+            copy_x_to_ring(behind);
+            advance(behind);
+        }
+    }
+    copy_async_commit();
+    load_residual(first_feature);
+    copy_async_wait<0>();
+
+    float sum[kChains][kFeatureTiles][kTokenTiles][4] = {};
+    float x_sum[kTokenTiles] = {}, square_sum[kTokenTiles] = {};
+    float mean[kOutputs], inverse[kOutputs];
+    const unsigned char* slot = shared + threadIdx.x * 16;
+    int remaining = total_steps;
+    float* tile_partial = partial;
+#pragma unroll 1
+    for (int tile_first = first_feature; tile_first < end_feature; tile_first += kTile) {
+        const bool first_tile = tile_first == first_feature;
+        if (!first_tile) {
+            load_parameters(tile_first);
+            load_residual(tile_first);
+        }
+#pragma unroll 2
+        for (int column = first_column; column < steps * kStepColumns; column += kStepColumns) {
+            copy_async_wait<kStages - 1>();
+            uint4 a[2 * kFeatureTiles];
+#pragma unroll
+            for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) {
+                a[octet] = make_uint4(0, 0, 0, 0);
+                if (octet < kOctets) a[octet] = *reinterpret_cast<const uint4*>(slot + octet * kSlotBytes);
+            }
+#pragma unroll
+            for (int tile = 0; tile < kTokenTiles; ++tile) {
+                uint4 b = make_uint4(0, 0, 0, 0);
+                if constexpr (!kHeldX) {
+                    b = *reinterpret_cast<const uint4*>(slot + (kOctets + tile) * kSlotBytes);
+                } else if (8 * tile + group < rows && column < columns) {
+                    b = *reinterpret_cast<const uint4*>(held_place(tile, column));
+                }
+#pragma unroll
+                for (int i = 0; i < kFeatureTiles; ++i) {
+                    const uint4 low = a[2 * i], high = a[2 * i + 1];
+                    mma_16x8x16<T>(sum[0][i][tile], low.x, high.x, low.y, high.y, b.x, b.y);
+                    mma_16x8x16<T>(sum[kChains - 1][i][tile], low.z, high.z, low.w, high.w, b.z, b.w);
+                }
+                if (kNorm != kNormNone && first_tile) {
+                    float value[kLaneColumns];
+                    unpack(*reinterpret_cast<const Vector<T>*>(&b), value);
+#pragma unroll
+                    for (int j = 0; j < kLaneColumns; ++j) {
+                        x_sum[tile] += value[j];
+                        square_sum[tile] += value[j] * value[j];
+                    }
+                }
+            }
+            if (remaining > kStages) {
+                copy_weight(ahead);
+                if constexpr (!kHeldX) copy_x_to_ring(ahead);
+                advance(ahead);
+            }
+            copy_async_commit();
+            --remaining;
+            slot += kStageBytes;
+            if (slot >= shared + kStages * kStageBytes) slot -= kStages * kStageBytes;
+        }
+
+        // The warps' sums meet, and each thread finishes its share of the outputs.
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 4 * kFeatureTiles; ++i) {
+                const int row = 8 * tile + 2 * member + i % 2, octet = i / 2;
+                float total = 0.f;
+#pragma unroll
+                for (int chain = 0; chain < kChains; ++chain) {
+                    total += sum[chain][i / 4][tile][i % 4];
+                    sum[chain][i / 4][tile][i % 4] = 0.f;
+                }
+                if (octet < kOctets && row < rows) {
+                    tile_partial[(warp * rows + row) * kTile + 8 * octet + group] = total;
+                }
+            }
+            if (kNorm != kNormNone && first_tile) {
+                float2 pair = make_float2(x_sum[tile], square_sum[tile]);
+#pragma unroll
+                for (int bit = 1; bit < 4; bit *= 2) {
+                    pair.x += __shfl_xor_sync(~0u, pair.x, bit);
+                    pair.y += __shfl_xor_sync(~0u, pair.y, bit);
+                }
+                if (member == 0) moments[warp * kTokens + 8 * tile + group] = pair;
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+            const int output = threadIdx.x + i * kThreads;
+            const int row = output / kTile, feature = tile_first + output % kTile;
+            if (row >= rows || feature >= end_feature) continue;
+            if (kNorm != kNormNone && first_tile) {
+                float2 all = make_float2(0.f, 0.f);
+#pragma unroll
+                for (int w = 0; w < kWarps; ++w) {
+                    all.x += moments[w * kTokens + row].x;
+                    all.y += moments[w * kTokens + row].y;
+                }
+                mean[i] = kNorm == kNormLayer ? all.x / columns : 0.f;
+                inverse[i] = rsqrtf(fmaxf(all.y / columns - mean[i] * mean[i], 0.f) + epsilon);
+            }
+            float value = 0.f;
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) value += tile_partial[w * rows * kTile + output];
+            if (kNorm == kNormLayer) value -= mean[i] * weight_sum[i];
+            if (kNorm != kNormNone) value *= inverse[i];
+            value = activate(value + to_float(offset[i]), activation) + to_float(addend[i]);
+            y[static_cast<size_t>(row) * features + feature] = from_float<T>(value);
+        }
+        // Two buffers: the next tile's sums go to the other one, so that one barrier a tile is enough.
+        tile_partial = tile_partial == partial ? partial + partial_size : partial;
+    }
+}
+
+}  // namespace trtc

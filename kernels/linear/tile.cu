@@ -1,0 +1,191 @@
+// Linear layer for up to 64 rows: y = act(x W^T + b) + residual, bound by the read of W.
+//
+// A block owns up to 16 * kFeatureTiles * kWarpsDown rows of W ("features"); a cluster of blocks splits K among them
+// and adds up through distributed shared memory in a fixed order, so that the result does not depend on timing.
+// W is the 16-row operand of the tensor cores, the rows of x are its 8 columns, kTokenTiles times.
+//
+// Both come through a ring of stages of kStageColumns columns. W's part of a stage is read back by the thread that
+// copied it (see stream.cu: the k order inside a product is free, so 16 contiguous bytes feed two products); x's part
+// is shared by all warps. W's part of the first stages is copied before the kernel waits for its predecessors.
+#include "common/activation.cuh"
+#include "common/async.cuh"
+#include "common/cluster.cuh"
+#include "common/mma.cuh"
+#include "common/reduce.cuh"
+#include "common/types.cuh"
+
+namespace trtc {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kLaneColumns = 8;     // elements in 16 bytes
+constexpr int kWarpColumns = 32;    // columns of one pair of products
+constexpr int kStageColumns = 64;
+constexpr int kRowChunks = kStageColumns / kLaneColumns;
+constexpr int kSlotBytes = kThreads * 16;
+
+template <int kTokenTiles, int kFeatureTiles, int kWarpsDown, int kStages>
+struct TileLayout {
+    static constexpr int kWarpsAcross = kWarps / kWarpsDown;                         // warps that split K
+    static constexpr int kSteps = kStageColumns / (kWarpColumns * kWarpsAcross);     // of one warp in a stage
+    static constexpr int kTokens = 8 * kTokenTiles;
+    static constexpr int kFeatures = 16 * kFeatureTiles * kWarpsDown;
+    static constexpr int kWeightBytes = kSteps * 2 * kFeatureTiles * kSlotBytes;     // of a stage
+    static constexpr int kStageBytes = kWeightBytes + kTokens * kStageColumns * 2;
+    static constexpr int kSumStride = kFeatures + 4;                                 // floats; 4 keeps 16-byte alignment
+};
+
+// Byte offset of 16 bytes of x in a stage. The swizzle puts neighbouring rows into different halves of the banks.
+__device__ __forceinline__ unsigned int x_offset(int row, int chunk) {
+    return (row * kRowChunks + (chunk ^ ((row & 1) << 2))) * 16;
+}
+
+// y, residual: [rows, features]; x: [rows, columns]; weight: [features, columns]; bias: [features].
+// bias and residual may be null; residual may be y. columns is a multiple of 8, features_per_block of 4,
+// columns_per_block of kStageColumns. The blocks of a cluster share a range of features.
+template <typename T, int kTokenTiles, int kFeatureTiles, int kWarpsDown, int kStages>
+__global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 ? 2 : 1)
+    linear_tile(T* y, const T* x, const T* weight, const T* bias, const T* residual, int rows, int features,
+                int columns, int features_per_block, int columns_per_block, int activation) {
+    using Layout = TileLayout<kTokenTiles, kFeatureTiles, kWarpsDown, kStages>;
+    extern __shared__ __align__(16) unsigned char shared[];
+
+    allow_dependents();
+
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int group = lane / 4, member = lane % 4;
+    const int warp_down = warp % kWarpsDown, warp_across = warp / kWarpsDown;
+    const int cluster = cluster_size(), rank = cluster_rank();
+    const int first_feature = blockIdx.x / cluster * features_per_block;
+    const int end_feature = min(first_feature + features_per_block, features);
+    const int first_column = rank * columns_per_block;
+    const int end_column = min(first_column + columns_per_block, columns);
+    const int stages = max(0, (end_column - first_column + kStageColumns - 1) / kStageColumns);
+
+    const unsigned int base = shared_address(shared);
+    const int lane_feature = first_feature + warp_down * 16 * kFeatureTiles + group;
+    const int lane_column = first_column + warp_across * Layout::kSteps * kWarpColumns + member * kLaneColumns;
+
+    auto copy_weight = [&](int stage) {
+        const unsigned int slot = base + stage % kStages * Layout::kStageBytes + threadIdx.x * 16;
+#pragma unroll
+        for (int step = 0; step < Layout::kSteps; ++step) {
+            const int column = lane_column + stage * kStageColumns + step * kWarpColumns;
+#pragma unroll
+            for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) {
+                const int feature = lane_feature + 8 * octet;
+                const bool valid = feature < end_feature && column < end_column;
+                const uint32 offset = valid ? static_cast<uint32>(feature) * columns + column : 0;
+                stream_async_16(slot + (step * 2 * kFeatureTiles + octet) * kSlotBytes, weight + offset, valid);
+            }
+        }
+    };
+    auto copy_x = [&](int stage) {
+        const unsigned int target = base + stage % kStages * Layout::kStageBytes + Layout::kWeightBytes;
+#pragma unroll
+        for (int i = 0; i < (Layout::kTokens * kRowChunks + kThreads - 1) / kThreads; ++i) {
+            const int index = threadIdx.x + i * kThreads;
+            const int row = index / kRowChunks, chunk = index % kRowChunks;
+            if (row >= Layout::kTokens) break;
+            const int column = first_column + stage * kStageColumns + chunk * kLaneColumns;
+            const bool valid = row < rows && column < end_column;
+            const uint32 offset = valid ? static_cast<uint32>(row) * columns + column : 0;
+            copy_async_16(target + x_offset(row, chunk), x + offset, valid);
+        }
+    };
+
+#pragma unroll 1
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+        if (stage < stages) copy_weight(stage);
+    }
+    if (bias && first_feature + threadIdx.x < end_feature) prefetch_l2(bias + first_feature + threadIdx.x);
+    wait_for_predecessors();
+#pragma unroll 1
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+        if (stage < stages) copy_x(stage);
+        copy_async_commit();
+    }
+
+    float sum[kFeatureTiles][kTokenTiles][4] = {};
+#pragma unroll 1
+    for (int stage = 0; stage < stages; ++stage) {
+        copy_async_wait<kStages - 2>();
+        __syncthreads();
+        if (stage + kStages - 1 < stages) {  // into the stage that all warps left before the barrier
+            copy_weight(stage + kStages - 1);
+            copy_x(stage + kStages - 1);
+        }
+        copy_async_commit();
+
+        const unsigned char* place = shared + stage % kStages * Layout::kStageBytes;
+        const uint4* slot = reinterpret_cast<const uint4*>(place) + threadIdx.x;
+#pragma unroll
+        for (int step = 0; step < Layout::kSteps; ++step) {
+            uint4 a[2 * kFeatureTiles];
+#pragma unroll
+            for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) {
+                a[octet] = slot[(step * 2 * kFeatureTiles + octet) * kThreads];
+            }
+            const int chunk = (warp_across * Layout::kSteps + step) * (kWarpColumns / kLaneColumns) + member;
+#pragma unroll
+            for (int tile = 0; tile < kTokenTiles; ++tile) {
+                const uint4 b = *reinterpret_cast<const uint4*>(place + Layout::kWeightBytes +
+                                                                x_offset(8 * tile + group, chunk));
+#pragma unroll
+                for (int i = 0; i < kFeatureTiles; ++i) {
+                    const uint4 low = a[2 * i], high = a[2 * i + 1];
+                    mma_16x8x16<T>(sum[i][tile], low.x, high.x, low.y, high.y, b.x, b.y);
+                    mma_16x8x16<T>(sum[i][tile], low.z, high.z, low.w, high.w, b.z, b.w);
+                }
+            }
+        }
+    }
+
+    // The ring is done with: it now holds the sums, [kWarpsAcross][kTokens][kSumStride].
+    copy_async_wait<0>();
+    __syncthreads();
+    float* sums = reinterpret_cast<float*>(shared);
+#pragma unroll
+    for (int i = 0; i < kFeatureTiles; ++i) {
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int row = 8 * tile + 2 * member + j % 2;
+                const int feature = (warp_down * kFeatureTiles + i) * 16 + group + j / 2 * 8;
+                sums[(warp_across * Layout::kTokens + row) * Layout::kSumStride + feature] = sum[i][tile][j];
+            }
+        }
+    }
+    cluster_sync();
+
+    constexpr int kQuads = Layout::kFeatures / 4;
+    for (int index = threadIdx.x; index < (rows + cluster - 1) / cluster * kQuads;
+         index += kThreads) {
+        const int row = index / kQuads * cluster + rank;
+        const int feature = first_feature + index % kQuads * 4;
+        if (row >= rows || feature >= end_feature) continue;
+        float total[4] = {};
+        for (int peer = 0; peer < cluster; ++peer) {
+#pragma unroll
+            for (int across = 0; across < Layout::kWarpsAcross; ++across) {
+                const int place = (across * Layout::kTokens + row) * Layout::kSumStride + index % kQuads * 4;
+                const float4 part = *reinterpret_cast<const float4*>(in_rank(sums, peer) + place);
+                total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+            }
+        }
+        const size_t place = static_cast<size_t>(row) * features + feature;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (feature + j >= end_feature) break;
+            float value = total[j];
+            if (bias) value += to_float(bias[feature + j]);
+            value = activate(value, activation);
+            if (residual) value += to_float(__ldcg(residual + place + j));
+            y[place + j] = from_float<T>(value);
+        }
+    }
+    cluster_sync();  // no block may end while another still reads its sums
+}
+
+}  // namespace trtc

@@ -1,0 +1,153 @@
+"""`AsyncLLM`: requests from event loops, batched together as they come, on one engine directory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..core.errors import RequestError
+from .engine_core import EngineCore
+from .engine_thread import EngineStats, EngineThread, OnFinished, OutputStream, Submission
+from .executor import Executor
+from .llm import Prompt, _prompt_value, _token_ids
+from .load import load_executor
+from .outputs import RequestOutput
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+
+class AsyncLLM:
+    """Generation for asyncio: `async for output in llm.generate(prompt, params)`.
+
+    Requests of all tasks share the batches of one engine, which runs in a thread of its own.
+    """
+
+    def __init__(
+        self,
+        engine_dir: str | Path,
+        *,
+        num_pages: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        verify: bool = True,
+        seed: int = 0,
+        on_finished: OnFinished | None = None,
+    ) -> None:
+        """Loads an engine directory. `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`.
+
+        seed:        of the stream from which requests without a seed draw theirs
+        on_finished: called in the engine's thread for every request that has ended
+        Raises EngineError when the directory is not an engine this version can run, TargetError when this
+        machine cannot run it.
+        """
+        executor = load_executor(
+            engine_dir, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, verify=verify
+        )
+        self._start(executor, Tokenizer.from_dir(engine_dir), seed, on_finished)
+
+    @classmethod
+    def from_executor(
+        cls,
+        executor: Executor,
+        tokenizer: Tokenizer | None = None,
+        *,
+        seed: int = 0,
+        on_finished: OnFinished | None = None,
+    ) -> Self:
+        """Runs on an executor that is loaded already, or that is not made from an engine directory."""
+        llm = cls.__new__(cls)
+        llm._start(executor, tokenizer, seed, on_finished)
+        return llm
+
+    def _start(
+        self, executor: Executor, tokenizer: Tokenizer | None, seed: int, on_finished: OnFinished | None
+    ) -> None:
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self._core = EngineCore(executor, tokenizer, seed=seed)
+        self._engine = EngineThread(self._core, on_finished)
+        self._request_ids = map(str, count())
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        stream: bool = True,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yields the output so far whenever it has grown; the last one is finished.
+
+        A reader slower than the engine skips outputs, never tokens: each holds everything so far. Leaving the
+        loop, cancelling the task or closing the generator cancels the request and frees its pages after the step
+        under way.
+
+        request_id: unique among unfinished requests; None: made up
+        stream:     False: only the finished output is made and given
+        Raises RequestError, before anything runs, for what the engine cannot do; EngineError when the engine
+        fails or is shut down.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        text, token_ids = await asyncio.to_thread(self.tokenize, prompt)
+        self.check_request(token_ids, params)
+        name = next(self._request_ids) if request_id is None else request_id
+        submission = Submission(name, token_ids, params, text, stream, OutputStream())
+        self._engine.submit(submission)
+        try:
+            while True:
+                output = await submission.stream.get()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._engine.cancel(submission)
+
+    def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The text of a prompt, if it has one, and its token ids. Raises RequestError for what is no prompt."""
+        value = _prompt_value(prompt)
+        if not isinstance(value, str):
+            return None, _token_ids(value)
+        if self.tokenizer is None:
+            raise RequestError("text needs a tokenizer and this engine has none; give a list of token ids")
+        return value, self.tokenizer.encode(value)
+
+    def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises RequestError, naming value and limit, when this engine cannot serve the request."""
+        self._core.check_request(prompt_token_ids, params)  # reads only what never changes
+
+    def stats(self) -> EngineStats:
+        """What the engine holds now; a snapshot that another thread may already have changed."""
+        scheduler = self._core.scheduler
+        pool = scheduler.pool
+        return EngineStats(
+            len(scheduler.running), len(scheduler.waiting), pool.num_used, self.executor.num_pages
+        )
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine cannot run any more: it failed, or was shut down. None while it runs."""
+        return self._engine.failure
+
+    async def drain(self, timeout_s: float | None = None) -> bool:
+        """Takes no new requests and waits for those it has. False when that took longer than `timeout_s`."""
+        self._engine.refuse("the engine is draining and takes no new requests")
+        return await asyncio.to_thread(self._engine.wait_idle, timeout_s)
+
+    def shutdown(self) -> None:
+        """Ends the engine after the step under way and releases it; unfinished requests get an EngineError.
+
+        Calling it twice is harmless.
+        """
+        self._engine.stop()
+        self.executor.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.shutdown)

@@ -1,0 +1,158 @@
+"""Times an engine: fixed batches, and a mixed load that arrives all at once. The protocol is that of vLLM's usual scripts:
+
+a batch is run for one token (its time is the prefill) and for `output_len` tokens; the difference, over the tokens between,
+is the time of a decode step. Every time is the median of `repeat` runs, all of which are kept.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..core.engine import Engine
+from .llm import LLM
+from .sampling_params import SamplingParams
+
+FIRST_TOKEN_ID = 4
+"""Random prompts use ids from here up: below lie special tokens, in most vocabularies."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What to time. Lengths are in tokens."""
+
+    batches: tuple[int, ...] = (1, 8, 64)
+    input_len: int = 512
+    output_len: int = 128
+    mixed: int = 0
+    """Requests of the mixed load: 64 to 512 tokens in, 32 to 256 out; 0: none."""
+    repeat: int = 3
+    seed: int = 0
+
+
+def run(llm: LLM, engine: Engine, load: Load) -> Iterator[dict[str, Any]]:
+    """Times `load` on `llm`, which runs `engine`; yields one result a case, as JSON values.
+
+    Raises RequestError when the engine is too small for a case.
+    """
+    bandwidth = read_bandwidth()
+    yield {"kind": "setup", **setup(engine), "read_bandwidth_gb_s": round(bandwidth / 1e9, 1)}
+    rng = np.random.default_rng(load.seed)
+    vocab = engine.model.vocab_size
+
+    def prompts(lengths: Sequence[int]) -> list[list[int]]:
+        return [rng.integers(FIRST_TOKEN_ID, vocab, n).tolist() for n in lengths]
+
+    timed(llm, prompts([min(64, load.input_len)] * 4), [8] * 4)
+    for batch in load.batches:
+        lengths = [load.input_len] * batch
+        timed(llm, prompts(lengths), [min(8, load.output_len)] * batch)
+        prefill, total = [], []
+        for _ in range(load.repeat):
+            prefill.append(timed(llm, prompts(lengths), [1] * batch))
+            total.append(timed(llm, prompts(lengths), [load.output_len] * batch))
+        step = (statistics.median(total) - statistics.median(prefill)) / max(1, load.output_len - 1)
+        floor = step_bytes(engine, batch, load.input_len + load.output_len // 2) / bandwidth
+        yield {
+            "kind": "batch",
+            "batch": batch,
+            "in_len": load.input_len,
+            "out_len": load.output_len,
+            "total_s": round(statistics.median(total), 6),
+            "prefill_s": round(statistics.median(prefill), 6),
+            "decode_ms_per_token": round(step * 1e3, 4),
+            "decode_percent_of_read_limit": round(100 * floor / step, 1) if step > 0 else None,
+            "output_tok_s": round(batch * load.output_len / statistics.median(total), 1),
+            "total_all": [round(x, 5) for x in total],
+            "prefill_all": [round(x, 5) for x in prefill],
+        }
+    if load.mixed:
+        yield from mixed(llm, load, prompts)
+
+
+def mixed(llm: LLM, load: Load, prompts: Any) -> Iterator[dict[str, Any]]:
+    """The mixed load, submitted at once."""
+    rng = np.random.default_rng(load.seed)
+    inputs = rng.integers(64, 513, load.mixed)
+    outputs = rng.integers(32, 257, load.mixed)
+    timed(llm, prompts(inputs[:64]), outputs[:64].tolist())
+    for number in range(2):
+        seconds = timed(llm, prompts(inputs), outputs.tolist())
+        yield {
+            "kind": "continuous",
+            "run": number,
+            "requests": load.mixed,
+            "in_tokens": int(inputs.sum()),
+            "out_tokens": int(outputs.sum()),
+            "total_s": round(seconds, 5),
+            "output_tok_s": round(int(outputs.sum()) / seconds, 1),
+        }
+
+
+def timed(llm: LLM, prompts: list[list[int]], output_lens: Sequence[int]) -> float:
+    """Seconds that greedy generation of exactly `output_lens` tokens takes."""
+    params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in output_lens]
+    start = time.perf_counter()
+    results = llm.generate(prompts, params)
+    seconds = time.perf_counter() - start
+    counts = [len(result.outputs[0].token_ids) for result in results]
+    assert counts == list(output_lens), f"asked for {list(output_lens)} tokens, got {counts}"
+    return seconds
+
+
+def step_bytes(engine: Engine, batch: int, context: int) -> int:
+    """Bytes that a decode step of `batch` sequences with `context` tokens must move."""
+    graph, build = engine.ranks[0].graph, engine.build
+    pages = -(-build.max_seq_len // build.page_size)
+    sizes = {"T": batch, "B": batch, "B+1": batch + 1, "R": batch, "P": pages, "C": context}
+    return graph.cost(sizes).bytes
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that this machine moves in a large copy, read and written bytes counted: measured, not looked up."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones((1 << 30 if device == "cuda" else 1 << 27) // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        _wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() * 4 / min(seconds)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def setup(engine: Engine) -> dict[str, Any]:
+    """What was timed, where, with what versions."""
+    model, build = engine.model, engine.build
+    found: dict[str, Any] = {
+        "trtc": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "target": build.target,
+        "dtype": model.dtype.value,
+        "hidden": model.hidden_size,
+        "layers": model.num_layers,
+        "max_batch_size": build.max_batch_size,
+        "max_num_tokens": build.max_num_tokens,
+        "page_size": build.page_size,
+        "threads": torch.get_num_threads(),
+        "device": platform.processor() or platform.machine(),
+    }
+    if torch.cuda.is_available() and build.target != "cpu":
+        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found

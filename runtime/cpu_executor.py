@@ -1,0 +1,48 @@
+"""Runs engines of target `cpu`."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core.engine import Engine
+from ..core.graph import GRAPH_INPUTS
+from ..core.ops.registry import Communicator
+from ..core.plugin_registry import plugins
+from ..core.targets.base import CacheShape
+from ..core.targets.cpu import CpuProgram, allocate_cache
+from .cache_size import cache_pages
+from .engine_limits import EngineLimits
+from .step_input import StepInput
+
+
+class CpuExecutor(EngineLimits):
+    """An `Executor` over torch on the CPU, of one rank. An engine of several ranks needs a communicator."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        num_pages: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        rank: int = 0,
+        communicator: Communicator | None = None,
+    ) -> None:
+        assert len(engine.ranks) == 1 or communicator is not None, "ranks that cannot talk to each other"
+        part = engine.ranks[rank]
+        shape = CacheShape.of(part.graph, engine.build.page_size)
+        super().__init__(engine, cache_pages(engine, shape, num_pages, kv_cache_memory_bytes))
+        self._program: CpuProgram | None = CpuProgram(
+            part.graph,
+            engine.map_weights(rank),
+            allocate_cache(shape, self.num_pages),
+            kernels=plugins().kernels("cpu"),
+            communicator=communicator,
+        )
+
+    def execute(self, step: StepInput) -> torch.Tensor:
+        """See `Executor.execute`."""
+        assert self._program is not None, "the executor is closed"
+        return self._program.run({name: torch.from_numpy(getattr(step, name)) for name in GRAPH_INPUTS})
+
+    def close(self) -> None:
+        self._program = None

@@ -1,0 +1,299 @@
+"""Runs engines of target `cuda`: prefill steps launch by launch, decode steps as CUDA graphs that the device repeats.
+
+The state of a decode loop (tokens, positions, lengths, page table) lives on the device; the last kernel of a decode graph
+chooses the next tokens and advances it. The host enqueues steps and reads tokens, written to pinned memory, when it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .. import __version__
+from ..core.dtypes import to_torch
+from ..core.engine import Engine
+from ..core.errors import EngineError, TargetError
+from ..core.plugin_registry import plugins
+from ..core.targets.base import CacheShape
+from ..core.targets.cuda.code import MULTIPROCESSORS, decode_buckets, read_code
+from ..core.targets.cuda.program import ContextRows, CudaProgram, DecodeRows, Pages
+from ..core.targets.cuda.target import ACCUMULATIONS
+from ..kernels.errors import DeviceError
+from ..kernels.launch import architecture
+from ..kernels.library import KernelLibrary
+from ..kernels.sampling import LoopState, Sampling
+from .cache_size import cache_pages
+from .engine_limits import EngineLimits
+from .kv_cache import pages_for
+from .step_input import Int32Array, StepInput
+
+CACHE_FRACTION = 0.9
+"""Share of the GPU memory left after the weights that the KV cache takes when nothing else is said, at most."""
+_ALIGNMENT = 4
+"""int32 values in 16 bytes, which kernels want tensors aligned to."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Steps that were enqueued: `event` tells when they are done."""
+
+    event: torch.cuda.Event
+    kv_length: Int32Array
+    """[rows] before the first of these steps, that step's token included."""
+    count: int
+
+
+class EngineKernels(KernelLibrary):
+    """Machine code of an engine, for the GPU that it is on."""
+
+    def __init__(self, engine: Engine, device: int) -> None:
+        try:
+            arch = architecture(device)
+        except DeviceError as error:
+            raise TargetError(
+                f"{engine.path}: built for target cuda: {error}; build with --target cpu instead"
+            ) from None
+        (part,) = engine.ranks
+        code: Mapping[str, Any] = part.artifacts["code"]
+        if arch not in code:
+            raise TargetError(
+                f"{engine.path}: built for {', '.join(code)}, this GPU is {arch}; build it with --cuda-arch {arch}"
+            )
+        super().__init__(device, precompiled=read_code(code[arch], arch, engine.path))
+        # Launch plans are those the engine was built with, whatever size of GPU this is.
+        planned, found = MULTIPROCESSORS[arch], self.multiprocessors
+        self.multiprocessors = max((n for n in planned if n <= found), default=planned[0])
+
+
+class CudaExecutor(EngineLimits):
+    """An `Executor` on one GPU that can also run ahead of its host (`DecodeLoop`)."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        num_pages: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        device: int = 0,
+    ) -> None:
+        if engine.trtc_version != __version__:
+            raise EngineError(
+                f"{engine.path}: its kernels were compiled by trtc {engine.trtc_version}, this is {__version__}; "
+                f"build the engine again"
+            )
+        library = EngineKernels(engine, device)
+        if not torch.cuda.is_available():
+            raise TargetError(
+                f"{engine.path}: torch {torch.__version__} has no CUDA; install a CUDA build of torch"
+            )
+        self._device = torch.device("cuda", device)
+        try:
+            self._load(engine, library, num_pages, kv_cache_memory_bytes)
+        except torch.OutOfMemoryError:
+            total = torch.cuda.mem_get_info(device)[1]
+            raise TargetError(
+                f"{engine.path}: weights and KV cache do not fit the {total >> 20} MiB of {torch.cuda.get_device_name()}; "
+                f"give less --kv-cache-memory-bytes, or build with a smaller --max-batch-size or --max-seq-len"
+            ) from None
+
+    def _load(
+        self, engine: Engine, library: EngineKernels, num_pages: int | None, kv_cache_memory_bytes: int | None
+    ) -> None:
+        (part,) = engine.ranks
+        weights = {name: tensor.to(self._device) for name, tensor in engine.map_weights(0).items()}
+        shape = CacheShape.of(part.graph, engine.build.page_size)
+        if num_pages is None and kv_cache_memory_bytes is None:
+            kv_cache_memory_bytes = int(torch.cuda.mem_get_info(self._device)[0] * CACHE_FRACTION)
+            whole = pages_for(engine.build.max_seq_len, engine.build.page_size) * engine.build.max_batch_size
+            kv_cache_memory_bytes = min(kv_cache_memory_bytes, whole * shape.bytes_per_page)
+        EngineLimits.__init__(self, engine, cache_pages(engine, shape, num_pages, kv_cache_memory_bytes))
+        self._program = CudaProgram(
+            part.graph,
+            weights,
+            self._allocate(shape),
+            library,
+            accumulation=ACCUMULATIONS[part.artifacts["context_fmha"]],
+            max_kv_length=engine.build.max_seq_len,
+            kernels=plugins().kernels("cuda"),
+        )
+        self._loop = _DecodeLoop(
+            self._program,
+            Sampling(library),
+            self._device,
+            engine.build.max_batch_size,
+            pages_for(engine.build.max_seq_len, engine.build.page_size),
+        )
+
+    def _allocate(self, shape: CacheShape) -> list[Pages]:
+        size = (self.num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
+        dtype = to_torch(shape.dtype)
+
+        def zeros() -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=self._device)
+
+        return [(zeros(), zeros()) for _ in range(shape.layers)]
+
+    def execute(self, step: StepInput) -> torch.Tensor:
+        """See `Executor.execute`; the logits are on the GPU."""
+        counts = np.diff(step.query_start)
+        decodes = int(np.argmax(counts > 1)) if (counts > 1).any() else len(counts)
+        if decodes == len(counts) and len(step.logits_index) == decodes:
+            self._loop.load(step.token_ids, step.kv_length, step.page_table)
+            return self._loop.run_once(decodes).float()
+        return self._prefill(step, decodes)
+
+    def _prefill(self, step: StepInput, decodes: int) -> torch.Tensor:
+        first = int(step.query_start[decodes])
+        sent = self._send(
+            step.token_ids,
+            step.positions,
+            step.logits_index,
+            step.kv_length[:decodes],
+            step.page_table[:decodes],
+            step.query_start[decodes:] - first,
+            step.kv_length[decodes:],
+            step.page_table[decodes:],
+        )
+        token_ids, positions, logits_index, decode_length, decode_pages, *context = sent
+        decode = DecodeRows(decode_length, decode_pages, early=False) if decodes else None
+        inputs = {"token_ids": token_ids, "positions": positions, "logits_index": logits_index}
+        rest = ContextRows(*context) if decodes < step.num_sequences else None
+        return self._program.prefill(inputs, decode, rest)
+
+    def _send(self, *arrays: Int32Array) -> list[torch.Tensor]:
+        """The arrays on the GPU: one copy, every array aligned as kernels want it."""
+        starts, size = [], 0
+        for array in arrays:
+            starts.append(size)
+            size += -(-array.size // _ALIGNMENT) * _ALIGNMENT
+        host = torch.empty(size, dtype=torch.int32, pin_memory=True)
+        flat = host.numpy()
+        for start, array in zip(starts, arrays, strict=True):
+            flat[start : start + array.size] = array.reshape(-1)
+        device = host.to(self._device, non_blocking=True)
+        return [
+            device[start : start + array.size].view(array.shape)
+            for start, array in zip(starts, arrays, strict=True)
+        ]
+
+    # ---- DecodeLoop
+
+    def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
+        """See `DecodeLoop.loop_load`."""
+        self._loop.load(token_ids, kv_length, page_table)
+
+    def loop_enqueue(self, count: int) -> Ticket:
+        """See `DecodeLoop.loop_enqueue`."""
+        return self._loop.enqueue(count)
+
+    def loop_collect(self, ticket: Ticket) -> Int32Array:
+        """See `DecodeLoop.loop_collect`."""
+        return self._loop.collect(ticket)
+
+    def close(self) -> None:
+        """Releases the GPU memory."""
+        for name in ("_program", "_loop"):
+            self.__dict__.pop(name, None)
+        torch.cuda.empty_cache()
+
+
+class _DecodeLoop:
+    """Decode steps as CUDA graphs, one for each bucket of batch sizes, captured when first needed."""
+
+    HISTORY = 256
+    """Tokens of each row that the host may leave unread."""
+
+    def __init__(
+        self, program: CudaProgram, sampling: Sampling, device: torch.device, max_batch_size: int, pages: int
+    ) -> None:
+        self._program, self._sampling, self._device = program, sampling, device
+        self._buckets = decode_buckets(max_batch_size)
+        size = self._buckets[-1]
+
+        def state(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self._token_ids, self._positions, self._kv_length = state(size), state(size), state(size)
+        self._next_token, self._page_table = state(size), state(size, pages)
+        self._history = torch.zeros(size, self.HISTORY, dtype=torch.int32, pin_memory=True)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._rows = 0
+        self._host_length: Int32Array = np.zeros(0, np.int32)
+
+    def load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
+        """Sets the rows of the next steps; the rest of their bucket is unused."""
+        rows = len(token_ids)
+        self._rows, self._host_length = rows, kv_length.copy()
+        bucket = self._bucket(rows)
+        padded = np.zeros((3, bucket), np.int32)
+        padded[0, :rows], padded[1, :rows], padded[2, :rows] = token_ids, kv_length - 1, kv_length
+        for tensor, values in zip((self._token_ids, self._positions, self._kv_length), padded, strict=True):
+            tensor[:bucket].copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
+        pages = torch.from_numpy(np.ascontiguousarray(page_table)).pin_memory()
+        self._page_table[:rows, : page_table.shape[1]].copy_(pages, non_blocking=True)
+
+    def run_once(self, rows: int) -> torch.Tensor:
+        """One step; returns its logits [rows, vocab], valid until the next step."""
+        graph, logits = self._graph(self._bucket(rows))
+        graph.replay()
+        self._host_length = self._host_length + 1
+        return logits[:rows]
+
+    def enqueue(self, count: int) -> Ticket:
+        assert count <= self.HISTORY // 2
+        graph, _ = self._graph(self._bucket(self._rows))
+        for _ in range(count):
+            graph.replay()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        ticket = Ticket(event, self._host_length, count)
+        self._host_length = self._host_length + count
+        return ticket
+
+    def collect(self, ticket: Ticket) -> Int32Array:
+        """[count, rows]: the tokens that the steps of `ticket` chose."""
+        ticket.event.synchronize()
+        rows = np.arange(len(ticket.kv_length))
+        slots = (ticket.kv_length[None, :] + np.arange(ticket.count)[:, None]) % self.HISTORY
+        history: npt.NDArray[np.int32] = self._history.numpy()
+        tokens: Int32Array = history[rows[None, :], slots]
+        return tokens
+
+    def _bucket(self, rows: int) -> int:
+        return next(size for size in self._buckets if size >= rows)
+
+    def _graph(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        if bucket not in self._graphs:
+            self._graphs[bucket] = self._capture(bucket)
+        return self._graphs[bucket]
+
+    def _capture(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Captures the step of `bucket` rows. State is left as it was: capturing runs nothing, and warming up runs on
+        unused rows of its own."""
+        decode = self._program.decoder(bucket)
+        inputs = {"token_ids": self._token_ids[:bucket], "positions": self._positions[:bucket]}
+        rows = DecodeRows(self._kv_length[:bucket], self._page_table[:bucket], early=True)
+        idle = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
+        unused = DecodeRows(torch.zeros_like(rows.kv_length), rows.page_table, early=False)
+        # Loads modules, binds launches and lets cuBLAS allocate its workspace, which capturing must not.
+        decode(idle, unused)
+        state = LoopState(
+            next_token=self._next_token[:bucket],
+            token_ids=inputs["token_ids"],
+            positions=inputs["positions"],
+            kv_length=rows.kv_length,
+            history=self._history[:bucket],
+        )
+        scratch = LoopState(next_token=torch.zeros_like(state.next_token))
+        self._sampling.greedy(decode(idle, unused), scratch)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = decode(inputs, rows)
+            self._sampling.greedy(logits, state)
+        return graph, logits

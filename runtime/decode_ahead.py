@@ -1,0 +1,109 @@
+"""Decode steps that the device runs while the host is still reading the tokens of earlier ones.
+
+While every running sequence decodes greedily and nobody can be admitted, the host needs to decide nothing: it enqueues steps
+and reads their tokens one burst later. A sequence that ends is noticed late; the tokens it got since are dropped. Pages are
+given back only when no step is under way that could still write to them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .executor import DecodeLoop
+from .request import Request, RequestStatus
+from .scheduler import Scheduler
+from .step_input import StepInput
+
+HORIZONS = (128, 32, 8)
+"""Tokens for which pages are reserved at a start; the first for which there are enough."""
+MAX_BURST = 8
+BURST_SECONDS = 0.0015
+"""Steps are enqueued in bursts of about this long, so that the host's work for a burst hides behind the next one."""
+
+
+@dataclass(frozen=True)
+class _Flight:
+    ticket: Any
+    count: int
+
+
+class DecodeAhead:
+    """Keeps the device busy with decode steps of the scheduler's running requests."""
+
+    def __init__(self, loop: DecodeLoop, scheduler: Scheduler) -> None:
+        self._loop, self._scheduler = loop, scheduler
+        self._requests: list[Request] = []
+        self._flights: deque[_Flight] = deque()
+        self._left = 0
+        """Steps that may still be enqueued before pages end or the first sequence reaches its length."""
+        self._step_seconds = BURST_SECONDS
+        self._last_collected = 0.0
+
+    def ready(self) -> bool:
+        """Whether `steps` has something to give: steps are under way, or could be started now."""
+        return bool(self._flights) or self._start()
+
+    def steps(self) -> Iterator[tuple[list[Request], list[int]]]:
+        """The steps of the oldest burst: for each the requests that still run and their new tokens.
+
+        The caller enters each step into the scheduler before it takes the next one.
+        """
+        if self._left and self._may_go_on():
+            self._enqueue()
+        flight = self._flights.popleft()
+        tokens = self._loop.loop_collect(flight.ticket)
+        self._measure(flight.count)
+        for row in tokens.tolist():
+            running = [
+                (request, token)
+                for request, token in zip(self._requests, row, strict=True)
+                if request.status is RequestStatus.RUNNING
+            ]
+            if running:
+                requests, token_ids = zip(*running, strict=True)
+                yield list(requests), list(token_ids)
+
+    def _start(self) -> bool:
+        scheduler = self._scheduler
+        if not scheduler.only_decodes() or not all(r.params.plain_greedy for r in scheduler.running):
+            return False
+        horizon = next((count for count in self._horizons() if scheduler.reserve(count)), 0)
+        if not horizon:
+            return False
+        self._requests = list(scheduler.running)
+        step = StepInput.from_batch(scheduler.decode_batch(self._requests))
+        self._loop.loop_load(step.token_ids, step.kv_length, step.page_table)
+        self._left = horizon
+        self._last_collected = time.perf_counter()
+        self._enqueue()
+        return True
+
+    def _horizons(self) -> Iterator[int]:
+        """Numbers of steps to try: no more than until the last sequence ends, as far as lengths tell."""
+        longest = max(self._scheduler.tokens_left(request) for request in self._scheduler.running)
+        for count in HORIZONS:
+            yield min(count, longest)
+
+    def _enqueue(self) -> None:
+        burst = round(BURST_SECONDS / self._step_seconds)
+        count = min(max(1, burst), MAX_BURST, self._left)
+        self._flights.append(_Flight(self._loop.loop_enqueue(count), count))
+        self._left -= count
+
+    def _may_go_on(self) -> bool:
+        """Whether the same rows may run on: nobody ended whose place somebody could take."""
+        ended = sum(request.status is not RequestStatus.RUNNING for request in self._requests)
+        if ended == len(self._requests):
+            return False
+        return not (self._scheduler.waiting and ended) and 2 * ended < len(self._requests)
+
+    def _measure(self, count: int) -> None:
+        now = time.perf_counter()
+        self._step_seconds = float(np.clip((now - self._last_collected) / count, 1e-5, 1.0))
+        self._last_collected = now

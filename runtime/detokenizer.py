@@ -1,0 +1,93 @@
+"""Output text, token by token: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are not a whole character
+_PROMPT_CONTEXT = 5
+"""Prompt tokens decoded before the output: some tokenizers drop the space of the first token."""
+
+
+class Detokenizer:
+    """The text of one sequence.
+
+    It decodes a short window of tokens, not all of them: `_ids[:_read]` is decoded for good, the window
+    begins at `_window_start`, before `_read`, and `_window_chars` of its text are already in `_text`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = params.skip_special_tokens
+        self._ids = list(prompt_token_ids[-_PROMPT_CONTEXT:])
+        self._window_start = 0
+        self._read = len(self._ids)
+        self._window_chars = len(self._decode_window())
+        self._text = ""
+        self._stops = params.stop_strings
+        self._max_stop_len = max(map(len, self._stops), default=0)
+        self._min_tokens = params.min_tokens
+        self._num_tokens = 0
+        self._finished = False
+
+    @property
+    def text(self) -> str:
+        """What may be shown: while unfinished, without a tail that may still become part of a stop string."""
+        held = 0 if self._finished else self._num_held_chars()
+        return self._text[: len(self._text) - held]
+
+    def append(self, token_id: int) -> str | None:
+        """Takes the next output token. Returns the stop string it completes, with the text cut before it."""
+        assert not self._finished, "the text is finished"
+        self._ids.append(token_id)
+        self._num_tokens += 1
+        checked = len(self._text)
+        self._text += self._new_text()
+        if self._num_tokens <= self._min_tokens:
+            return None
+        return self._cut_at_stop(checked)
+
+    def finish(self) -> None:
+        """Ends the text: what was held back for a stop string or half a character is shown as it is."""
+        if not self._finished:
+            self._text += self._decode_window()[self._window_chars :]
+            self._finished = True
+
+    def _decode_window(self) -> str:
+        window = self._ids[self._window_start :]
+        return self._tokenizer.decode(window, skip_special_tokens=self._skip_special_tokens)
+
+    def _new_text(self) -> str:
+        window = self._decode_window()
+        # Bytes of an unfinished character decode to U+FFFD at the end; the next tokens may change them.
+        stable = window.rstrip(_REPLACEMENT)
+        new = stable[self._window_chars :]
+        self._window_chars = max(self._window_chars, len(stable))
+        if stable == window:
+            self._window_start, self._read = self._read, len(self._ids)
+            self._window_chars = len(self._decode_window())
+        return new
+
+    def _cut_at_stop(self, checked: int) -> str | None:
+        """Finds the stop string that is complete first after `checked` characters, the longest of equals."""
+        found = None
+        for stop in self._stops:
+            at = self._text.find(stop, max(0, checked - len(stop) + 1))
+            if at >= 0 and (found is None or (at + len(stop), at) < (found[0] + len(found[1]), found[0])):
+                found = (at, stop)
+        if found is None:
+            return None
+        self._text = self._text[: found[0]]
+        self._finished = True
+        return found[1]
+
+    def _num_held_chars(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        for length in range(min(self._max_stop_len - 1, len(self._text)), 0, -1):
+            tail = self._text[-length:]
+            if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0

@@ -1,0 +1,217 @@
+"""The ranks of a job: how they meet, exchange tensors and fail together. On the wire: torch.distributed with gloo.
+
+Ranks meet at a store that rank 0 keeps. Its address goes round through MPI where MPI started the ranks (`mpirun -n 4 ...`),
+else through a file that `runtime.launcher` names. From then on `Heartbeat` watches over all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from ..core.errors import TargetError, TrtcError
+from .heartbeat import Heartbeat
+from .placement import Placement
+
+JOIN_S = 60
+"""How long a rank waits for the others to start."""
+STALL_S = 60
+"""How late a rank may come to an exchange within a step. All compute the same, so that none should be late at all."""
+_UNLIMITED = timedelta(days=3650)
+_LOOPBACK = "lo"
+_numbers = count()
+
+
+class RankGroup:
+    """One rank's view of the job; a `Communicator`. Made by `join`."""
+
+    def __init__(self, place: Placement, store: Store, names: Sequence[str], heartbeat: Heartbeat) -> None:
+        self.rank, self.size = place.rank, place.size
+        self.name = names[place.rank]
+        self._names, self._store, self._heartbeat = names, store, heartbeat
+        dist.init_process_group(
+            "gloo",
+            store=PrefixStore("gloo", store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=_UNLIMITED,
+        )
+        self._exchanges = dist.new_group(backend="gloo", timeout=timedelta(seconds=STALL_S))
+
+    def agree(self, identity: Mapping[str, str]) -> None:
+        """Returns when every rank has said the same `identity`: what it is by what it has.
+
+        Raises TargetError on rank 0, naming rank, host and what differs. The other ranks wait for rank 0, which ends them.
+        """
+        self._store.set(f"identity/{self.rank}", json.dumps(identity))
+        if self.rank == 0:
+            for other, name in enumerate(self._names):
+                theirs: dict[str, str] = json.loads(self._wait(f"identity/{other}"))
+                for what, value in identity.items():
+                    if theirs[what] != value:
+                        raise TargetError(
+                            f"{name} has {what} {theirs[what]}, {self.name} has {value}: every rank needs the same "
+                            f"trtc, the same engine and the same options"
+                        )
+            self._store.set("agreed", "yes")
+        self._wait("agreed")
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, the same bits on every rank. Raises TargetError when a rank does not come."""
+        result = x.clone(memory_format=torch.contiguous_format)
+        with self._exchange():
+            dist.all_reduce(result, group=self._exchanges)
+        return result
+
+    def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """The parts of all ranks, in rank order along `axis`. Raises TargetError when a rank does not come."""
+        part = x.contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        with self._exchange():
+            dist.all_gather(parts, part, group=self._exchanges)
+        return torch.cat(parts, axis)
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        """Fills `x` on every rank with what it holds on rank 0, which may take its time."""
+        with self._exchange():
+            dist.broadcast(x, src=0)
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """An error inside ends the job: it leaves the block, naming this rank, and the other ranks end."""
+        try:
+            yield
+        except TrtcError as error:
+            self._heartbeat.fail()
+            if self.rank == 0:
+                raise
+            raise type(error)(f"{self.name}: {error}") from error
+        except BaseException:
+            print(f"trtc: error on {self.name}:", file=sys.stderr, flush=True)
+            self._heartbeat.fail()
+            raise
+
+    def fail(self) -> None:
+        """Ends the other ranks."""
+        self._heartbeat.fail()
+
+    def close(self) -> None:
+        """Leaves the job in good order; every rank calls it."""
+        self._heartbeat.stop()
+        dist.destroy_process_group()
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        self._heartbeat.progress += 1
+        with self._blaming():
+            yield
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """Inside, ranks are waited for. When that fails, the process ends, naming the lost rank, or TargetError does."""
+        try:
+            yield
+        except RuntimeError as error:
+            behind = self._heartbeat.wait_for_verdict()
+            reason = str(error).partition(". ")[0]
+            raise TargetError(
+                f"{self.name}: an exchange failed; furthest behind is {behind}: {reason}"
+            ) from error
+
+    def _wait(self, key: str) -> bytes:
+        """The value of `key`, once some rank has set it; lost ranks are the heartbeat's business."""
+        with self._blaming():
+            self._store.wait([key], _UNLIMITED)
+            value: bytes = self._store.get(key)
+        return value
+
+
+def join(place: Placement) -> RankGroup:
+    """Meets the other ranks of the job; every rank calls it, and as often as the others.
+
+    Raises TargetError when they do not come within `JOIN_S` seconds, or when MPI cannot be used.
+    """
+    try:
+        rendezvous, hosts = _rendezvous(place)
+        prefix = f"job{next(_numbers)}"
+        store = PrefixStore(prefix, rendezvous)
+        host = socket.gethostname()
+        store.set(f"rank/{place.rank}", json.dumps({"host": host, "process": os.getpid()}))
+        ranks: list[dict[str, Any]] = [json.loads(store.get(f"rank/{r}")) for r in range(place.size)]
+    except dist.DistError as error:
+        raise TargetError(
+            f"rank {place.rank} on {socket.gethostname()}: not all {place.size} ranks came within {JOIN_S} s: {error}"
+        ) from None
+    names = [f"rank {r} on {who['host']} (process {who['process']})" for r, who in enumerate(ranks)]
+    _share_cores(hosts.count(host))
+    if len(set(hosts)) == 1 and _LOOPBACK in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)  # one host: nothing leaves it
+    watched = rendezvous.clone()  # type: ignore[attr-defined]  # torch's stubs do not have it
+    heartbeat = Heartbeat(PrefixStore(prefix, watched), place.rank, names, place.launcher_pid)
+    heartbeat.start()
+    return RankGroup(place, store, names, heartbeat)
+
+
+def _share_cores(neighbours: int) -> None:
+    """Ranks on one host would slow each other down if each used a thread for every core."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        fair = max(1, (os.cpu_count() or 1) // neighbours)
+        torch.set_num_threads(min(torch.get_num_threads(), fair))
+
+
+@cache
+def _rendezvous(place: Placement) -> tuple[TCPStore, list[str]]:
+    """The store that rank 0 keeps as long as its process lives, and the host of every rank."""
+    if place.rendezvous is None:
+        return _meet_through_mpi(place)
+    file = FileStore(place.rendezvous, place.size)
+    file.set_timeout(timedelta(seconds=JOIN_S))
+    if place.rank == 0:
+        store = _store("127.0.0.1", 0, keep=True)
+        file.set("port", str(store.port))
+    else:
+        store = _store("127.0.0.1", int(file.get("port")))
+    return store, [socket.gethostname()] * place.size
+
+
+def _meet_through_mpi(place: Placement) -> tuple[TCPStore, list[str]]:
+    first_use = "mpi4py.MPI" not in sys.modules
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise TargetError(
+            f"MPI started {place.size} ranks and mpi4py cannot be used ({error}): pip install 'trtc[mpi]'"
+        ) from None
+    world = MPI.COMM_WORLD
+    if world.Get_size() != place.size:
+        raise TargetError(
+            f"mpirun started {place.size} ranks and mpi4py sees {world.Get_size()}: they are of different MPIs; use the "
+            f"mpirun of the MPI that mpi4py was built for"
+        )
+    hosts: list[str] = world.allgather(socket.gethostname())
+    address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
+    if place.rank == 0:
+        store = _store(address, 0, keep=True)
+        world.bcast(store.port)
+    else:
+        store = _store(address, world.bcast(None))
+    if first_use:
+        MPI.Finalize()  # or a rank that fails would wait for the others when it exits
+    return store, hosts
+
+
+def _store(address: str, port: int, *, keep: bool = False) -> TCPStore:
+    timeout = timedelta(seconds=JOIN_S)
+    return TCPStore(address, port, is_master=keep, wait_for_workers=False, timeout=timeout)

@@ -1,0 +1,279 @@
+"""The loop of the runtime: schedule, execute, sample, update, detokenize."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..core.errors import RequestError
+from .decode_ahead import DecodeAhead
+from .detokenizer import Detokenizer
+from .executor import DecodeLoop, Executor
+from .outputs import CompletionOutput, Logprob, RequestOutput
+from .request import Request
+from .sampler import SampledToken, sample, top_logprobs
+from .sampling_params import SamplingParams
+from .scheduler import Batch, Scheduler, SchedulerConfig
+from .step_input import StepInput
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequence:
+    """One completion: its tokens and its text."""
+
+    group_id: str
+    request: Request
+    detokenizer: Detokenizer | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """The n completions of one prompt. `stream`: report every step, not only the end."""
+
+    request_id: str
+    prompt: str | None
+    stream: bool
+    sequences: tuple[_Sequence, ...]
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.request.finished for sequence in self.sequences)
+
+
+class EngineCore:
+    """Serves requests on one executor. Not thread-safe: one thread calls all its methods.
+
+    tokenizer: None: requests are token ids and outputs have no text
+    seed:      of the stream from which requests without a seed draw theirs, in order of arrival
+    """
+
+    def __init__(self, executor: Executor, tokenizer: Tokenizer | None = None, *, seed: int = 0) -> None:
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_batch_size=executor.max_batch_size,
+                max_num_tokens=executor.max_num_tokens,
+                max_seq_len=executor.max_seq_len,
+                max_input_len=executor.max_input_len,
+                page_size=executor.page_size,
+                num_pages=executor.num_pages,
+            )
+        )
+        self._ahead = DecodeAhead(executor, self.scheduler) if isinstance(executor, DecodeLoop) else None
+        self._eos_token_ids = frozenset(executor.eos_token_ids)
+        self._seeds = np.random.Generator(np.random.Philox(seed))
+        self._groups: dict[str, _Group] = {}
+        self._sequences: dict[Request, _Sequence] = {}
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._groups)
+
+    def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises RequestError, naming value and limit, when this engine cannot serve the request."""
+        self.scheduler.check_lengths(len(prompt_token_ids), params.max_tokens)
+        vocab_size = self.executor.vocab_size
+        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab_size:
+            position, token_id = next(
+                (i, t) for i, t in enumerate(prompt_token_ids) if not 0 <= t < vocab_size
+            )
+            raise RequestError(
+                f"token id {token_id} at position {position} is outside the vocabulary; "
+                f"accepted: 0 to {vocab_size - 1}"
+            )
+        for token_id in params.stop_token_ids or ():
+            if token_id >= vocab_size:
+                raise RequestError(f"stop_token_ids has {token_id}; accepted: 0 to {vocab_size - 1}")
+        for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+            if count is not None and count > vocab_size:
+                raise RequestError(f"{name} is {count}; accepted: 0 to the vocabulary's {vocab_size}")
+        if params.stop_strings and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer and this engine has none; use stop_token_ids")
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        stream: bool = True,
+    ) -> None:
+        """Puts a request in line.
+
+        prompt: the text the ids come from, given back in the outputs
+        stream: report every new token; otherwise only the finished request
+        Raises RequestError as `check_request` does, or when an unfinished request has the same id.
+        """
+        self.check_request(prompt_token_ids, params)
+        if request_id in self._groups:
+            raise RequestError(f"request id {request_id!r} is in use by an unfinished request")
+        seed = params.seed
+        if seed is None:
+            seed = int(self._seeds.integers(0, 2**64, dtype=np.uint64))
+        sequences = [
+            self._sequence(request_id, list(prompt_token_ids), params, seed, index)
+            for index in range(params.n)
+        ]
+        self._groups[request_id] = _Group(request_id, prompt, stream, tuple(sequences))
+        for sequence in sequences:
+            self._sequences[sequence.request] = sequence
+            self.scheduler.add(sequence.request)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request and frees its pages; no output follows. False when it is not in the engine."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return False
+        for sequence in group.sequences:
+            self.scheduler.cancel(sequence.request)
+        self._forget(group)
+        return True
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one engine step. Returns what changed: requests with a new token (`stream`) or finished ones.
+
+        When it raises, no token was taken: the step can be repeated, or its requests cancelled.
+        """
+        if self._ahead is not None and self._ahead.ready():
+            return self._step_ahead(self._ahead)
+        batch = self.scheduler.schedule()
+        if not batch.scheduled:
+            assert not self.has_unfinished, "requests are left and none can run"
+            return []
+        logits = self.executor.execute(StepInput.from_batch(batch))
+        sampled = self._sample(batch, logits)
+        self.scheduler.update(batch, [token.token_id for token in sampled])
+        self._detokenize(batch, sampled)
+        return self._report(batch)
+
+    def _step_ahead(self, ahead: DecodeAhead) -> list[RequestOutput]:
+        """Takes the tokens of steps that the device has finished while later ones run."""
+        changed: dict[str, RequestOutput] = {}
+        for requests, token_ids in ahead.steps():
+            batch = self.scheduler.decode_batch(requests)
+            self.scheduler.update(batch, token_ids)
+            self._detokenize(batch, [SampledToken(token_id) for token_id in token_ids])
+            changed |= {output.request_id: output for output in self._report(batch)}
+        return list(changed.values())
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when requests, pages or groups have come out of step."""
+        self.scheduler.check_integrity()
+        held = {*self.scheduler.running, *self.scheduler.waiting}
+        known = {request for request in self._sequences if not request.finished}
+        assert held == known, "the scheduler and the engine core hold different requests"
+
+    def _sequence(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, seed: int, index: int
+    ) -> _Sequence:
+        if index > 0:  # the prompt is scored once
+            params = replace(params, prompt_logprobs=None)
+        name = request_id if params.n == 1 else f"{request_id}/{index}"
+        request = Request(name, prompt_token_ids, params, self._eos_token_ids, seed, index)
+        detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params) if self.tokenizer else None
+        return _Sequence(request_id, request, detokenizer)
+
+    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[SampledToken]:
+        """Chooses the next tokens, and scores the prompt tokens whose logprobs were asked for."""
+        expected = (sum(part.num_rows for part in batch.scheduled), self.executor.vocab_size)
+        assert tuple(logits.shape) == expected, (
+            f"the executor returned logits {tuple(logits.shape)}, not {expected}"
+        )
+        sampling_rows = []
+        end = 0
+        for part in batch.scheduled:
+            start, end = end, end + part.num_rows
+            if part.samples:
+                sampling_rows.append(end - 1)
+            if part.num_prompt_rows:
+                self._score_prompt(part.request, logits[start : start + part.num_prompt_rows])
+        if len(sampling_rows) < end:
+            logits = logits[sampling_rows]
+        return sample(logits, batch.sampling)
+
+    def _score_prompt(self, request: Request, logits: torch.Tensor) -> None:
+        """Row i of logits scores the i-th prompt token that has no logprobs yet."""
+        first = len(request.prompt_logprobs)
+        token_ids = request.prompt_token_ids[first : first + len(logits)]
+        count = request.params.prompt_logprobs or 0
+        request.prompt_logprobs += map(self._named, top_logprobs(logits, token_ids, [count] * len(token_ids)))
+
+    def _detokenize(self, batch: Batch, sampled: list[SampledToken]) -> None:
+        for request, token in zip(batch.sampling, sampled, strict=True):
+            if token.logprobs is not None:
+                request.logprobs.append(self._named(token.logprobs))
+            detokenizer = self._sequences[request].detokenizer
+            if detokenizer is None:
+                continue
+            if request.finish_reason != "stop":  # the token that ends a request is no part of its text
+                stop = detokenizer.append(token.token_id)
+                if stop is not None:
+                    self.scheduler.finish(request, "stop", stop)
+            if request.finished:
+                detokenizer.finish()
+
+    def _report(self, batch: Batch) -> list[RequestOutput]:
+        # each group once, in order
+        touched = dict.fromkeys(self._sequences[request].group_id for request in batch.sampling)
+        outputs = []
+        for group in (self._groups[group_id] for group_id in touched):
+            if group.stream or group.finished:
+                outputs.append(_request_output(group))
+            if group.finished:
+                self._forget(group)
+        return outputs
+
+    def _forget(self, group: _Group) -> None:
+        del self._groups[group.request_id]
+        for sequence in group.sequences:
+            del self._sequences[sequence.request]
+
+    def _named(self, logprobs: dict[int, Logprob]) -> dict[int, Logprob]:
+        """Adds the text of each token."""
+        if self.tokenizer is None:
+            return logprobs
+        return {
+            token_id: replace(
+                entry, decoded_token=self.tokenizer.decode([token_id], skip_special_tokens=False)
+            )
+            for token_id, entry in logprobs.items()
+        }
+
+
+def _request_output(group: _Group) -> RequestOutput:
+    first = group.sequences[0].request
+    return RequestOutput(
+        request_id=group.request_id,
+        prompt=group.prompt,
+        prompt_token_ids=list(first.prompt_token_ids),
+        prompt_logprobs=None if first.params.prompt_logprobs is None else list(first.prompt_logprobs),
+        outputs=[_completion(index, sequence) for index, sequence in enumerate(group.sequences)],
+        finished=group.finished,
+    )
+
+
+def _completion(index: int, sequence: _Sequence) -> CompletionOutput:
+    request, detokenizer = sequence.request, sequence.detokenizer
+    logprobs = None if request.params.logprobs is None else list(request.logprobs)
+    cumulative = None
+    if logprobs is not None:
+        chosen = zip(logprobs, request.output_token_ids, strict=True)
+        cumulative = sum(entry[token_id].logprob for entry, token_id in chosen)
+    return CompletionOutput(
+        index=index,
+        text="" if detokenizer is None else detokenizer.text,
+        token_ids=list(request.output_token_ids),
+        cumulative_logprob=cumulative,
+        logprobs=logprobs,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )

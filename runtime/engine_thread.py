@@ -1,0 +1,273 @@
+"""One thread owns the engine core; everybody else talks to it through commands and streams.
+
+The engine core is not thread-safe, and a step may take the device milliseconds: so one thread does nothing but take
+commands and run steps, and event loops only ever wait for its outputs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import Literal, TypeAlias
+
+from ..core.errors import EngineError, RequestError
+from .engine_core import EngineCore
+from .outputs import RequestOutput
+from .request import Request
+from .sampling_params import SamplingParams
+
+_log = logging.getLogger(__name__)
+
+Outcome = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine holds at one moment. num_running, num_waiting: sequences; num_pages: of the KV cache."""
+
+    num_running: int
+    num_waiting: int
+    num_used_pages: int
+    num_pages: int
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """One request that has ended. Times are in seconds.
+
+    outcome:           how its last completion ended; "abort": cancelled, "error": the engine failed or was shut down
+    num_output_tokens: of all its completions
+    ttft_s:            from submission to the first token; None when there was none
+    tpot_s:            time per output token after the first, mean over its completions; None below two tokens
+    e2e_s:             from submission to the end
+    """
+
+    request_id: str
+    outcome: Outcome
+    num_prompt_tokens: int
+    num_output_tokens: int
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float
+
+
+OnFinished: TypeAlias = Callable[[RequestStats], None]
+
+
+class OutputStream:
+    """Carries the outputs of one request to the event loop that reads them.
+
+    Outputs are cumulative, so only the newest is kept: a slow reader skips some and never makes memory grow.
+    """
+
+    def __init__(self) -> None:
+        """Belongs to the running event loop."""
+        self.loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._newest: RequestOutput | None = None
+        self._error: str | None = None
+
+    def put(self, output: RequestOutput) -> None:
+        self._newest = output
+        self._changed.set()
+
+    def fail(self, reason: str) -> None:
+        self._error = reason
+        self._changed.set()
+
+    async def get(self) -> RequestOutput:
+        """Waits for an output that was not read yet. Raises EngineError when the engine has ended the request."""
+        await self._changed.wait()
+        self._changed.clear()
+        if self._error is not None:
+            raise EngineError(self._error)
+        assert self._newest is not None, "the stream was woken for nothing"
+        return self._newest
+
+
+@dataclass(eq=False)
+class Submission:
+    """A request on its way through the engine thread, which alone fills the lower half."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    prompt: str | None
+    report_steps: bool
+    stream: OutputStream
+    submitted: float = field(default_factory=time.perf_counter)
+
+    requests: list[Request] = field(default_factory=list)
+    first_token: float | None = None
+
+    @property
+    def has_token(self) -> bool:
+        return any(request.output_token_ids for request in self.requests)
+
+    def stats(self, outcome: Outcome) -> RequestStats:
+        now = time.perf_counter()
+        counts = [len(request.output_token_ids) for request in self.requests]
+        if self.first_token is None and any(counts):  # it ended in the step of its first token
+            self.first_token = now
+        tpot_s = None
+        if self.first_token is not None and max(counts) > 1:
+            tpot_s = (now - self.first_token) / (max(counts) - 1)
+        return RequestStats(
+            request_id=self.request_id,
+            outcome=outcome,
+            num_prompt_tokens=len(self.prompt_token_ids),
+            num_output_tokens=sum(counts),
+            ttft_s=None if self.first_token is None else self.first_token - self.submitted,
+            tpot_s=tpot_s,
+            e2e_s=now - self.submitted,
+        )
+
+
+class EngineThread:
+    """Runs an engine core until `stop`, or until a step raises: then every request is told, and new ones are refused.
+
+    After an error the state of a device is unknown, so the thread does not go on with it.
+    on_finished: called in the engine thread for every request that ends, before its reader sees the end
+    """
+
+    def __init__(self, core: EngineCore, on_finished: OnFinished | None) -> None:
+        self._core = core
+        self._on_finished = on_finished
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._submissions: dict[str, Submission] = {}
+        self._awaiting_first_token: set[Submission] = set()
+        self._refusal: str | None = None
+        self.failure: str | None = None
+        """Why the engine cannot run any more; None while it can."""
+        self._thread = threading.Thread(target=self._run, name="trtc-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, submission: Submission) -> None:
+        """Hands a request to the engine. Raises RequestError for an id in use or while draining, EngineError when
+        the engine does not run any more."""
+        with self._lock:
+            if self.failure is not None:
+                raise EngineError(self.failure)
+            if self._refusal is not None:
+                raise RequestError(self._refusal)
+            if submission.request_id in self._submissions:
+                raise RequestError(f"request id {submission.request_id!r} is in use by an unfinished request")
+            self._submissions[submission.request_id] = submission
+            self._commands.put(partial(self._add, submission))
+
+    def cancel(self, submission: Submission) -> None:
+        """Ends a request and frees its pages after the step under way; nothing happens when it has ended."""
+        if self._submissions.get(submission.request_id) is submission:
+            self._commands.put(partial(self._cancel, submission))
+
+    def refuse(self, reason: str) -> None:
+        """From now on no request is taken; those that were go on."""
+        with self._lock:
+            self._refusal = reason
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Blocks until no request is left. False when that took longer than `timeout_s`."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._submissions, timeout_s)
+
+    def stop(self) -> None:
+        """Ends the thread after the step under way; requests that are left get an EngineError."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        reason = "the engine was shut down"
+        try:
+            while self._take_commands():
+                self._step()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
+            _log.exception("the engine thread ends")
+            reason = " ".join(f"the engine failed: {type(error).__name__}: {error}".split())
+        self._fail_all(reason)
+
+    def _take_commands(self) -> bool:
+        """Runs what is in line, and waits for something when there is nothing else to do. False: stop."""
+        while not self._core.has_unfinished or not self._commands.empty():
+            command = self._commands.get()
+            if command is None:
+                return False
+            command()
+        return True
+
+    def _add(self, submission: Submission) -> None:
+        name = submission.request_id
+        self._core.add_request(
+            name,
+            submission.prompt_token_ids,
+            submission.params,
+            prompt=submission.prompt,
+            stream=submission.report_steps,
+        )
+        names = {name, *(f"{name}/{index}" for index in range(submission.params.n))}
+        submission.requests = [r for r in self._core.scheduler.waiting if r.request_id in names]
+        self._awaiting_first_token.add(submission)
+
+    def _cancel(self, submission: Submission) -> None:
+        if self._submissions.get(submission.request_id) is submission:
+            self._core.cancel(submission.request_id)
+            self._end(submission, "abort")
+
+    def _step(self) -> None:
+        outputs = self._core.step()
+        now = time.perf_counter()
+        for submission in [s for s in self._awaiting_first_token if s.has_token]:
+            submission.first_token = now
+            self._awaiting_first_token.remove(submission)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Submission, RequestOutput]]] = {}
+        for output in outputs:
+            submission = self._submissions[output.request_id]
+            by_loop.setdefault(submission.stream.loop, []).append((submission, output))
+            if output.finished:
+                reason = output.outputs[-1].finish_reason
+                assert reason is not None
+                self._end(submission, reason)
+        for loop, changed in by_loop.items():
+            if not _call(loop, partial(_put_all, changed)):
+                for submission, _ in changed:  # nobody can read them any more
+                    self._cancel(submission)
+
+    def _end(self, submission: Submission, outcome: Outcome) -> None:
+        self._awaiting_first_token.discard(submission)
+        if self._on_finished is not None:
+            self._on_finished(submission.stats(outcome))
+        with self._idle:
+            del self._submissions[submission.request_id]
+            self._idle.notify_all()
+
+    def _fail_all(self, reason: str) -> None:
+        with self._lock:  # from here on `submit` raises
+            self.failure = reason
+            left = list(self._submissions.values())
+        for submission in left:
+            self._core.cancel(submission.request_id)
+            self._end(submission, "error")
+            _call(submission.stream.loop, partial(submission.stream.fail, reason))
+
+
+def _put_all(changed: list[tuple[Submission, RequestOutput]]) -> None:
+    for submission, output in changed:
+        submission.stream.put(output)
+
+
+def _call(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> bool:
+    """Runs `callback` in the thread of `loop`. False when the loop is closed."""
+    try:
+        loop.call_soon_threadsafe(callback)
+    except RuntimeError:
+        if loop.is_closed():
+            return False
+        raise
+    return True

@@ -1,0 +1,1 @@
+"""Proves an engine on real text: summaries scored with ROUGE, perplexity, distance to `transformers`."""

@@ -1,0 +1,77 @@
+"""The border between the runtime and a target: an `Executor` runs one engine step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+    from .step_input import Int32Array, StepInput
+
+
+class Executor(Protocol):
+    """One loaded engine with its paged KV cache.
+
+    The limits are those the engine was built for; the scheduler keeps every step within them.
+    """
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the KV cache; page ids are 0 .. num_pages - 1."""
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+
+    @property
+    def max_batch_size(self) -> int:
+        """Sequences in one step."""
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Tokens in one step, over all its sequences."""
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens in one sequence, prompt and output together."""
+
+    @property
+    def max_input_len(self) -> int:
+        """Tokens in one prompt."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits; token ids are 0 .. vocab_size - 1."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids of the model; empty when it has none."""
+
+    def execute(self, step: StepInput) -> torch.Tensor:
+        """Runs one step and appends its keys and values to the cache.
+
+        Returns logits [R, vocab_size] float32, one row per entry of `step.logits_index`, on any device. R is
+        0 when the step holds only parts of prompts. The tensor may be reused by the next call.
+        """
+
+    def close(self) -> None:
+        """Releases the device memory. Calling it twice is harmless."""
+
+
+@runtime_checkable
+class DecodeLoop(Protocol):
+    """What an executor offers beyond `Executor` when its device can repeat greedy decode steps without the host.
+
+    Tickets stand for steps under way; they are collected in the order in which they were given.
+    """
+
+    def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
+        """Sets the sequences of the next steps: the last token of each, its length with that token, and its pages,
+        which must hold the tokens of every step until the next load. Arguments: [B], [B], [B, P]."""
+
+    def loop_enqueue(self, count: int) -> Any:
+        """Starts `count` steps after those under way and returns their ticket at once."""
+
+    def loop_collect(self, ticket: Any) -> Int32Array:
+        """Waits for the steps of a ticket; returns the tokens they chose, [count, B]."""

@@ -1,0 +1,183 @@
+"""Rank 0 schedules and samples, the other ranks follow: what they need of each step, and how they hear of it."""
+
+from __future__ import annotations
+
+import atexit
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..core.engine import DESCRIPTION, Engine, sha256
+from ..core.errors import TargetError
+from .cpu_executor import CpuExecutor
+from .distributed import RankGroup, join
+from .engine_limits import EngineLimits
+from .placement import Placement
+from .step_input import Int32Array, StepInput
+
+HEADER = 4
+FIRST = 1024
+"""int32 of the message that every step has; a longer one goes on in a second message. Decode steps fit in one."""
+
+
+def pack(step: StepInput) -> Int32Array:
+    """T, B, P, R, then token_ids [T], tokens of each sequence [B], kv_length [B], page_table [B, P], logits_index [R].
+
+    Positions are left out: they follow from the lengths. No step at all is a message of T = 0: see `STOP`.
+    """
+    rows, pages = step.page_table.shape
+    header = np.array([step.num_tokens, rows, pages, len(step.logits_index)], np.int32)
+    return np.concatenate(
+        (
+            header,
+            step.token_ids,
+            np.diff(step.query_start),
+            step.kv_length,
+            step.page_table.ravel(),
+            step.logits_index,
+        )
+    )
+
+
+STOP: Int32Array = np.zeros(HEADER, np.int32)
+
+
+def length(header: Int32Array) -> int:
+    """Of a whole message, from its first `HEADER` entries."""
+    tokens, rows, pages, wanted = header.tolist()
+    return int(HEADER + tokens + rows * (2 + pages) + wanted)
+
+
+def unpack(message: Int32Array) -> StepInput | None:
+    """The step that was packed; None for `STOP`."""
+    tokens, rows, pages, wanted = message[:HEADER].tolist()
+    if tokens == 0:
+        return None
+    sizes = [tokens, rows, rows, rows * pages, wanted]
+    ids, counts, kv_length, table, index = np.split(message[HEADER:], np.cumsum(sizes)[:-1])
+    query_start = np.zeros(rows + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    first = np.repeat(kv_length - query_start[1:], counts)  # position of a sequence's row 0, were it so long
+    positions = first + np.arange(tokens, dtype=np.int32)
+    return StepInput(ids, positions, query_start, kv_length, table.reshape(rows, pages), index)
+
+
+def send(group: RankGroup, message: Int32Array) -> None:
+    """Rank 0: gives `message` to all."""
+    first = np.zeros(FIRST, np.int32)
+    first[: len(message)] = message[:FIRST]
+    group.broadcast(torch.from_numpy(first))
+    if len(message) > FIRST:
+        group.broadcast(torch.from_numpy(message[FIRST:]))
+
+
+def receive(group: RankGroup) -> Int32Array:
+    """The others: what rank 0 sends next."""
+    first = np.empty(FIRST, np.int32)
+    group.broadcast(torch.from_numpy(first))
+    total = length(first[:HEADER])
+    if total <= FIRST:
+        return first[:total]
+    rest = np.empty(total - FIRST, np.int32)
+    group.broadcast(torch.from_numpy(rest))
+    return np.concatenate((first, rest))
+
+
+class LeadingExecutor(EngineLimits):
+    """The `Executor` of rank 0: every step runs on all ranks."""
+
+    def __init__(self, engine: Engine, local: CpuExecutor, group: RankGroup) -> None:
+        super().__init__(engine, local.num_pages)
+        self._local = local
+        self._group: RankGroup | None = group
+        self._in_step = False
+        atexit.register(self.close)
+
+    def execute(self, step: StepInput) -> torch.Tensor:
+        """See `Executor.execute`. Raises TargetError after a step that was cut short: the ranks are out of step then."""
+        assert self._group is not None, "the executor is closed"
+        if self._in_step:
+            raise TargetError(
+                "an earlier step was cut short and the ranks are out of step; load the engine again"
+            )
+        self._in_step = True
+        send(self._group, pack(step))
+        logits = self._local.execute(step)
+        self._in_step = False
+        return logits
+
+    def close(self) -> None:
+        """Ends the other ranks, in good order unless a step was cut short."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        atexit.unregister(self.close)
+        if self._in_step:
+            group.fail()
+        else:
+            send(group, STOP)
+            group.close()
+        self._local.close()
+
+
+def follow(local: CpuExecutor, group: RankGroup) -> NoReturn:
+    """The other ranks: run what rank 0 runs until it closes; then SystemExit(0).
+
+    Raises what a step raises; the job ends then on all ranks.
+    """
+    with group.failing_together():
+        while (step := unpack(receive(group))) is not None:
+            local.execute(step)
+    group.close()
+    local.close()
+    raise SystemExit(0)
+
+
+def load_ranks(
+    place: Placement,
+    engine_dir: Path,
+    num_pages: int | None,
+    kv_cache_memory_bytes: int | None,
+    verify: bool,
+) -> LeadingExecutor:
+    """See `load.load_executor`: on rank 0 the executor of the whole job; the other ranks follow and do not return."""
+    group = join(place)
+    with group.failing_together():
+        engine = Engine.open(engine_dir, verify=verify, rank=place.rank)
+        if place.rank == 0:  # which speaks for all
+            require_runnable(engine, place.size)
+        group.agree(
+            {
+                "trtc": __version__,
+                "engine.json": sha256(engine.path / DESCRIPTION)[:16],
+                "num_pages": str(num_pages),
+                "kv_cache_memory_bytes": str(kv_cache_memory_bytes),
+            }
+        )
+        local = CpuExecutor(
+            engine,
+            num_pages=num_pages,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            rank=place.rank,
+            communicator=group,
+        )
+    if place.rank > 0:
+        follow(local, group)
+    return LeadingExecutor(engine, local, group)
+
+
+def require_runnable(engine: Engine, processes: int) -> None:
+    """Raises TargetError, saying what to do, when `engine` is not one for so many ranks."""
+    if engine.build.target != "cpu":
+        raise TargetError(
+            f"{engine.path}: built for target {engine.build.target}; only target cpu runs on several ranks today"
+        )
+    count = len(engine.ranks)
+    if count != processes:
+        raise TargetError(
+            f"{engine.path}: built for {count} rank{'s' * (count > 1)} and {processes} processes run it: start it with "
+            f"`mpirun -n {count}` or `--nproc {count}`, or build it with --tp-size {processes}"
+        )

@@ -1,0 +1,187 @@
+"""`LLM`: prompts in, completions out, on one engine directory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from numbers import Integral
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+from ..core.errors import RequestError
+from .engine_core import EngineCore
+from .executor import Executor
+from .load import load_executor
+from .outputs import RequestOutput
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+
+_ACCEPTED = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+
+
+class LLM:
+    """Offline generation: `LLM(engine_dir).generate(prompts, SamplingParams(...))`."""
+
+    def __init__(
+        self,
+        engine_dir: str | Path,
+        *,
+        num_pages: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        verify: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Loads an engine directory. `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`.
+
+        seed: of the stream from which requests without a seed draw theirs
+        Raises EngineError when the directory is not an engine this version can run, TargetError when this
+        machine cannot run it.
+        """
+        executor = load_executor(
+            engine_dir, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, verify=verify
+        )
+        self._start(executor, Tokenizer.from_dir(engine_dir), seed)
+
+    @classmethod
+    def from_executor(cls, executor: Executor, tokenizer: Tokenizer | None = None, *, seed: int = 0) -> Self:
+        """Runs on an executor that is loaded already, or that is not made from an engine directory."""
+        llm = cls.__new__(cls)
+        llm._start(executor, tokenizer, seed)
+        return llm
+
+    def _start(self, executor: Executor, tokenizer: Tokenizer | None, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.core = EngineCore(executor, tokenizer, seed=seed)
+        self._request_ids = map(str, count())
+        self._busy = threading.Lock()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_output: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes all prompts, batched as the engine allows. Returns one output per prompt, in their order.
+
+        prompts:         one prompt or a list of them; a list of integers is one prompt of token ids
+        sampling_params: one for all, or one per prompt; None: SamplingParams()
+        on_output:       called after each step for every request with a new token: all of its output so far
+        Raises RequestError, before anything runs, naming the prompt's index and what the engine accepts.
+        """
+        texts_and_ids = [self._tokenize(index, prompt) for index, prompt in enumerate(_prompt_list(prompts))]
+        params = _params_list(sampling_params, len(texts_and_ids))
+        for index, ((_, token_ids), param) in enumerate(zip(texts_and_ids, params, strict=True)):
+            with _naming_prompt(index):
+                self.core.check_request(token_ids, param)
+        if not self._busy.acquire(blocking=False):
+            raise RequestError("generate() is already running on this LLM; pass all prompts in one call")
+        request_ids = [next(self._request_ids) for _ in texts_and_ids]
+        try:
+            for request_id, (text, token_ids), param in zip(request_ids, texts_and_ids, params, strict=True):
+                self.core.add_request(request_id, token_ids, param, prompt=text, stream=on_output is not None)
+            finished = self._run(on_output)
+        finally:  # an error in a step or in on_output leaves no request and no page behind
+            for request_id in request_ids:
+                self.core.cancel(request_id)
+            self._busy.release()
+        return [finished[request_id] for request_id in request_ids]
+
+    def close(self) -> None:
+        """Releases the engine. The LLM cannot generate afterwards."""
+        self.core.executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, on_output: Callable[[RequestOutput], None] | None) -> dict[str, RequestOutput]:
+        finished = {}
+        while self.core.has_unfinished:
+            for output in self.core.step():
+                if output.finished:
+                    finished[output.request_id] = output
+                if on_output is not None:
+                    on_output(output)
+        return finished
+
+    def _tokenize(self, index: int, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The text of a prompt, if it has one, and its token ids."""
+        with _naming_prompt(index):
+            value = _prompt_value(prompt)
+            if not isinstance(value, str):
+                return None, _token_ids(value)
+            if self.tokenizer is None:
+                raise RequestError(
+                    "text needs a tokenizer and this engine has none; give a list of token ids"
+                )
+            return value, self.tokenizer.encode(value)
+
+
+@contextmanager
+def _naming_prompt(index: int) -> Iterator[None]:
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"prompt {index}: {error}") from error
+
+
+def _prompt_list(prompts: object) -> list[Any]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, list | tuple):
+        raise RequestError(
+            f"prompts is a {type(prompts).__name__}; accepted: {_ACCEPTED}, or a list of these"
+        )
+    if prompts and all(isinstance(item, Integral) for item in prompts):
+        return [prompts]
+    return list(prompts)
+
+
+def _prompt_value(prompt: object) -> object:
+    """What stands for the prompt: its text or its token ids."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    known = [key for key in ("prompt", "prompt_token_ids") if key in prompt]
+    if len(prompt) != 1 or not known:
+        raise RequestError(f"it has the keys {sorted(map(str, prompt))}; accepted: {_ACCEPTED}")
+    return prompt[known[0]]
+
+
+def _token_ids(value: object) -> list[int]:
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"it is a {type(value).__name__}; accepted: {_ACCEPTED}")
+    if set(map(type, value)) <= {int}:  # the usual case, at the speed of C: prompts are long
+        return list(value)
+    for position, item in enumerate(value):
+        if isinstance(item, bool) or not isinstance(item, Integral):
+            raise RequestError(f"its item {position} is {item!r}; accepted: integers, as token ids")
+    return [int(item) for item in value]
+
+
+def _params_list(
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    if sampling_params is None:
+        return [SamplingParams()] * num_prompts
+    if isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * num_prompts
+    accepted = "accepted: SamplingParams, or a list with one per prompt"
+    if not isinstance(sampling_params, list | tuple):
+        raise RequestError(f"sampling_params is a {type(sampling_params).__name__}; {accepted}")
+    for index, param in enumerate(sampling_params):
+        if not isinstance(param, SamplingParams):
+            raise RequestError(f"sampling_params[{index}] is a {type(param).__name__}; {accepted}")
+    if len(sampling_params) != num_prompts:
+        raise RequestError(f"{len(sampling_params)} sampling_params for {num_prompts} prompts; {accepted}")
+    return list(sampling_params)

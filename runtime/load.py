@@ -1,0 +1,76 @@
+"""Engine directory -> Executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..core.engine import Engine
+from ..core.errors import TargetError
+from ..core.plugin_registry import plugins
+from .executor import Executor
+from .placement import placement
+
+
+def load_executor(
+    engine_dir: str | Path,
+    *,
+    num_pages: int | None = None,
+    kv_cache_memory_bytes: int | None = None,
+    verify: bool = True,
+) -> Executor:
+    """The executor of an engine directory, ready to run.
+
+    num_pages: pages of the KV cache; None: as many as kv_cache_memory_bytes holds.
+    kv_cache_memory_bytes: None: enough for the engine's max_batch_size sequences of max_seq_len tokens.
+    verify: compare the sha256 of every file first; one rank of several compares its own files.
+    In a job of several ranks (`mpirun`, `trtc run --nproc`) rank 0 gets the executor of the whole job; the other ranks do
+    its steps in here until it is closed there, and leave with SystemExit(0).
+    Raises EngineError for a directory that is not a sound engine, TargetError when its target cannot run here.
+    """
+    plugins()  # the graph may hold ops that a plugin registers
+    place = placement()
+    if place.size > 1:
+        from .follower import load_ranks
+
+        return load_ranks(place, Path(engine_dir), num_pages, kv_cache_memory_bytes, verify)
+    return executor_of(Engine.open(engine_dir, verify=verify), num_pages, kv_cache_memory_bytes)
+
+
+def executor_of(
+    engine: Engine, num_pages: int | None = None, kv_cache_memory_bytes: int | None = None
+) -> Executor:
+    """The executor of an engine of one rank that is open already; see `load_executor`."""
+    count = len(engine.ranks)
+    if count > 1:
+        raise TargetError(
+            f"{engine.path}: built for {count} ranks and one process runs it: start it with "
+            f"`trtc run --nproc {count} ...` or `mpirun -n {count} trtc run ...`"
+        )
+    return _EXECUTORS[engine.build.target](engine, num_pages, kv_cache_memory_bytes)
+
+
+def _cpu(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:
+    from .cpu_executor import CpuExecutor
+
+    return CpuExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)
+
+
+def _cuda(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:
+    from .cuda_executor import CudaExecutor
+
+    return CudaExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)
+
+
+def _tensorrt(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:
+    raise TargetError(
+        f"{engine.path}: built for target tensorrt; this version of trtc builds such engines and does not run them: "
+        f"build with --target cuda or --target cpu"
+    )
+
+
+_EXECUTORS: dict[str, Callable[[Engine, int | None, int | None], Executor]] = {
+    "cpu": _cpu,
+    "cuda": _cuda,
+    "tensorrt": _tensorrt,
+}

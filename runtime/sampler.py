@@ -1,0 +1,191 @@
+"""From logits to tokens.
+
+The order is vLLM's: minimum length, then repetition, frequency and presence penalties, temperature, min_p,
+top_k, top_p. Each filter works on what the one before it has left, as transformers' logits processors do.
+
+Randomness is counter-based: the token at output position i of a request is chosen by one uniform number,
+Philox(key=(seed, sample index), counter=i) (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+2011), through the inverse of the cumulative distribution over the tokens in descending order. The same seed
+so gives the same text whatever else is in the batch, and after a preemption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..core.errors import EngineError
+from .outputs import Logprob
+from .request import Request
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """The next token of one request; logprobs as in `CompletionOutput`, None unless asked for."""
+
+    token_id: int
+    logprobs: dict[int, Logprob] | None = None
+
+
+def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+    """Chooses the next token of each request.
+
+    logits: [S, V] float32, row i belongs to requests[i]; left unchanged
+    Raises EngineError when a row holds NaN or infinity.
+    """
+    assert logits.shape[0] == len(requests), f"{logits.shape[0]} logits rows for {len(requests)} requests"
+    if not requests:
+        return []
+    scores = apply_penalties(logits, requests)
+    best, chosen = scores.max(dim=-1)
+    if not bool(best.isfinite().all()):
+        bad = requests[int((~best.isfinite()).nonzero()[0])].request_id
+        raise EngineError(
+            f"the engine's logits for request {bad} are not finite: its weights or dtype overflow"
+        )
+    random_rows = [row for row, request in enumerate(requests) if not request.params.greedy]
+    if random_rows:
+        chosen[random_rows] = _draw(scores[random_rows], [requests[row] for row in random_rows])
+    token_ids: list[int] = chosen.tolist()
+    return _with_logprobs(logits, requests, token_ids)
+
+
+def apply_penalties(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """Minimum length and the three penalties on logits [S, V]; returns `logits` itself when none is set."""
+    banned = {
+        row: ids for row, request in enumerate(requests) if (ids := _banned_ids(request, logits.shape[1]))
+    }
+    rows = [row for row, request in enumerate(requests) if request.params.has_penalties]
+    if not banned and not rows:
+        return logits
+    scores = logits.clone()
+    for row, token_ids in banned.items():
+        scores[row, token_ids] = -torch.inf
+    if rows:
+        scores[rows] = _penalize(scores[rows], [requests[row] for row in rows])
+    return scores
+
+
+def filtered_weights(
+    ordered: torch.Tensor, *, min_p: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """Unnormalized probabilities [S, C] float64 of candidates, 0 where a filter removes one.
+
+    ordered: [S, C] scores after temperature, descending, 0 for the best
+    min_p:   [S, 1] float     top_k: [S, 1] int64, C or more keeps all     top_p: [S, 1] float
+    """
+    weights = ordered.double().exp()
+    weights = weights.where(weights >= min_p, 0.0)
+    kth = ordered.gather(1, top_k.clamp(max=ordered.shape[1]) - 1)
+    weights = weights.where(ordered >= kth, 0.0)
+    cumulative = weights.cumsum(dim=-1)
+    mass_before = (cumulative - weights) / cumulative[:, -1:]
+    return weights.where((mass_before < top_p) | (top_p >= 1.0), 0.0)
+
+
+def uniform(seed: int, sample_index: int, position: int) -> float:
+    """The random number in [0, 1) of one output position."""
+    generator = np.random.Philox(key=seed | sample_index << 64, counter=position)
+    return (int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+def top_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]
+) -> list[dict[int, Logprob]]:
+    """Per row of logits [N, V]: the given token's log probability, then those of the `counts[row]` best."""
+    logprobs = logits.log_softmax(dim=-1)
+    given = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks = (logprobs > given).sum(dim=-1) + 1
+    best, best_ids = logprobs.topk(min(max(counts), logits.shape[1]), dim=-1)
+    rows = zip(
+        token_ids, given[:, 0].tolist(), ranks.tolist(), best_ids.tolist(), best.tolist(), counts, strict=True
+    )
+    table = []
+    for token_id, logprob, rank, ids, values, count in rows:
+        entries = {token_id: Logprob(logprob, rank)}
+        for index in range(count):
+            entries.setdefault(ids[index], Logprob(values[index], index + 1))
+        table.append(entries)
+    return table
+
+
+def _banned_ids(request: Request, vocab_size: int) -> list[int]:
+    params = request.params
+    if len(request.output_token_ids) >= params.min_tokens:
+        return []
+    ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else request.eos_token_ids)}
+    return [token_id for token_id in ids if token_id < vocab_size]
+
+
+def _penalize(scores: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    repetition = _column([request.params.repetition_penalty for request in requests], scores)
+    frequency = _column([request.params.frequency_penalty for request in requests], scores)
+    presence = _column([request.params.presence_penalty for request in requests], scores)
+    seen = _token_counts([request.token_ids for request in requests], scores) > 0
+    scores = torch.where(seen, torch.where(scores > 0, scores / repetition, scores * repetition), scores)
+    output = _token_counts([request.output_token_ids for request in requests], scores)
+    return scores - frequency * output - presence * (output > 0)
+
+
+def _token_counts(sequences: Sequence[list[int]], like: torch.Tensor) -> torch.Tensor:
+    """How often each token occurs in each sequence, [S, V]."""
+    vocab_size, longest = like.shape[1], max(map(len, sequences))
+    padded = np.full((len(sequences), longest), vocab_size, np.int64)
+    for row, token_ids in zip(padded, sequences, strict=True):
+        row[: len(token_ids)] = token_ids
+    index = torch.from_numpy(padded).to(like.device)
+    counts = like.new_zeros(len(sequences), vocab_size + 1)
+    return counts.scatter_add_(1, index, like.new_ones(index.shape))[:, :vocab_size]
+
+
+def _draw(scores: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """Random tokens [S] int64 from scores [S, V], one of each request's own stream."""
+    params = [request.params for request in requests]
+    # the best score becomes 0 first, so that no temperature makes it overflow
+    scores = scores - scores.amax(dim=-1, keepdim=True)
+    scores = scores / _column([p.temperature for p in params], scores)
+    top_k = [p.top_k if p.top_k > 0 else scores.shape[1] for p in params]
+    ordered, token_ids = _descending(scores, min(max(top_k), scores.shape[1]))
+    weights = filtered_weights(
+        ordered,
+        min_p=_column([p.min_p for p in params], ordered),
+        top_k=torch.tensor(top_k, device=scores.device)[:, None],
+        top_p=_column([p.top_p for p in params], ordered),
+    )
+    uniforms = [uniform(r.seed, r.sample_index, len(r.output_token_ids)) for r in requests]
+    cumulative = weights.cumsum(dim=-1)
+    target = _column(uniforms, cumulative) * cumulative[:, -1:]
+    # target may round up to the total; the last candidate with weight is the last that may be picked
+    last = (weights > 0).sum(dim=-1, keepdim=True) - 1
+    pick = torch.searchsorted(cumulative, target, right=True).minimum(last)
+    return token_ids.gather(1, pick).squeeze(1)
+
+
+def _descending(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best `count` scores of each row and all that tie with the last; equal scores in order of id."""
+    if count < scores.shape[1]:
+        kth = scores.topk(count, dim=-1).values[:, -1:]
+        count = int((scores >= kth).sum(dim=-1).max())
+        ids = scores.topk(count, dim=-1).indices.sort(dim=-1).values
+        ordered, order = scores.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+        return ordered, ids.gather(1, order)
+    return scores.sort(dim=-1, descending=True, stable=True)
+
+
+def _with_logprobs(
+    logits: torch.Tensor, requests: Sequence[Request], token_ids: Sequence[int]
+) -> list[SampledToken]:
+    counts = {row: k for row, request in enumerate(requests) if (k := request.params.logprobs) is not None}
+    if not counts:
+        return [SampledToken(token_id) for token_id in token_ids]
+    rows = list(counts)
+    table = top_logprobs(logits[rows], [token_ids[row] for row in rows], list(counts.values()))
+    logprobs = dict(zip(rows, table, strict=True))
+    return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

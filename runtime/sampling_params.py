@@ -1,0 +1,143 @@
+"""What a user may ask of generation: `SamplingParams`, with vLLM's names, defaults and meanings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..core.errors import RequestError
+
+GREEDY_TEMPERATURE = 1e-5
+"""Temperatures below this are greedy, as in vLLM: dividing logits by less says nothing more."""
+
+_MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends. Checked when built: raises RequestError.
+
+    n:                  completions per prompt, each with its own random stream
+    max_tokens:         output tokens at most; None: as many as the engine's max_seq_len leaves
+    min_tokens:         output tokens before an end-of-sequence token, stop token or stop string may end it
+    temperature:        divides the logits; 0 is greedy
+    top_k:              keep the k most probable tokens (and ties of the k-th); 0 or -1 keeps all
+    top_p:              keep the smallest set of most probable tokens whose probability reaches top_p
+    min_p:              keep tokens at least min_p times as probable as the most probable one
+    repetition_penalty: divides positive, multiplies negative logits of tokens in prompt or output (CTRL)
+    presence_penalty:   subtracted once from the logit of each token in the output (OpenAI)
+    frequency_penalty:  subtracted from the logit of a token once per occurrence in the output (OpenAI)
+    stop:               strings that end the request; the text is cut before the match
+    stop_token_ids:     token ids that end the request; kept in token_ids, left out of the text
+    ignore_eos:         do not end at the model's end-of-sequence tokens
+    seed:               of this request's random stream; None: the engine draws one
+    logprobs:           report the k most probable tokens beside the chosen one at each output position
+    prompt_logprobs:    the same for each prompt position
+    skip_special_tokens: leave special tokens out of the text
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        _check_int("n", self.n, 1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1)
+        _check_int("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _refusal("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        _check_int("top_k", self.top_k, -1)
+        _check_float("temperature", self.temperature, "a finite number of at least 0", low=0.0)
+        _check_float("top_p", self.top_p, "a number above 0 and at most 1", low=0.0, high=1.0, above=True)
+        _check_float("min_p", self.min_p, "a number from 0 to 1", low=0.0, high=1.0)
+        _check_float(
+            "repetition_penalty", self.repetition_penalty, "a finite number above 0", low=0.0, above=True
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_float(name, getattr(self, name), "a number from -2 to 2", low=-2.0, high=2.0)
+        _check_strings("stop", self.stop)
+        _check_token_ids("stop_token_ids", self.stop_token_ids)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, _MAX_SEED)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise _refusal(name, getattr(self, name), "True or False")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the next token is the largest logit, whatever came before, and nothing else is asked of the logits."""
+        return self.greedy and not self.has_penalties and self.logprobs is None and not self.min_tokens
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _refusal(name: str, value: object, accepted: str) -> RequestError:
+    return RequestError(f"{name} is {value!r}; accepted: {accepted}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    accepted = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _refusal(name, value, accepted)
+    if value < low or (high is not None and value > high):
+        raise _refusal(name, value, accepted)
+
+
+def _check_float(
+    name: str, value: object, accepted: str, *, low: float, high: float = math.inf, above: bool = False
+) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise _refusal(name, value, accepted)
+    if value < low or value > high or (above and value == low):
+        raise _refusal(name, value, accepted)
+
+
+def _check_strings(name: str, value: object) -> None:
+    accepted = "a non-empty string or a list of non-empty strings"
+    strings = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(strings, list | tuple):
+        raise _refusal(name, value, accepted)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise _refusal(name, value, accepted)
+
+
+def _check_token_ids(name: str, value: object) -> None:
+    accepted = "a list of token ids of at least 0"
+    ids = [] if value is None else value
+    if not isinstance(ids, list | tuple) or not all(_is_int(item) and item >= 0 for item in ids):
+        raise _refusal(name, value, accepted)

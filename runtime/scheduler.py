@@ -1,0 +1,332 @@
+"""Which tokens of which requests run in the next engine step: in-flight batching with chunked prefill.
+
+Plain Python, no tensor library. Requests stay in order of arrival: first all running, oldest first, then all
+waiting. Every step gives each running sequence that decodes one token, then continues the prefill under way,
+then admits waiting requests as long as tokens, sequences and pages last. When a decode finds no free page,
+the newest running request gives its pages back and waits; its tokens are kept and computed again later
+(preemption by recompute), so the oldest request always goes forward and every request ends.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+from ..core.errors import ConfigError, RequestError
+from .kv_cache import PagePool, pages_for
+from .outputs import FinishReason
+from .request import Request, RequestStatus
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one engine. Raises ConfigError when one is not a positive integer.
+
+    max_batch_size: sequences in one step       max_num_tokens: tokens in one step
+    max_seq_len:    prompt and output tokens    max_input_len:  prompt tokens
+    page_size:      tokens per page             num_pages:      pages in the cache
+    """
+
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+    max_input_len: int
+    page_size: int
+    num_pages: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field.name} is {value!r}; accepted: an integer of at least 1")
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """The part of one request that runs in a step: tokens first .. first + num_tokens - 1.
+
+    num_prompt_rows: logits rows, just before the last one of `samples`, that score prompt tokens
+    samples:         the part ends at the last known token, so that its logits choose the next one
+    """
+
+    request: Request
+    first: int
+    num_tokens: int
+    num_prompt_rows: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.first + self.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_prompt_rows + self.samples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One engine step: sequences that decode first, prefill after them. Empty when nothing can run."""
+
+    scheduled: tuple[ScheduledRequest, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return _num_tokens(self.scheduled)
+
+    @property
+    def sampling(self) -> list[Request]:
+        """The requests that get a token from this step, in the order of their logits rows."""
+        return [part.request for part in self.scheduled if part.samples]
+
+
+class Scheduler:
+    """Holds every unfinished request and all cache pages."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.pool = PagePool(config.num_pages)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._num_arrived = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def check_lengths(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
+        """Raises RequestError, naming the limit, when this engine could never finish such a request."""
+        config = self.config
+        if num_prompt_tokens == 0:
+            raise RequestError("the prompt is empty; accepted: at least 1 token")
+        if num_prompt_tokens > config.max_input_len:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens, the engine takes max_input_len = "
+                f"{config.max_input_len}; shorten it or build with a larger --max-input-len"
+            )
+        if num_prompt_tokens >= config.max_seq_len:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens and leaves no room for output within "
+                f"max_seq_len = {config.max_seq_len}; shorten it or build with a larger --max-seq-len"
+            )
+        # the last token is chosen but never fed back
+        needed = pages_for(self._max_total_tokens(num_prompt_tokens, max_tokens) - 1, config.page_size)
+        if needed > config.num_pages:
+            raise RequestError(
+                f"a prompt of {num_prompt_tokens} tokens with max_tokens = {max_tokens} may need {needed} "
+                f"cache pages of {config.page_size} tokens, the engine has num_pages = {config.num_pages}; "
+                "lower max_tokens or give the cache more memory"
+            )
+
+    def add(self, request: Request) -> None:
+        """Puts a new request at the end of the line. Raises RequestError as `check_lengths` does."""
+        self.check_lengths(request.num_prompt_tokens, request.params.max_tokens)
+        assert request.status is RequestStatus.WAITING, f"request {request.request_id} was added before"
+        request.arrival = self._num_arrived
+        self._num_arrived += 1
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request wherever it is; its pages are free at once. A finished request is left as it is."""
+        if not request.finished:
+            self.finish(request, "abort")
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Ends a request for a reason the caller has found, such as a stop string.
+
+        A request that ended by its length in the same step takes the new reason.
+        """
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        elif request.status is RequestStatus.WAITING:
+            self.waiting.remove(request)
+        self._release_pages(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+
+    def schedule(self) -> Batch:
+        """Plans the next step and gives its tokens their pages. Returns an empty batch when nothing can run.
+
+        Calling it again before `update` plans the same tokens again: a step that failed can be repeated.
+        """
+        scheduled = self._schedule_decodes()
+        scheduled += self._schedule_prefills(self.config.max_num_tokens - _num_tokens(scheduled))
+        scheduled += self._admit(self.config.max_num_tokens - _num_tokens(scheduled))
+        return Batch(tuple(scheduled))
+
+    def only_decodes(self) -> bool:
+        """Whether `schedule` would give every running sequence one token and admit nobody."""
+        return bool(self.running) and all(map(self._is_decoding, self.running)) and not self._can_admit()
+
+    def reserve(self, count: int) -> bool:
+        """Gives every running sequence pages for `count` tokens beyond those it has, without preempting anyone.
+
+        False, changing nothing, when there are not enough pages or a sequence would pass max_seq_len.
+        """
+        if any(request.num_tokens + count > self.config.max_seq_len for request in self.running):
+            return False
+        wanted = [
+            (request, pages_for(request.num_tokens + count, self.config.page_size) - len(request.page_ids))
+            for request in self.running
+        ]
+        if sum(max(0, pages) for _, pages in wanted) > self.pool.num_free:
+            return False
+        for request, pages in wanted:
+            if pages > 0:
+                request.page_ids += self.pool.allocate(pages)
+        return True
+
+    def tokens_left(self, request: Request) -> int:
+        """Tokens until `request` ends by its length."""
+        return (
+            self._max_total_tokens(request.num_prompt_tokens, request.params.max_tokens) - request.num_tokens
+        )
+
+    def decode_batch(self, requests: Iterable[Request]) -> Batch:
+        """The step that computes the last token of each of `requests`, all of them decoding."""
+        return Batch(tuple(_part(request, 1) for request in requests))
+
+    def update(self, batch: Batch, token_ids: Sequence[int]) -> None:
+        """Enters what a step has computed. Requests cancelled since `schedule` are passed over.
+
+        token_ids: the tokens chosen for `batch.sampling`, in that order
+        """
+        assert len(token_ids) == len(batch.sampling), (
+            f"{len(token_ids)} tokens for {len(batch.sampling)} requests"
+        )
+        tokens = iter(token_ids)
+        for part in batch.scheduled:
+            token_id = next(tokens) if part.samples else None
+            if part.request.status is not RequestStatus.RUNNING:
+                continue
+            part.request.num_computed_tokens = part.end
+            if token_id is not None:
+                part.request.append_output(token_id)
+                self._finish_if_done(part.request)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when an invariant of requests or pages is broken."""
+        self.pool.check_integrity()
+        owners = Counter(page for request in self.running for page in request.page_ids)
+        for page in range(self.pool.num_pages):
+            count = self.pool.ref_count(page)
+            assert count == owners[page], (
+                f"page {page} counts {count} owners, {owners[page]} requests hold it"
+            )
+        for request in self.running:
+            name, held = request.request_id, len(request.page_ids)
+            assert request.status is RequestStatus.RUNNING, f"running request {name} is {request.status}"
+            assert len(set(request.page_ids)) == held, f"request {name} holds a page twice"
+            assert request.num_computed_tokens <= held * self.config.page_size, f"request {name} lacks pages"
+            assert request.num_computed_tokens < request.num_tokens, (
+                f"request {name} has nothing left to compute"
+            )
+        for request in self.waiting:
+            assert request.status is RequestStatus.WAITING, (
+                f"waiting request {request.request_id} is {request.status}"
+            )
+            assert not request.page_ids and not request.num_computed_tokens, (
+                f"{request.request_id} waits with pages"
+            )
+        line = [request.arrival for request in (*self.running, *self.waiting)]
+        assert line == sorted(set(line)), f"requests are out of order of arrival: {line}"
+        limit = min(self.config.max_batch_size, self.config.max_num_tokens)
+        assert len(self.running) <= limit, f"{len(self.running)} requests run, a step takes {limit}"
+
+    def _schedule_decodes(self) -> list[ScheduledRequest]:
+        """One token for every sequence that decodes.
+
+        They always fit into a step: a request is admitted only when all running ones leave a token over.
+        """
+        decoding = [request for request in self.running if self._is_decoding(request)]
+        return [_part(request, 1) for request in decoding if self._grow(request)]
+
+    def _schedule_prefills(self, budget: int) -> list[ScheduledRequest]:
+        """Continues the prompt under way, whose pages were given at admission."""
+        scheduled = []
+        for request in self.running:
+            if not self._is_decoding(request):
+                count = min(budget, request.num_tokens - request.num_computed_tokens)
+                scheduled.append(_part(request, count))
+                budget -= count
+        return scheduled
+
+    def _admit(self, budget: int) -> list[ScheduledRequest]:
+        scheduled = []
+        while budget and self._can_admit():
+            request = self.waiting.popleft()
+            self.running.append(request)
+            request.status = RequestStatus.RUNNING
+            request.page_ids = self.pool.allocate(pages_for(request.num_tokens, self.config.page_size))
+            count = min(budget, request.num_tokens)
+            scheduled.append(_part(request, count))
+            budget -= count
+        return scheduled
+
+    def _can_admit(self) -> bool:
+        """Whether there is a waiting request, and a place and pages for it."""
+        if not self.waiting or len(self.running) >= self.config.max_batch_size:
+            return False
+        needed = pages_for(self.waiting[0].num_tokens, self.config.page_size)
+        # One page is left for each running sequence, or the newcomer would be preempted at their next page.
+        return self.pool.num_free - needed >= len(self.running)
+
+    def _is_decoding(self, request: Request) -> bool:
+        return bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens == 1
+
+    def _grow(self, request: Request) -> bool:
+        """Makes sure the next token has a page. False when the request itself had to give way."""
+        if request.status is not RequestStatus.RUNNING:
+            return False
+        if len(request.page_ids) >= pages_for(request.num_tokens, self.config.page_size):
+            return True
+        while not self.pool.num_free:
+            newest = self.running[-1]
+            self._preempt(newest)
+            if newest is request:
+                return False
+        request.page_ids += self.pool.allocate(1)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._release_pages(request)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        self.waiting.appendleft(request)
+
+    def _release_pages(self, request: Request) -> None:
+        self.pool.release(request.page_ids)
+        request.page_ids = []
+
+    def _max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        if max_tokens is None:
+            return self.config.max_seq_len
+        return min(num_prompt_tokens + max_tokens, self.config.max_seq_len)
+
+    def _finish_if_done(self, request: Request) -> None:
+        token_id, params = request.output_token_ids[-1], request.params
+        if token_id in request.eos_token_ids and not params.ignore_eos:
+            self.finish(request, "stop")
+        elif token_id in (params.stop_token_ids or ()):
+            self.finish(request, "stop", token_id)
+        elif request.num_tokens >= self._max_total_tokens(request.num_prompt_tokens, params.max_tokens):
+            self.finish(request, "length")
+
+
+def _num_tokens(scheduled: Iterable[ScheduledRequest]) -> int:
+    return sum(part.num_tokens for part in scheduled)
+
+
+def _part(request: Request, num_tokens: int) -> ScheduledRequest:
+    """The next `num_tokens` tokens of a request, with the logits rows it wants from them."""
+    first = request.num_computed_tokens
+    end = first + num_tokens
+    num_prompt_rows = 0
+    if request.params.prompt_logprobs is not None:
+        # Row i scores token i + 1. What was reported before a preemption is not asked for again.
+        start = max(first, len(request.prompt_logprobs) - 1)
+        num_prompt_rows = max(0, min(end, request.num_prompt_tokens - 1) - start)
+    return ScheduledRequest(request, first, num_tokens, num_prompt_rows, samples=end == request.num_tokens)

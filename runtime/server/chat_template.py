@@ -1,0 +1,97 @@
+"""Conversations to prompts, with the chat template that travels in the engine directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tokenizers
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ...core.errors import EngineError, RequestError
+from ...core.strict_json import read_object
+from ..tokenizer import TOKENIZER_FILE
+
+
+class ChatTemplate:
+    """A Jinja template as Hugging Face tokenizers have it, and the tokenizer for the text it makes."""
+
+    def __init__(
+        self, source: str, tokenizer: tokenizers.Tokenizer, special_tokens: Mapping[str, str]
+    ) -> None:
+        """special_tokens: bos_token, eos_token, ... by name. Raises EngineError for a template that cannot be read."""
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise EngineError(f"the chat template of the engine cannot be read: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._special_tokens = dict(special_tokens)
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> ChatTemplate | None:
+        """The template of a directory, from the places transformers looks in; None when it has none."""
+        folder = Path(path)
+        config = _read(folder / "tokenizer_config.json")
+        source = _find_source(folder, config)
+        if source is None or not (folder / TOKENIZER_FILE).is_file():
+            return None
+        special = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+        names = {name: value for name, value in special.items() if value is not None}
+        return cls(source, tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)), names)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt after which the assistant speaks. Raises RequestError when the template refuses the messages."""
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except (TemplateError, TypeError, ValueError, OverflowError) as error:
+            raise RequestError(f"the chat template refuses the messages: {error}") from None
+
+    def token_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of the rendered prompt: the template has put the special tokens in, so no others are added."""
+        return self._tokenizer.encode(self.render(messages), add_special_tokens=False).ids
+
+
+def _find_source(folder: Path, config: Mapping[str, Any]) -> str | None:
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    value = _read(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+    if isinstance(value, list):  # several by name
+        value = {entry["name"]: entry["template"] for entry in value}.get("default")
+    return value if isinstance(value, str) else None
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    return read_object(file, EngineError) if file.is_file() else {}
+
+
+def _content(value: object) -> str | None:
+    """A special token is its text, or an object that holds it."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

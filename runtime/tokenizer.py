@@ -1,0 +1,75 @@
+"""Text to token ids and back, from the `tokenizer.json` that travels in the engine directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.errors import EngineError, RequestError
+from ..core.strict_json import read_object
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER_FILE = "tokenizer.json"
+_NAME_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer with the names of its special tokens."""
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, *, bos_token: str | None, eos_token: str | None
+    ) -> None:
+        # A file may carry the truncation and padding of its training run; a prompt is neither cut nor filled.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.bos_token_id = None if bos_token is None else tokenizer.token_to_id(bos_token)
+        self.eos_token_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> Tokenizer | None:
+        """Reads the tokenizer files of a directory; None when it has no tokenizer.json.
+
+        Raises EngineError naming the file that cannot be read.
+        """
+        file = Path(path) / TOKENIZER_FILE
+        if not file.is_file():
+            return None
+        import tokenizers
+
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception for every fault
+            raise EngineError(f"{file} is not a tokenizer file: {error}") from error
+        names = _special_token_names(Path(path))
+        return cls(tokenizer, bos_token=names.get("bos_token"), eos_token=names.get("eos_token"))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens the tokenizer's post-processor adds."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text cannot be encoded as UTF-8: {error.reason} at {error.start}"
+            ) from error
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def _special_token_names(path: Path) -> dict[str, str]:
+    """bos_token, eos_token, ... by name; the first file that knows a name wins."""
+    names: dict[str, str] = {}
+    for file in (path / name for name in _NAME_FILES):
+        if not file.is_file():
+            continue
+        entries = read_object(file, EngineError)
+        for name, value in entries.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(content, str):
+                names.setdefault(name, content)
+    return names

@@ -1,0 +1,166 @@
+"""The command line as a user meets it. Oracle: the library called directly, and transformers for the text."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trtc.cli.main import main, with_dashes
+
+ROOT = Path(__file__).parents[2]
+TINY_OPT = ROOT / "examples" / "tiny-opt"
+ARTICLES = [
+    json.loads(line)["article"] + " TL;DR:"
+    for line in (ROOT / "examples/news.jsonl").read_text().splitlines()[:3]
+]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built with the spelling that TensorRT-LLM's scripts have."""
+    folder = tmp_path_factory.mktemp("cli") / "engine"
+    command = (
+        f"build --model opt --model_dir {TINY_OPT} --output_dir {folder} --dtype float32 --max_batch_size=4"
+    )
+    assert main(command.split()) == 0
+    return folder
+
+
+def test_underscores() -> None:
+    words = ["--max_batch_size", "8", "--max_seq_len=1_000", "--x", "a_b", "--", "--y_z"]
+    assert with_dashes(words) == ["--max-batch-size", "8", "--max-seq-len=1_000", "--x", "a_b", "--", "--y_z"]
+
+
+def test_run_gives_the_text_of_transformers(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer, OPTForCausalLM
+
+    output = tmp_path / "out.json"
+    command = [
+        "run",
+        "--engine-dir",
+        str(engine),
+        "--output-json",
+        str(output),
+        "--max-output-len",
+        "48",
+        "--input-text",
+    ]
+    assert main(command + ARTICLES) == 0
+    printed = capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(TINY_OPT)
+    model = OPTForCausalLM.from_pretrained(TINY_OPT).float().eval()
+    for article, result in zip(ARTICLES, json.loads(output.read_text()), strict=True):
+        ids = tokenizer(article, return_tensors="pt")
+        assert result["prompt_token_ids"] == ids.input_ids[0].tolist()
+        expected = model.generate(**ids, max_new_tokens=48, do_sample=False)[0, ids.input_ids.shape[1] :]
+        assert result["token_ids"] == expected.tolist()
+        assert result["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+        assert result["finish_reason"] == "stop"
+        assert repr(result["text"]) in printed
+
+
+def test_input_files_agree(engine: Path, tmp_path: Path) -> None:
+    """The same prompts as lines, as JSON and as JSON lines give the same output."""
+    files = {
+        "p.txt": "\n".join(ARTICLES),
+        "p.json": json.dumps(ARTICLES),
+        "p.jsonl": "\n".join(json.dumps({"prompt": article}) for article in ARTICLES),
+    }
+    results = []
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        command = [
+            "run",
+            "--engine-dir",
+            str(engine),
+            "--input-file",
+            str(tmp_path / name),
+            "--max-output-len",
+            "8",
+        ]
+        assert main([*command, "--output-json", str(tmp_path / "out.json")]) == 0
+        results.append((tmp_path / "out.json").read_text())
+    assert results[0] == results[1] == results[2]
+
+
+def test_stream_prints_the_same_text(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", "--engine-dir", str(engine), "--max-output-len", "24", "--input-text", ARTICLES[0]]
+    assert main(command) == 0
+    whole = capsys.readouterr().out
+    assert main([*command, "--stream"]) == 0
+    streamed = capsys.readouterr().out.rstrip("\n")
+    assert len(streamed) > 20 and f"Output [0]: {streamed!r}" in whole
+
+
+def test_dry_run_prints_the_graph_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", "--model-dir", str(TINY_OPT), "--dry-run", "--trace-passes"]) == 0
+    text = capsys.readouterr().out
+    assert "# after compose" in text and "%logits: float32[R, " in text and "made at build time" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(engine)]) == 0
+    assert "cpu" in capsys.readouterr().out
+    assert main(["inspect", "--json", str(engine)]) == 0
+    assert json.loads(capsys.readouterr().out)["build"]["max_batch_size"] == 4
+
+
+def test_convert_then_build_is_build(engine: Path, tmp_path: Path) -> None:
+    """Through a trtc checkpoint or straight from the Hugging Face folder: the same engine, byte for byte."""
+    checkpoint, other = tmp_path / "checkpoint", tmp_path / "engine"
+    options = f"convert --model-dir {TINY_OPT} --output-dir {checkpoint} --dtype float32 --workers 2"
+    assert main(options.split()) == 0
+    assert main(f"build --checkpoint-dir {checkpoint} --output-dir {other} --max-batch-size 4".split()) == 0
+    names = sorted(path.name for path in engine.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        assert (engine / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_dummy_weights_need_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    (folder / "config.json").write_text((TINY_OPT / "config.json").read_text())
+    command = [
+        "build",
+        "--model-dir",
+        str(folder),
+        "--dummy-weights",
+        "--output-dir",
+        str(tmp_path / "engine"),
+    ]
+    assert main(command) == 0
+    assert (
+        main(
+            ["run", "--engine-dir", str(tmp_path / "engine"), "--input-ids", "5,6,7", "--max-output-len", "4"]
+        )
+        == 0
+    )
+    assert "Output [0]: [" in capsys.readouterr().out
+
+
+def test_as_a_program() -> None:
+    """`python -m trtc.cli`: help without importing torch, the version, and an error without a traceback."""
+    probe = (
+        "import sys; from trtc.cli.main import parser; parser().format_help(); print('torch' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )
+    bad = subprocess.run(
+        [sys.executable, "-m", "trtc.cli", "inspect", "/none"], capture_output=True, text=True, check=False
+    )
+    assert (
+        bad.returncode == 1
+        and bad.stdout == ""
+        and bad.stderr.startswith("trtc inspect: error: /none: no such folder")
+    )

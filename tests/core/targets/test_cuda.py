@@ -1,0 +1,128 @@
+"""Building for target cuda without a GPU. Oracles: the interpreter in float64, and NVRTC itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from trtc.core.build import plan
+from trtc.core.dtypes import DType
+from trtc.core.engine import Engine
+from trtc.core.errors import BuildError, ConfigError, TargetError
+from trtc.core.graph import Graph
+from trtc.core.interpreter import interpret
+from trtc.core.ops import ReferenceContext
+from trtc.core.targets.base import CacheShape
+from trtc.core.targets.cuda.code import code_file, decode_buckets, kernel_sources, read_code
+from trtc.core.targets.cuda.variants import decode_graph, prefill_graph
+from trtc.runtime.load import load_executor
+from trtc.tests.opt_models import BUILD, CUDA_VARIANTS, OptCheckpoint, save_hf
+from trtc.tests.packed_steps import PagedSequences, filled_cache
+from trtc.tests.tolerances import FLOAT64_ABS, max_error
+
+CUDA = {"target": "cuda", "target_options": {"architectures": ["sm_90"]}}
+
+
+def checkpoint(variant: str, folder: Path) -> OptCheckpoint:
+    return OptCheckpoint.open(save_hf(variant, folder / "hf"))
+
+
+def planned(source: OptCheckpoint) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """The graph an engine would have, and its weights in float64."""
+    import dataclasses
+
+    model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
+    parts = plan(source.family, model, source.weights(DType.FLOAT16), dataclasses.replace(BUILD, **CUDA), 0)
+    raw = {name: source.weights().read(0, name).double() for name in source.weights().names(0)}
+    made = {name: interpret(recipe, raw) for name, recipe in parts.recipes.items()}
+    return parts.graph, raw | made
+
+
+@pytest.mark.parametrize("variant", CUDA_VARIANTS)
+def test_variants_compute_what_the_graph_does(variant: str, tmp_path: Path) -> None:
+    graph, weights = planned(checkpoint(variant, tmp_path))
+    sequences = PagedSequences(16, 32)
+
+    def run(one: Graph, inputs: dict[str, torch.Tensor], cache: list) -> torch.Tensor:
+        return interpret(one, weights | inputs, ReferenceContext(cache))
+
+    caches = [filled_cache(graph, 16, 32, torch.float64) for _ in range(3)]
+    prompt = sequences.step({"a": [3, 4, 5], "b": list(range(20))})
+    expected = run(graph, prompt, caches[0])
+    assert max_error(run(prefill_graph(graph), prompt, caches[1]), expected) <= FLOAT64_ABS
+    run(graph, prompt, caches[2])
+    token = sequences.step({"a": [7], "b": [8]})
+    expected = run(graph, token, caches[0])
+    for fits in (True, False):
+        decode = decode_graph(graph, fuse_norms=fits)
+        assert (
+            max_error(run(decode, token, [tuple(t.clone() for t in layer) for layer in caches[2]]), expected)
+            <= FLOAT64_ABS
+        )
+
+
+def test_decode_graph_has_few_kernels(tmp_path: Path) -> None:
+    """Five a layer: q/k/v, attention, output, and the two of the MLP; norms and sums are inside."""
+    graph, _ = planned(checkpoint("cuda_pre_norm", tmp_path))
+    decode = decode_graph(graph, fuse_norms=True)
+    views = {"input", "weight", "reshape", "split", "cast"}
+    work = [node.op for node in decode.nodes if node.op not in views]
+    assert work == ["embedding", *["linear", "attention", "linear", "linear", "linear"] * 2, "linear"]
+
+
+def test_engine_carries_its_kernels(tmp_path: Path) -> None:
+    """Every kernel the program can ask for is in the engine: entries compare equal with the sources asked for."""
+    folder = checkpoint("cuda_pre_norm", tmp_path).build(tmp_path / "engine", dtype=DType.FLOAT16, **CUDA)
+    engine = Engine.open(folder)
+    assert code_file("sm_90") in engine.files
+    (part,) = engine.ranks
+    code = {entry: compiled for source, _, compiled in read_code(part.artifacts["code"]["sm_90"], "sm_90", folder)
+            for entry in source.entries}  # fmt: skip
+    shape = CacheShape.of(part.graph, engine.build.page_size)
+    wanted = kernel_sources(part.graph, shape, engine.build.max_batch_size, "sm_90", "float16")
+    assert set(code) == {entry for source in wanted for entry in source.entries}
+    for compiled in code.values():
+        assert compiled.cubin.startswith(b"\x7fELF")
+        assert all(use.spill_store_bytes == use.spill_load_bytes == 0 for use in compiled.resources.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_running_without_a_gpu_says_so(tmp_path: Path) -> None:
+    folder = checkpoint("cuda_pre_norm", tmp_path).build(tmp_path / "engine", dtype=DType.FLOAT16, **CUDA)
+    with pytest.raises(TargetError, match=r"target cuda.*--target cpu"):
+        load_executor(folder)
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "options", "error", "says"),
+    [
+        ("cuda_pre_norm", DType.FLOAT32, {}, ConfigError, "float32"),
+        ("pre_norm", DType.FLOAT16, {}, BuildError, "head_dim 16"),
+        ("cuda_pre_norm", DType.FLOAT16, {"architectures": ["sm_70"]}, ConfigError, "sm_70"),
+        ("cuda_pre_norm", DType.FLOAT16, {"context_fmha": "maybe"}, ConfigError, "fp32_acc"),
+        ("cuda_pre_norm", DType.BFLOAT16, {"context_fmha": "enable"}, BuildError, "bfloat16"),
+        ("cuda_pre_norm", DType.FLOAT16, {"speed": "ludicrous"}, ConfigError, "speed"),
+    ],
+)
+def test_refusals(
+    variant: str, dtype: DType, options: dict[str, object], error: type[Exception], says: str, tmp_path: Path
+) -> None:
+    source = checkpoint(variant, tmp_path)
+    target_options = {"architectures": ["sm_90"], **options}
+    with pytest.raises(error, match=says):
+        source.build(tmp_path / "engine", dtype=dtype, target="cuda", target_options=target_options)
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_batch_beyond_the_largest_bucket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_batch_size 2000"):
+        checkpoint("cuda_pre_norm", tmp_path).build(
+            tmp_path / "engine", dtype=DType.FLOAT16, max_batch_size=2000, max_num_tokens=4000, **CUDA
+        )
+
+
+def test_buckets_hold_every_batch() -> None:
+    assert decode_buckets(1) == (1,)
+    assert decode_buckets(5) == (1, 2, 4, 5)
+    assert decode_buckets(64)[-1] == 64 and decode_buckets(4096)[-1] == 1024

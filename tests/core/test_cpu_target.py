@@ -1,0 +1,224 @@
+"""The CPU target. Oracle: the interpreter, which runs the op references node by node, in float64."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from trtc.core.config import BuildConfig
+from trtc.core.dtypes import DType, to_torch
+from trtc.core.errors import ConfigError
+from trtc.core.graph import Graph, Node
+from trtc.core.interpreter import interpret
+from trtc.core.ops import ReferenceContext
+from trtc.core.targets.base import CacheShape, get_target
+from trtc.core.targets.cpu import CpuProgram, allocate_cache
+from trtc.tests.packed_steps import PagedSequences, filled_cache
+from trtc.tests.tolerances import logits_tolerance, max_error
+from trtc.tests.toy_decoder import HEAD_DIM, KV_HEADS, LAYERS, VOCAB, random_weights, toy_decoder
+
+NUM_PAGES = 24
+Step = Mapping[str, Sequence[int]]
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Pair:
+    """The program and the interpreter side by side, each with a cache of its own that starts full of NaN."""
+
+    def __init__(self, page_size: int, dtype: DType = DType.FLOAT32, fill: float = float("nan")) -> None:
+        graph = toy_decoder(dtype)
+        weights = {name: value.to(to_torch(dtype)) for name, value in random_weights(graph).items()}
+        self.sequences = PagedSequences(page_size, NUM_PAGES)
+        self._graph, self._dtype = graph, dtype
+        cache = filled_cache(graph, page_size, NUM_PAGES, to_torch(dtype), fill)
+        self._program = CpuProgram(graph, weights, cache)
+        self._wide = {name: value.double() for name, value in weights.items()}
+        self._context = ReferenceContext(filled_cache(graph, page_size, NUM_PAGES, torch.float64, fill))
+
+    def check(self, work: Step, *, last_rows_only: bool = False) -> None:
+        inputs = self.sequences.step(work, last_rows_only=last_rows_only)
+        expected = interpret(self._graph, {**self._wide, **inputs}, self._context)
+        logits = self._program.run(inputs)
+        assert logits.dtype == torch.float32
+        assert max_error(logits, expected) <= logits_tolerance(self._dtype, expected)
+
+
+def schedules(page_size: int) -> dict[str, list[Step]]:
+    """What a scheduler can ask for, with lengths on both sides of a page boundary."""
+    p = page_size
+    return {
+        "prefill": [{"a": tokens(1)}, {"b": tokens(p - 1)}, {"c": tokens(p)}, {"d": tokens(2 * p + 1)}],
+        "prefill together": [{"a": tokens(3), "b": tokens(p + 1, 1), "c": tokens(2 * p, 2)}],
+        "chunked prefill": [
+            {"a": tokens(p - 2)},
+            {"a": tokens(5, 1)},
+            {"a": tokens(p, 2)},
+            {"a": tokens(2, 3)},
+        ],
+        "decode one": [{"a": tokens(p - 2)}, *({"a": tokens(1, i)} for i in range(5))],
+        "decode together": [
+            {"a": tokens(p - 2), "b": tokens(2 * p - 1, 1), "c": tokens(1, 2)},
+            *({"c": tokens(1, i), "a": tokens(1, i + 1), "b": tokens(1, i + 2)} for i in range(5)),
+        ],
+        "mixed": [
+            {"a": tokens(4)},
+            {"a": tokens(1), "b": tokens(p + 3, 1)},
+            {"b": tokens(p - 3, 2), "c": tokens(2, 3), "a": tokens(1, 4)},
+            {"d": tokens(1, 5), "c": tokens(p, 6), "b": tokens(1, 7), "a": tokens(1, 8)},
+            {"d": tokens(1, 9), "b": tokens(1, 10)},
+        ],
+    }
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize("schedule", list(schedules(16)))
+def test_every_schedule_agrees_with_the_interpreter(schedule: str, page_size: int) -> None:
+    """Grouped heads, shuffled pages; slots never written hold NaN, so that reading one shows in both."""
+    pair = Pair(page_size)
+    for work in schedules(page_size)[schedule]:
+        pair.check(work)
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
+def test_16_bit_types_agree_within_their_tolerance(dtype: DType) -> None:
+    pair = Pair(16, dtype)
+    for work in schedules(16)["mixed"]:
+        pair.check(work)
+
+
+def test_the_oracle_sees_a_wrong_page() -> None:
+    """A check of the check: two sequences that swap their pages do not agree with the interpreter."""
+    pair = Pair(16)
+    pair.check({"a": tokens(20), "b": tokens(30, 1)})
+    pages = pair.sequences._pages
+    inputs = pair.sequences.step({"a": [1], "b": [2]})
+    expected = interpret(pair._graph, {**pair._wide, **inputs}, pair._context)
+    assert len(pages["a"]) == len(pages["b"]) == 2
+    swapped = inputs | {"page_table": inputs["page_table"].flip(0)}
+    assert max_error(pair._program.run(swapped), expected) > 0.1
+
+
+def test_only_the_rows_asked_for_and_none() -> None:
+    pair = Pair(16)
+    pair.check({"a": tokens(18), "b": tokens(7)}, last_rows_only=True)
+    inputs = pair.sequences.step({"c": tokens(4)})
+    logits = pair._program.run(inputs | {"logits_index": inputs["logits_index"][:0]})
+    assert logits.shape == (0, VOCAB)
+
+
+def test_what_another_request_left_in_a_page_does_not_leak() -> None:
+    """A request whose keys and values are not finite ends; its pages go to others. Oracle: the interpreter, which never
+    looks at slots beyond a sequence's length."""
+    pair = Pair(16, fill=0.0)
+    pair.check({"bad": tokens(40), "a": tokens(3, 1)})
+    for cache in (pair._program._attention._cache, pair._context.kv_cache):
+        for part in (tensor for layer in cache for tensor in layer):
+            part[pair.sequences._pages["bad"]] = float("inf")
+    pair.sequences.release("bad")
+    pair.check({"a": tokens(1), "b": tokens(5, 2), "c": tokens(33, 3)})
+    for i in range(3):
+        pair.check({"a": tokens(1, i), "b": tokens(1, i + 1), "c": tokens(1, i + 2)})
+
+
+def test_a_kernel_of_a_plugin_takes_precedence() -> None:
+    """Oracle: the graph with its activation replaced by the one the kernel computes."""
+    graph = toy_decoder()
+    weights = {name: value.float() for name, value in random_weights(graph).items()}
+    seen: list[str] = []
+
+    def relu(node: Node) -> Callable[..., torch.Tensor]:
+        seen.append(node.name)
+        return torch.relu
+
+    def program(graph: Graph, **rest: Any) -> torch.Tensor:
+        run = CpuProgram(graph, weights, filled_cache(graph, 16, 4, torch.float32), **rest).run
+        return run(PagedSequences(16, 4).step({"a": tokens(9)}))
+
+    changed = Graph(tuple(relu_node(node) for node in graph.nodes), graph.outputs).verify()
+    result = program(graph, kernels={"activation": relu})
+    assert seen == ["0.mlp.activation", "1.mlp.activation"]
+    assert torch.equal(result, program(changed))
+    assert not torch.equal(result, program(graph))
+
+
+def relu_node(node: Node) -> Node:
+    return (
+        Node(node.name, node.op, node.inputs, {"kind": "relu"}, node.outputs)
+        if node.op == "activation"
+        else node
+    )
+
+
+def test_a_kernel_of_a_plugin_replaces_the_target_own() -> None:
+    """Oracle: attention that gives zeros is attention over values of zero."""
+    graph = toy_decoder()
+    weights = {name: value.float() for name, value in random_weights(graph).items()}
+    silent = {name: value * (".attention.v." not in name) for name, value in weights.items()}
+    inputs = PagedSequences(16, 4).step({"a": tokens(9)})
+
+    def zeros(node: Node) -> Callable[..., torch.Tensor]:
+        return lambda q, *rest: torch.zeros_like(q)
+
+    def result(weights: Mapping[str, torch.Tensor], **rest: Any) -> torch.Tensor:
+        return CpuProgram(graph, weights, filled_cache(graph, 16, 4, torch.float32), **rest).run(inputs)
+
+    assert torch.equal(result(weights, kernels={"attention": zeros}), result(silent))
+    assert not torch.equal(result(weights), result(silent))
+
+
+def test_the_program_forgets_tensors_that_nothing_reads_any_more() -> None:
+    """Oracle: weak references: while the head runs, no activation of an earlier layer is alive."""
+    graph = toy_decoder()
+    weights = {name: value.float() for name, value in random_weights(graph).items()}
+    alive: list[weakref.ref[torch.Tensor]] = []
+    at_head: list[int] = []
+
+    def gate(node: Node) -> Callable[..., torch.Tensor]:
+        def silu(x: torch.Tensor) -> torch.Tensor:
+            alive.append(weakref.ref(y := torch.nn.functional.silu(x)))
+            return y
+
+        return silu
+
+    def select(node: Node) -> Callable[..., torch.Tensor]:
+        def rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            at_head.append(sum(ref() is not None for ref in alive))
+            return x.index_select(0, index)
+
+        return rows
+
+    kernels = {"activation": gate, "select_rows": select}
+    program = CpuProgram(graph, weights, filled_cache(graph, 16, 4, torch.float32), kernels=kernels)
+    program.run(PagedSequences(16, 4).step({"a": tokens(9)}))
+    assert len(alive) == LAYERS
+    assert at_head == [0]
+
+
+def test_the_cache_has_the_shape_of_the_graph() -> None:
+    graph = toy_decoder(DType.BFLOAT16)
+    shape = CacheShape.of(graph, 32)
+    assert shape == CacheShape(LAYERS, KV_HEADS, HEAD_DIM, DType.BFLOAT16, 32)
+    assert shape.bytes_per_page == 2 * LAYERS * 32 * KV_HEADS * HEAD_DIM * 2
+    cache = allocate_cache(shape, 5)
+    assert len(cache) == LAYERS
+    for part in (tensor for layer in cache for tensor in layer):
+        assert part.shape == (5, 32, KV_HEADS, HEAD_DIM) and part.dtype == torch.bfloat16
+        assert not part.any()
+
+
+def test_options_of_the_target_are_refused() -> None:
+    build = BuildConfig(max_input_len=8, max_seq_len=16, target_options={"sm": 90})
+    with pytest.raises(ConfigError, match="target cpu has no options, found: sm"):
+        get_target("cpu").capabilities(build)
+
+
+def test_targets_by_name() -> None:
+    assert get_target("cpu").name == "cpu"
+    with pytest.raises(ConfigError, match=r"target 'tpu' is unknown; accepted: cpu"):
+        get_target("tpu")

@@ -1,0 +1,157 @@
+"""Sharding rules: shards cover the whole exactly, and what cannot be split evenly is refused by name."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from trtc.core.errors import CheckpointError, ConfigError
+from trtc.core.sharding import (
+    AxisSlice,
+    Shard,
+    ShardingOptions,
+    local_shape,
+    padded_shape,
+    padded_vocab,
+    share_rows,
+    slice_bounds,
+    slice_tensor,
+    split_axis,
+)
+
+PARALLEL_EMBEDDING = [
+    {"use_parallel_embedding": False},
+    {"use_parallel_embedding": True, "embedding_sharding_dim": 0},
+    {"use_parallel_embedding": True, "embedding_sharding_dim": 1},
+]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"tp_size": 0}, "tp_size is 0"),
+        ({"tp_size": True}, "tp_size is True"),
+        ({"tp_size": 2.0}, "tp_size is 2.0"),
+        ({"embedding_sharding_dim": 2}, "embedding_sharding_dim is 2"),
+        ({"use_parallel_embedding": 1}, "use_parallel_embedding is 1"),
+    ],
+)
+def test_bad_options_are_refused_by_name(values, named):
+    """Oracle: the accepted values in the docstring of ShardingOptions."""
+    with pytest.raises(ConfigError, match=named):
+        ShardingOptions(**values)
+
+
+def test_options_round_trip_through_json():
+    options = ShardingOptions(4, use_parallel_embedding=True, embedding_sharding_dim=1)
+    assert ShardingOptions.from_json(options.to_json(), "x") == options
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], {}, {"tp_size": 2}, {**ShardingOptions().to_json(), "tp_size": -1}]
+)
+def test_bad_json_options_are_a_checkpoint_error(value):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        ShardingOptions.from_json(value, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("shard", "axes"),
+    [
+        (Shard.REPLICATE, [None, None, None]),
+        (Shard.COLUMN, [0, 0, 0]),
+        (Shard.ROW, [1, 1, 1]),
+        (Shard.HEADS, [0, 0, 0]),
+        (Shard.VOCAB_HEAD, [0, 0, 0]),
+        (Shard.EMBEDDING, [None, 0, 1]),
+    ],
+)
+def test_split_axis_of_each_rule(shard, axes):
+    """Oracle: Megatron-LM's column and row parallel axes; the embedding follows its options."""
+    assert [split_axis(shard, ShardingOptions(2, **embedding)) for embedding in PARALLEL_EMBEDDING] == axes
+    assert split_axis(shard, ShardingOptions(1, use_parallel_embedding=True)) is None
+
+
+@given(vocab=st.integers(1, 10**6), tp=st.integers(1, 64))
+def test_padded_vocab_is_the_next_multiple(vocab, tp):
+    padded = padded_vocab(vocab, tp)
+    assert padded % tp == 0
+    assert vocab <= padded < vocab + tp
+
+
+@given(
+    data=st.data(),
+    tp=st.integers(1, 8),
+    unit=st.integers(1, 6),
+    embedding=st.sampled_from(PARALLEL_EMBEDDING),
+)
+def test_slices_partition_the_padded_axis_in_whole_units(data, tp, unit, embedding):
+    """Oracle: range(padded size), put together from the slices of all ranks in order."""
+    shard = data.draw(st.sampled_from(Shard))
+    options = ShardingOptions(tp, **embedding)
+    unit = unit if shard is Shard.HEADS else 1
+    if shard in (Shard.VOCAB_HEAD, Shard.EMBEDDING):
+        shape = (data.draw(st.integers(1, 50)), tp * data.draw(st.integers(1, 5)))
+    else:
+        shape = (unit * tp * data.draw(st.integers(1, 5)), tp * data.draw(st.integers(1, 5)))
+    parts = [slice_bounds(shape, shard, options, rank, name="w", unit=unit) for rank in range(tp)]
+    local = local_shape(shape, shard, options, name="w", unit=unit)
+    if split_axis(shard, options) is None:
+        assert parts == [None] * tp
+        assert local == shape
+        return
+    axis = parts[0].axis
+    covered = [index for part in parts for index in range(part.start, part.stop)]
+    assert covered == list(range(padded_shape(shape, shard, options)[axis]))
+    assert all(part.start % unit == 0 for part in parts)
+    assert {part.stop - part.start for part in parts} == {local[axis]}
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("shard", [Shard.COLUMN, Shard.ROW, Shard.HEADS, Shard.VOCAB_HEAD])
+def test_shards_put_together_are_the_whole(shard, tp):
+    """Oracle: torch.cat; 13 rows of a vocabulary are followed by zero rows."""
+    rows = 13 if shard is Shard.VOCAB_HEAD else 16
+    whole = torch.arange(rows * 8.0).reshape(rows, 8) + 1
+    options = ShardingOptions(tp)
+    shards = [slice_tensor(whole, shard, options, rank, name="w") for rank in range(tp)]
+    assert {tuple(part.shape) for part in shards} == {local_shape((rows, 8), shard, options, name="w")}
+    together = torch.cat(shards, dim=split_axis(shard, options))
+    assert torch.equal(together[:rows], whole)
+    assert not together[rows:].any()
+
+
+def test_a_rank_beyond_the_vocabulary_holds_zeros():
+    """A vocabulary of 5 over 4 ranks is padded to 8: the last rank has padding only."""
+    whole = torch.ones(5, 2)
+    last = slice_tensor(whole, Shard.VOCAB_HEAD, ShardingOptions(4), 3, name="w")
+    assert torch.equal(last, torch.zeros(2, 2))
+
+
+def test_a_bias_is_split_like_its_rows():
+    assert slice_bounds((12,), Shard.HEADS, ShardingOptions(3), 1, name="b", unit=4) == AxisSlice(0, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "shard", "unit", "named"),
+    [
+        ((10, 4), Shard.COLUMN, 1, "layers.0.w: a size of 10 .* tp_size 4"),
+        ((4, 10), Shard.ROW, 1, "layers.0.w: a size of 10 .* tp_size 4"),
+        ((40, 4), Shard.HEADS, 8, "layers.0.w: 5 heads .* tp_size 4"),
+        ((8, 10), Shard.EMBEDDING, 1, "layers.0.w: a size of 10 .* tp_size 4"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_with_the_sizes(shape, shard, unit, named):
+    """40 rows would divide by 4, but cut the heads of 8 rows."""
+    options = ShardingOptions(4, use_parallel_embedding=True, embedding_sharding_dim=1)
+    with pytest.raises(ConfigError, match=named):
+        local_shape(shape, shard, options, name="layers.0.w", unit=unit)
+
+
+@pytest.mark.parametrize(("tp", "expected"), [(1, [True, True, True]), (2, [False, True, False])])
+def test_a_tied_head_shares_with_the_embedding_only_where_the_shards_are_equal(tp, expected):
+    """Oracle: one rank, or an embedding split by vocabulary like the head."""
+    shared = [
+        share_rows(Shard.VOCAB_HEAD, Shard.EMBEDDING, ShardingOptions(tp, **embedding))
+        for embedding in PARALLEL_EMBEDDING
+    ]
+    assert shared == expected

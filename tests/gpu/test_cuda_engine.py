@@ -1,0 +1,101 @@
+"""Engines of target cuda on a GPU. Oracle: transformers in float32 on the CPU, on the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trtc.core.dtypes import DType
+from trtc.runtime.executor import DecodeLoop
+from trtc.runtime.llm import LLM
+from trtc.runtime.load import load_executor
+from trtc.runtime.sampling_params import SamplingParams
+from trtc.runtime.step_input import StepInput
+from trtc.tests.opt_models import CUDA_VARIANTS, OptCheckpoint, hf_logits, save_hf
+from trtc.tests.packed_steps import PagedSequences
+from trtc.tests.tolerances import logits_tolerance, max_error
+
+pytestmark = pytest.mark.gpu
+TOKENS = [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 80)]
+GREEDY = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+def build(variant: str, dtype: DType, folder: Path, **options: object) -> Path:
+    checkpoint = OptCheckpoint.open(save_hf(variant, folder / "hf"))
+    major, minor = torch.cuda.get_device_capability()
+    target_options = {"architectures": [f"sm_{major}{minor}"], **options.pop("target_options", {})}
+    return checkpoint.build(
+        folder / "engine", dtype=dtype, target="cuda", target_options=target_options, **options
+    )
+
+
+def logits_in_chunks(engine: Path, chunks: list[int]) -> torch.Tensor:
+    executor = load_executor(engine)
+    sequence = PagedSequences(executor.page_size, executor.num_pages)
+    rows, start = [], 0
+    for size in chunks:
+        inputs = sequence.step({"a": TOKENS[start : start + size]})
+        step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
+        rows.append(executor.execute(step).float().cpu())
+        start += size
+    executor.close()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
+@pytest.mark.parametrize("variant", CUDA_VARIANTS)
+def test_logits(variant: str, dtype: DType, tmp_path: Path) -> None:
+    """One prompt, a prompt with chunks, and token by token (from CUDA graphs) agree with float32."""
+    engine = build(variant, dtype, tmp_path)
+    reference = hf_logits(variant, TOKENS)
+    tolerance = logits_tolerance(dtype, reference)
+    for chunks in ([len(TOKENS)], [9, 20, *[1] * (len(TOKENS) - 29)]):
+        error = max_error(logits_in_chunks(engine, chunks), reference)
+        assert error <= tolerance, f"chunks {chunks[:3]}: {error} > {tolerance}"
+
+
+@pytest.mark.parametrize("fmha", ["disable", "enable", "fp32_acc"])
+def test_context_attention_modes(fmha: str, tmp_path: Path) -> None:
+    engine = build("cuda_pre_norm", DType.FLOAT16, tmp_path, target_options={"context_fmha": fmha})
+    reference = hf_logits("cuda_pre_norm", TOKENS)
+    assert max_error(logits_in_chunks(engine, [40, 29]), reference) <= logits_tolerance(
+        DType.FLOAT16, reference
+    )
+
+
+def test_batched_tokens_follow_the_reference(tmp_path: Path) -> None:
+    """Greedy tokens of prompts of different length, run ahead in CUDA graphs: each is, by the float32 logits for what
+    came before it, the best token or within the type's error of it."""
+    variant = "cuda_pre_norm"
+    engine = build(variant, DType.FLOAT16, tmp_path, max_batch_size=8)
+    prompts = [list(range(3, 3 + size)) for size in (9, 1, 33, 16, 2, 57, 64, 5, 12, 31)]
+    with LLM(engine) as llm:
+        assert isinstance(llm.core.executor, DecodeLoop)
+        together = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, GREEDY)]
+        alone = [list(llm.generate([p], GREEDY)[0].outputs[0].token_ids) for p in prompts[:3]]
+    agreed = 0
+    for prompt, new in zip(prompts, together, strict=True):
+        logits = hf_logits(variant, prompt + new)[len(prompt) - 1 : -1]
+        chosen = logits[torch.arange(len(new)), torch.tensor(new)]
+        assert (logits.max(-1).values - chosen).max() <= 2 * logits_tolerance(DType.FLOAT16, logits)
+        agreed += int((logits.argmax(-1) == torch.tensor(new)).sum())
+    assert agreed >= 0.97 * sum(map(len, together))
+    first_difference = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), None)
+                        for x, y in zip(together, alone, strict=False)]  # fmt: skip
+    print("first token that differs, batched against alone:", first_difference)
+
+
+def test_sampling_on_the_gpu_is_reproducible(tmp_path: Path) -> None:
+    engine = build("cuda_pre_norm", DType.FLOAT16, tmp_path)
+    params = SamplingParams(max_tokens=24, temperature=0.8, top_k=20, top_p=0.95, seed=7, ignore_eos=True)
+    with LLM(engine) as llm:
+        first, second = (llm.generate([TOKENS[:20]], params)[0].outputs[0].token_ids for _ in range(2))
+    assert list(first) == list(second)

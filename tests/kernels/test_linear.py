@@ -1,0 +1,256 @@
+"""linear: reference, plans and contract; on a GPU the kernels themselves."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional
+from trtc.kernels.errors import KernelContractError
+from trtc.kernels.library import KernelLibrary
+from trtc.kernels.linear import Linear, Norm, Plan, choose_plan, weight_sums
+from trtc.kernels.linear.plan import (
+    SHARED_LIMITS,
+    SMALLEST_SHARED_LIMIT,
+    StreamPlan,
+    TilePlan,
+    WarpgroupPlan,
+    plan_stream,
+    plan_tile,
+    plan_warpgroup,
+)
+from trtc.kernels.linear.reference import activate
+from trtc.kernels.linear.reference import linear as reference
+
+RELATIVE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Largest 2-norm of the error over that of the reference: one rounding of the output, of 11 or 8 bits."""
+
+SHAPES = [
+    (2304, 768),
+    (768, 768),
+    (768, 3072),
+    (50272, 768),
+    (6144, 2048),
+    (2560, 10240),
+    (4096, 16384),
+    (1001, 264),
+]
+"""(out_features, in_features)"""
+
+
+def test_reference_is_torch_linear() -> None:
+    """Oracle: torch's layer_norm and linear in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, residual = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 16), (8, 16), (8,), (3, 8))
+    )
+    expected = functional.relu(functional.linear(functional.layer_norm(x, (16,)), weight, bias)) + residual
+    out = reference(x, weight, bias, residual=residual, activation="relu", norm="layer")
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_norm_moves_into_the_layer() -> None:
+    """Oracle: torch's layer_norm with parameters; what `Norm` says about them and what the kernel computes."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, scale, shift = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 16), (8, 16), (8,), (16,), (16,))
+    )
+    expected = functional.linear(functional.layer_norm(x, (16,), scale, shift), weight, bias)
+    folded, moved = weight * scale, bias + weight @ shift
+    torch.testing.assert_close(reference(x, folded, moved, norm="layer"), expected, rtol=1e-12, atol=1e-12)
+    inverse = torch.rsqrt(x.var(dim=1, correction=0, keepdim=True) + 1e-5)
+    sums = weight_sums(folded).double()
+    by_sums = inverse * (x @ folded.T - x.mean(dim=1, keepdim=True) * sums) + moved
+    torch.testing.assert_close(by_sums, expected, rtol=1e-5, atol=1e-5)  # the sums are float32
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+@pytest.mark.parametrize(("features", "columns"), SHAPES)
+def test_plans_cover_the_matrix_and_fit(capability: int, features: int, columns: int) -> None:
+    """Oracle: the sizes of the matrix, the rules that the kernels state, the hardware's limits."""
+    for rows in (1, 7, 8, 9, 16, 17, 32, 33, 64):
+        plan = choose_plan(rows, features, columns, capability=capability, multiprocessors=132)
+        shape = plan.launch_shape(dependent=True)
+        assert plan.shared_bytes <= SHARED_LIMITS.get(capability, SMALLEST_SHARED_LIMIT)
+        assert shape.block[0] <= 1024 and shape.block[0] % 32 == 0
+        if isinstance(plan, StreamPlan):
+            assert plan.blocks <= features and 1 <= plan.octets <= 4 and 8 * plan.token_tiles >= rows
+            continue
+        cluster = shape.cluster[0] if shape.cluster else 1
+        assert cluster <= (8 if capability >= 90 else 1)
+        assert shape.grid[0] % cluster == 0
+        assert shape.grid[0] // cluster * plan.features_per_block >= features
+        assert cluster * plan.columns_per_block >= columns and plan.columns_per_block % 64 == 0
+        if isinstance(plan, WarpgroupPlan):
+            assert capability == 90 and plan.tokens >= rows
+            assert plan.features_per_block % 8 == 0 and plan.features_per_block <= min(
+                256, 64 * plan.feature_tiles
+            )
+        else:
+            assert isinstance(plan, TilePlan) and 8 * plan.token_tiles >= rows
+            assert plan.features_per_block <= 16 * plan.feature_tiles * plan.warps_down
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_norm_does_not_change_the_plan(rows: int) -> None:
+    """Oracle: the plan without a norm; a norm must not cost its layer the better kernel."""
+    plain, normed = (choose_plan(rows, 2304, 768, norm=norm) for norm in ("none", "layer"))
+    assert plain.launch_shape(True) == normed.launch_shape(True)
+    assert plain.entry("float") != normed.entry("float")
+
+
+def tensors(
+    rows: int, features: int, columns: int, dtype: torch.dtype, device: str
+) -> dict[str, torch.Tensor]:
+    """Random x, weight, bias and residual, the weight scaled so that outputs are of size 1; out full of NaN."""
+    generator = torch.Generator().manual_seed(rows * features + columns)
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    return {
+        "x": random(rows, columns, scale=2.0) + 0.5,
+        "weight": random(features, columns, scale=columns**-0.5),
+        "bias": random(features),
+        "residual": random(rows, features),
+        "out": torch.full((rows, features), float("nan"), dtype=dtype, device=device),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"bias": torch.zeros(9, dtype=torch.float16)},
+            r"bias is \[9\] float16 on cpu; expected \[out_features=16\]",
+        ),
+        ({"weight": torch.zeros(16, 24, dtype=torch.bfloat16)}, r"weight is .*; expected .* float16"),
+        ({"x": torch.zeros(65, 24, dtype=torch.float16)}, "rows=65 is not in 1 to 64"),
+        ({"x": torch.zeros(2, 20, dtype=torch.float16)}, "in_features=20 is not a multiple of 8"),
+        ({"x": torch.zeros(2, 24)}, "dtype float32 is not supported; accepted: float16, bfloat16"),
+        ({"activation": "swish"}, "activation 'swish' is unknown; accepted: none, relu"),
+        ({"norm": Norm(None, "batch")}, "norm 'batch' is unknown"),
+        ({"norm": Norm(None)}, "needs weight_sums"),
+        ({"residual": torch.zeros(16, 2, dtype=torch.float16).T}, "expected contiguous"),
+    ],
+)
+def test_contract_is_checked_before_anything_runs(change: dict[str, object], message: str) -> None:
+    """Oracle: the text; no GPU is touched."""
+    arguments = {**tensors(2, 16, 24, torch.float16, "cpu"), **change}
+    with pytest.raises(KernelContractError, match=message):
+        Linear(KernelLibrary())(**arguments)  # type: ignore[arg-type]
+
+
+def test_norm_of_many_rows_is_refused() -> None:
+    """Oracle: the text."""
+    with pytest.raises(KernelContractError, match="a norm is fused for up to 16 rows, not 17"):
+        choose_plan(17, 768, 768, norm="layer")
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def plans(rows: int, features: int, columns: int) -> list[Plan]:
+    """The chosen plan and one of every kernel and way of running it."""
+    found = [choose_plan(rows, features, columns)]
+    if rows <= 16:
+        found += [
+            plan_stream(rows, features, columns, blocks=blocks, warps=warps, held=held)
+            for blocks, warps, held in ((132, 8, True), (264, 8, False), (5, 12, True))
+        ]
+    if rows > 8:
+        found += [
+            plan_warpgroup(rows, features, columns, cluster=cluster, feature_tiles=tiles)
+            for cluster, tiles in ((1, 1), (2, 2), (3, 4))
+        ]
+        found += [
+            plan_tile(rows, features, columns, cluster=cluster, feature_tiles=2, warps_down=down)
+            for cluster, down in ((1, 4), (4, 8))
+        ]
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "features", "columns"),
+    [
+        (1, 768, 768),
+        (3, 100, 776),
+        (8, 3072, 768),
+        (13, 1001, 520),
+        (16, 256, 4096),
+        (33, 1001, 264),
+        (64, 520, 1024),
+    ],
+)
+def test_kernels(rows: int, features: int, columns: int, dtype: torch.dtype, library: KernelLibrary) -> None:
+    """Oracle: the float64 reference, on poisoned outputs; the second run gives the same bits."""
+    linear, given = Linear(library), tensors(rows, features, columns, dtype, "cuda")
+    activations = itertools.cycle(("none", "relu", "gelu", "gelu_tanh", "silu"))
+    for plan, activation in zip(plans(rows, features, columns), activations, strict=False):
+        first = linear(**given, activation=activation, plan=plan).clone()
+        given["out"].fill_(float("nan"))
+        second = linear(**given, activation=activation, plan=plan)
+        inputs = {name: tensor for name, tensor in given.items() if name != "out"}
+        assert relative_error(first, reference(**inputs, activation=activation)) < RELATIVE_ERROR[dtype], plan
+        assert torch.equal(first, second), plan
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize(("rows", "kind"), [(1, "layer"), (5, "layer"), (16, "layer"), (2, "rms")])
+def test_fused_norm(rows: int, kind: str, dtype: torch.dtype, library: KernelLibrary) -> None:
+    """Oracle: the float64 reference; x has a mean of ten deviations, which a sum of squares must survive."""
+    given = tensors(rows, 1000, 2048, dtype, "cuda")
+    given["x"] += 20.0
+    norm = Norm(weight_sums(given["weight"]) if kind == "layer" else None, kind)
+    expected = reference(given["x"], given["weight"], given["bias"], norm=kind)
+    out = Linear(library)(given["x"], given["weight"], given["bias"], out=given["out"], norm=norm)
+    assert relative_error(out, expected) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [8, 16, 64])
+def test_row_does_not_depend_on_the_others(rows: int, library: KernelLibrary) -> None:
+    """Oracle: the same row among other rows, bit by bit."""
+    linear, given = Linear(library), tensors(rows, 768, 3072, torch.float16, "cuda")
+    before = linear(given["x"], given["weight"], out=given["out"]).clone()
+    given["x"][1:] = given["x"][1:].flip(0) * 3
+    after = linear(given["x"], given["weight"], out=given["out"])
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 64])
+def test_residual_in_place_in_a_captured_chain(rows: int, library: KernelLibrary) -> None:
+    """Oracle: the float64 reference, layer after layer. Dependent launches in a graph must wait for each other."""
+    linear, given = Linear(library), tensors(rows, 768, 768, torch.float16, "cuda")
+    state, hidden = given["residual"].clone(), torch.empty_like(given["out"])
+
+    def layers() -> None:
+        for _ in range(6):
+            linear(state, given["weight"], given["bias"], out=hidden, activation="relu")
+            linear(hidden, given["weight"], out=state, residual=state)
+
+    layers()
+    state.copy_(given["residual"])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers()
+    graph.replay()
+    expected = given["residual"]
+    for _ in range(6):
+        middle = reference(expected, given["weight"], given["bias"], activation="relu").half()
+        expected = reference(middle, given["weight"], residual=expected).half()
+    assert relative_error(state, expected.double()) < 6 * RELATIVE_ERROR[torch.float16]
+
+
+def test_activations_keep_nan() -> None:
+    """Oracle: IEEE: what is undefined stays undefined."""
+    for kind in ("none", "relu", "gelu", "gelu_tanh", "silu"):
+        assert bool(activate(torch.tensor([float("nan")]), kind).isnan())

@@ -1,0 +1,67 @@
+"""The launcher of `--nproc`, with ranks that only sleep, exit or die. Oracle: POSIX exit codes, and the docstrings."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from trtc.cli.main import main
+from trtc.core.errors import TargetError
+from trtc.runtime.launcher import launch
+
+RANK = "import os, signal, sys, time; rank = int(os.environ['TRTC_RANK']); "
+LAUNCH = "import sys; from trtc.runtime.launcher import launch; sys.exit(launch(sys.argv[1:], 2))"
+
+
+def ranks(code: str) -> list[str]:
+    """A command in which each rank runs `code`; its number is `rank`."""
+    return [sys.executable, "-c", RANK + code]
+
+
+def test_every_rank_runs_with_its_number(tmp_path: Path) -> None:
+    assert launch([*ranks("open(sys.argv[1] + str(rank), 'w').close()"), f"{tmp_path}/"], 3) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+
+
+def test_the_first_rank_to_fail_ends_the_job_with_its_code() -> None:
+    start = time.monotonic()
+    assert launch(ranks("time.sleep(60) if rank == 0 else sys.exit(7)"), 2) == 7
+    assert time.monotonic() - start < 10
+
+
+def test_a_rank_that_ignores_the_end_is_killed() -> None:
+    start = time.monotonic()
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    assert launch(ranks(f"sys.exit(5) if rank else exec({deaf!r})"), 2) == 5
+    assert time.monotonic() - start < 10
+
+
+def test_a_killed_rank_is_named() -> None:
+    with pytest.raises(TargetError, match=r"rank 1 on host .* \(process \d+\) was killed by SIGSEGV"):
+        launch(ranks("os.kill(os.getpid(), signal.SIGSEGV) if rank else time.sleep(60)"), 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
+def test_a_signal_to_the_launcher_ends_all_ranks(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    command = [*ranks("open(sys.argv[1] + str(os.getpid()), 'w').close(); time.sleep(60)"), f"{tmp_path}/"]
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, *command], stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.01)
+    launcher.send_signal(number)
+    # an uncaught KeyboardInterrupt ends Python by the signal itself
+    assert launcher.wait(10) in (code, -number)
+    for path in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name), 0)
+
+
+def test_a_bad_number_of_ranks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--engine-dir", "engine", "--input-ids", "5", "--nproc", "0"]) == 1
+    assert capsys.readouterr().err == "trtc run: error: --nproc is 0; accepted: 1 or more\n"

@@ -1,0 +1,174 @@
+"""Oracle: the toy model's definition; the errors as the docstrings word them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from trtc.core.errors import RequestError
+from trtc.runtime.llm import LLM
+from trtc.runtime.outputs import RequestOutput
+from trtc.runtime.sampling_params import SamplingParams
+from trtc.runtime.tokenizer import Tokenizer
+
+from .toy import ToyExecutor, greedy_tokens
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+class WideToy(ToyExecutor):
+    """The toy model with room for the ids of the test tokenizer in its prompts."""
+
+    def execute(self, step: Any) -> torch.Tensor:
+        logits = super().execute(step)[:, :50]
+        return torch.nn.functional.pad(logits, (0, 250), value=-100.0)
+
+
+def llm(tokenizer: Tokenizer | None = None, **limits: Any) -> LLM:
+    if tokenizer is not None:
+        return LLM.from_executor(WideToy(**{"vocab_size": 300, **limits}), tokenizer)
+    return LLM.from_executor(ToyExecutor(**limits))
+
+
+def idle(model: LLM) -> bool:
+    model.core.check_integrity()
+    return not model.core.has_unfinished and model.core.scheduler.pool.num_used == 0
+
+
+def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ([3, 4], [[3, 4]]),
+        ((3, 4), [[3, 4]]),
+        ([np.int64(3), 4], [[3, 4]]),
+        ([[3, 4], [5]], [[3, 4], [5]]),
+        ([(3, 4), {"prompt_token_ids": [5]}], [[3, 4], [5]]),
+        ({"prompt_token_ids": [3, 4]}, [[3, 4]]),
+        ([], []),
+    ],
+    ids=repr,
+)
+def test_prompts_of_token_ids(prompts: Any, expected: list[list[int]]) -> None:
+    outputs = llm().generate(prompts, GREEDY)
+    assert [output.prompt_token_ids for output in outputs] == expected
+    assert token_ids(outputs) == [greedy_tokens(prompt, 6) for prompt in expected]
+    assert all(output.prompt is None and output.outputs[0].text == "" for output in outputs)
+
+
+def test_prompts_of_text(byte_level: Tokenizer) -> None:
+    model = llm(byte_level)
+    outputs = model.generate(["the cat", {"prompt": "sat"}, {"prompt_token_ids": [1, 20]}], GREEDY)
+    assert [output.prompt for output in outputs] == ["the cat", "sat", None]
+    assert outputs[0].prompt_token_ids == byte_level.encode("the cat")
+    assert outputs[0].prompt_token_ids[0] == byte_level.bos_token_id
+    for output in outputs:
+        completion = output.outputs[0]
+        assert completion.token_ids == greedy_tokens(output.prompt_token_ids, 6)
+        assert completion.text == byte_level.decode(completion.token_ids)
+    assert model.generate("the cat", GREEDY)[0].outputs == outputs[0].outputs
+
+
+def test_results_are_in_the_order_of_the_prompts_whoever_ends_first() -> None:
+    prompts = [[3], [4], [5], [6], [7], [8]]
+    params = [SamplingParams(temperature=0, max_tokens=9 - i, ignore_eos=True) for i in range(6)]
+    outputs = llm(max_batch_size=2).generate(prompts, params)
+    assert token_ids(outputs) == [greedy_tokens([3 + i], 9 - i, ignore_eos=True) for i in range(6)]
+    assert all(output.finished and output.outputs[0].finished for output in outputs)
+    assert len({output.request_id for output in outputs}) == 6
+
+
+def test_default_params_are_sampling_params() -> None:
+    seeded = LLM.from_executor(ToyExecutor(), seed=5).generate([[3], [4]])
+    assert token_ids(seeded) == token_ids(LLM.from_executor(ToyExecutor(), seed=5).generate([[3], [4]]))
+    assert token_ids(seeded) != token_ids(LLM.from_executor(ToyExecutor(), seed=6).generate([[3], [4]]))
+
+
+def test_on_output_streams_and_ends_with_the_result() -> None:
+    seen: list[RequestOutput] = []
+    outputs = llm().generate(
+        [[3], [4]], SamplingParams(temperature=0, ignore_eos=True), on_output=seen.append
+    )
+    assert len(seen) == 2 * 16
+    assert [output for output in seen if output.finished] == outputs
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[3], []], "prompt 1: the prompt is empty"),
+        ([[3], [50]], "prompt 1: token id 50 at position 0 is outside the vocabulary; accepted: 0 to 49"),
+        ([[1] * 49], "prompt 0: the prompt has 49 tokens, the engine takes max_input_len = 48"),
+        ("text", "prompt 0: text needs a tokenizer and this engine has none"),
+        ([[3], "text"], "prompt 1: text needs a tokenizer"),
+        ([[3], 4.5], "prompt 1: it is a float; accepted: text, a list of token ids"),
+        ([[3], [4, "a"]], "prompt 1: its item 1 is 'a'; accepted: integers"),
+        ([True, 3], "prompt 0: its item 0 is True; accepted: integers"),
+        ([{"prompt_ids": [3]}], r"prompt 0: it has the keys \['prompt_ids'\]; accepted: text"),
+        ([{"prompt": "a", "prompt_token_ids": [3]}], "prompt 0: it has the keys"),
+        (7, "prompts is a int; accepted: text"),
+        (None, "prompts is a NoneType; accepted"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_bad_prompt_is_refused_before_anything_runs(prompts: Any, message: str) -> None:
+    model = llm()
+    with pytest.raises(RequestError, match=message) as error:
+        model.generate(prompts, GREEDY)
+    assert "\n" not in str(error.value)
+    assert model.core.executor.steps == [] and idle(model)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ([GREEDY], "1 sampling_params for 2 prompts"),
+        ([GREEDY, {}], r"sampling_params\[1\] is a dict; accepted: SamplingParams"),
+        ({"temperature": 0}, "sampling_params is a dict; accepted: SamplingParams"),
+        ([GREEDY, SamplingParams(stop="x")], "prompt 1: stop strings need a tokenizer"),
+    ],
+)
+def test_bad_params_are_refused(params: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm().generate([[3], [4]], params)
+
+
+def test_an_error_in_a_step_leaves_nothing_behind() -> None:
+    model = llm()
+    model.core.executor.fail_next = True  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="on fire"):
+        model.generate([[3], [4]], GREEDY)
+    assert idle(model)
+    assert token_ids(model.generate([3], GREEDY)) == [greedy_tokens([3], 6)]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_on_output_leaves_nothing_behind(error: type[BaseException]) -> None:
+    model = llm()
+
+    def fail(output: RequestOutput) -> None:
+        raise error("enough")
+
+    with pytest.raises(error, match="enough"):
+        model.generate([[3], [4]], GREEDY, on_output=fail)
+    assert idle(model)
+
+
+def test_generate_within_generate_is_refused() -> None:
+    model = llm()
+    with pytest.raises(RequestError, match="already running"):
+        model.generate([[3], [4]], GREEDY, on_output=lambda output: model.generate([5], GREEDY) and None)
+    assert idle(model)
+
+
+def test_close_releases_the_engine() -> None:
+    executor = ToyExecutor()
+    with LLM.from_executor(executor) as model:
+        model.generate([3], GREEDY)
+        assert not executor.closed
+    assert executor.closed

@@ -1,0 +1,72 @@
+"""Oracle: transformers' fast tokenizer on the same directory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+from trtc.core.errors import EngineError, RequestError
+from trtc.runtime.tokenizer import Tokenizer
+
+TEXTS = ["the cat", " sat\n\n", "漢字🙂 and more than three tokens", "a</s>b", "", "\x00\x7f"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_encode_and_decode_are_those_of_transformers(
+    byte_level: Tokenizer, tokenizer_dir: Path, text: str
+) -> None:
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_dir / "tokenizer.json"))
+    ids = byte_level.encode(text)
+    assert ids == reference.encode(text)
+    assert ids[0] == byte_level.bos_token_id == 1
+    for skip in (True, False):
+        expected = reference.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        assert byte_level.decode(ids, skip_special_tokens=skip) == expected
+
+
+def test_special_tokens_come_from_the_configuration(byte_level: Tokenizer) -> None:
+    assert (byte_level.bos_token_id, byte_level.eos_token_id) == (1, 0)
+
+
+def test_a_directory_without_tokenizer_has_none(tmp_path: Path) -> None:
+    assert Tokenizer.from_dir(tmp_path) is None
+
+
+def test_special_token_names_may_be_missing(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    assert tokenizer is not None and tokenizer.eos_token_id is None
+    (tmp_path / "special_tokens_map.json").write_text(
+        '{"eos_token": "</s>", "additional_special_tokens": []}'
+    )
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    assert tokenizer is not None and tokenizer.eos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", b"{"), ("tokenizer.json", b'{"model": 3}'), ("tokenizer_config.json", b"{,}"),
+     ("tokenizer_config.json", b"\xff\xfe"), ("tokenizer_config.json", b"[]")],
+)  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path: Path, tokenizer_dir: Path, name: str, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EngineError, match=name):
+        Tokenizer.from_dir(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_refused(byte_level: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="cannot be encoded as UTF-8"):
+        byte_level.encode("a\ud83d")
+
+
+def test_no_transformers_at_run_time() -> None:
+    """Oracle: a fresh interpreter in which importing transformers or tokenizers would fail."""
+    code = (
+        "import sys; sys.modules['transformers'] = None; sys.modules['tokenizers'] = None; "
+        "import trtc.runtime.llm, trtc.runtime.tokenizer"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

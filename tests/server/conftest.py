@@ -1,0 +1,63 @@
+"""The servers of these tests: one as it comes, one with a chat template, a key and tight limits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from trtc.cli.main import main
+
+from .running import RunningServer
+
+TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
+
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}
+{% if message.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no role ' + message.role) }}{% endif %}
+{{ message.role }}: {{ message.content | trim }}
+{% endfor %}
+{% if add_generation_prompt %}assistant:{% endif %}"""
+
+
+def build(model_dir: Path, engine_dir: Path) -> Path:
+    command = f"build --model-dir {model_dir} --output-dir {engine_dir} --dtype float32 --max-batch-size 8"
+    assert main(command.split()) == 0
+    return engine_dir
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(TINY_OPT, tmp_path_factory.mktemp("server") / "tiny-opt")
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny OPT's checkpoint with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "checkpoint"
+    shutil.copytree(TINY_OPT, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_engine(chat_model: Path) -> Path:
+    return build(chat_model, chat_model.parent / "chatty")
+
+
+@pytest.fixture(scope="module")
+def server(engine: Path) -> Iterator[RunningServer]:
+    running = RunningServer(engine)
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def strict_server(chat_engine: Path) -> Iterator[RunningServer]:
+    """Eight sequences run, one may wait; the key is `secret`."""
+    running = RunningServer(
+        chat_engine, "--api-key", "secret", "--max-queue", "1", "--max-body-bytes", "20000"
+    )
+    yield running
+    assert running.stop() == 0

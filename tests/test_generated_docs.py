@@ -1,0 +1,30 @@
+"""Generated pages of docs/ say what the code says (oracle: the generator itself)."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["cli.md", "opt-weights.md"])
+def test_page_is_current(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    assert (DOCS / page).read_text() == generator().PAGES[page](), "run `make docs`"
+
+
+def test_readme_numbers_are_those_of_the_results_file() -> None:
+    from trtc.bench import table
+
+    readme = (DOCS.parent / "README.md").read_text()
+    text = table.table(json.loads(table.RESULTS.read_text()))
+    assert table.with_table(readme, text) == readme, "run `make docs`"

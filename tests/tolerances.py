@@ -1,0 +1,41 @@
+"""The one table of numerical tolerances of the tests.
+
+Errors are absolute for float64 and float32. For the 16-bit types they are relative to the largest absolute value of
+the reference, because an error there grows with the numbers it is made of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from trtc.core.dtypes import DType
+
+FLOAT64_ABS = 1e-9
+"""Two orders of one computation in float64: a rewritten graph, or ranks that share the work, against the original."""
+
+OP_FLOAT64_ABS = 1e-12
+"""One op in float64 against an independent formula in float64."""
+
+LOGITS_FLOAT32_ABS = 1e-4
+"""Logits of a tiny model in float32 against transformers in float32."""
+
+LOGITS_RELATIVE = {DType.FLOAT16: 5e-3, DType.BFLOAT16: 3e-2}
+"""Logits of a tiny model computed in a 16-bit type against float32: a few units of its 11 or 8 bits. The largest
+errors measured over the variants of OPT were 2.5e-3 and 1.6e-2."""
+
+
+def max_error(value: Any, reference: Any) -> float:
+    """The largest absolute difference; infinite when one of the two is not finite where the other is."""
+    a, b = (np.asarray(torch.as_tensor(x).detach().to(torch.float64)) for x in (value, reference))
+    assert a.shape == b.shape, f"shapes {a.shape} and {b.shape}"
+    difference = np.abs(a - b).max(initial=0.0)
+    return float("inf") if np.isnan(difference) else float(difference)
+
+
+def logits_tolerance(dtype: DType, reference: torch.Tensor) -> float:
+    """The largest absolute error of logits that a model computed in `dtype` may have."""
+    if dtype is DType.FLOAT32:
+        return LOGITS_FLOAT32_ABS
+    return LOGITS_RELATIVE[dtype] * float(reference.abs().max())
