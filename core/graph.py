@@ -251,7 +251,12 @@ class GraphBuilder:
             raise GraphError(f"weight '{full}' is not in the family's weight table")
         if full not in self._specs:
             row = self.weights[full]
-            attrs = {"dtype": self.dtype.value, "shape": row.shape, "shard": row.shard.value}
+            attrs = {
+                "dtype": self.dtype.value,
+                "shape": row.shape,
+                "shard": row.shard.value,
+                "unit": row.unit,
+            }
             self._append(make_node(full, "weight", (), attrs, {}))
         return full
 

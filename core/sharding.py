@@ -3,6 +3,9 @@
 Checkpoint conversion, engine building and the graph pass that inserts collectives all use the functions
 below, so that a shard on disk always has the shape the graph expects.
 
+What N does not divide is padded with zeros behind its end, which is exact: heads and columns of zeros meet zero columns in
+the layer that sums over the ranks, and rows beyond the vocabulary are cut off again.
+
 Linear weights are [out, in], as in torch. Axis 0 split is column parallel, axis 1 split is row parallel (the
 names of Megatron-LM, arXiv:1909.08053).
 """
@@ -30,12 +33,19 @@ class Shard(StrEnum):
     """Axis 1 of a [out, in] weight; the layer's outputs are summed over ranks, so its bias is REPLICATE."""
     HEADS = "heads"
     """Axis 0 by whole attention heads: the query, key and value projections and their biases."""
+    HEADS_ROW = "heads_row"
+    """ROW by whole attention heads: the projection that takes what the heads of HEADS give."""
     VOCAB_HEAD = "vocab_head"
     """Axis 0 of the language-model head [vocab, hidden] or its bias; the vocabulary is padded with zero
     rows.
     """
     EMBEDDING = "embedding"
     """Token embedding [vocab, hidden]: whole, or split on the axis that ShardingOptions names."""
+
+    @property
+    def of_bias(self) -> Shard:
+        """The rule of the bias of a linear layer whose weight has this one: what ranks sum gets its bias once, after."""
+        return Shard.REPLICATE if self in (Shard.ROW, Shard.HEADS_ROW) else self
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class ShardingOptions:
 
 @dataclass(frozen=True)
 class AxisSlice:
-    """The part [start, stop) of one axis that a rank holds; stop may lie beyond the unpadded vocabulary."""
+    """The part [start, stop) of one axis that a rank holds; it may lie beyond the end, where zeros are added."""
 
     axis: int
     start: int
@@ -101,27 +111,25 @@ def split_axis(shard: Shard, options: ShardingOptions) -> int | None:
             return None
         case Shard.COLUMN | Shard.HEADS | Shard.VOCAB_HEAD:
             return 0
-        case Shard.ROW:
+        case Shard.ROW | Shard.HEADS_ROW:
             return 1
         case Shard.EMBEDDING:
             return options.embedding_sharding_dim if options.use_parallel_embedding else None
 
 
-def is_padded(shard: Shard, options: ShardingOptions) -> bool:
-    """Whether axis 0 of a weight is a vocabulary that gets zero rows up to a multiple of tp_size."""
-    return shard in (Shard.VOCAB_HEAD, Shard.EMBEDDING) and split_axis(shard, options) == 0
+def padded(size: int, unit: int, tp_size: int) -> int:
+    """The smallest multiple of tp_size units that holds `size`."""
+    return -(-size // (unit * tp_size)) * unit * tp_size
 
 
-def padded_vocab(vocab_size: int, tp_size: int) -> int:
-    """The smallest multiple of tp_size that holds the vocabulary."""
-    return -(-vocab_size // tp_size) * tp_size
-
-
-def padded_shape(shape: tuple[int, ...], shard: Shard, options: ShardingOptions) -> tuple[int, ...]:
-    """The shape of the shards put together: `shape`, or `shape` with a padded vocabulary."""
-    if not is_padded(shard, options):
+def padded_shape(
+    shape: tuple[int, ...], shard: Shard, options: ShardingOptions, *, unit: int = 1
+) -> tuple[int, ...]:
+    """The shape of the shards put together: `shape`, or `shape` with zeros added along the axis that is split."""
+    axis = split_axis(shard, options)
+    if axis is None:
         return shape
-    return (padded_vocab(shape[0], options.tp_size), *shape[1:])
+    return (*shape[:axis], padded(shape[axis], unit, options.tp_size), *shape[axis + 1 :])
 
 
 def slice_bounds(
@@ -130,17 +138,17 @@ def slice_bounds(
     """The part of a weight of `shape` that `rank` holds, None for all of it.
 
     name: the weight, for the error.
-    unit: rows that stay together; head_dim for Shard.HEADS, so that a head is never cut.
-    Raises ConfigError when the axis cannot be divided into tp_size equal parts of whole units.
+    unit: what stays together along the axis; for heads, those that read one key and value, so that none is cut.
+    Raises ConfigError when there are too few units: a rank would hold nothing but padding.
     """
     assert 0 <= rank < options.tp_size, f"rank {rank} of {options.tp_size}"
     axis = split_axis(shard, options)
     if axis is None:
         return None
     assert axis < len(shape), f"{name}: shard {shard} needs an axis {axis}, shape is {list(shape)}"
-    size = padded_shape(shape, shard, options)[axis]
-    _check_divisible(name, size, unit, options.tp_size, shard)
-    local = size // options.tp_size
+    assert shape[axis] % unit == 0, f"{name}: a size of {shape[axis]} is not whole units of {unit}"
+    local = padded(shape[axis], unit, options.tp_size) // options.tp_size
+    _check_every_rank_has_some(name, shape[axis], local, options.tp_size, shard, unit)
     return AxisSlice(axis, rank * local, (rank + 1) * local)
 
 
@@ -157,12 +165,16 @@ def local_shape(
     return (*shape[: part.axis], part.stop - part.start, *shape[part.axis + 1 :])
 
 
-def _check_divisible(name: str, size: int, unit: int, tp_size: int, shard: Shard) -> None:
-    assert size % unit == 0, f"{name}: {size} rows are not whole units of {unit}"
-    if (size // unit) % tp_size:
-        what = f"{size // unit} heads" if shard is Shard.HEADS else f"a size of {size}"
+def _check_every_rank_has_some(
+    name: str, size: int, local: int, tp_size: int, shard: Shard, unit: int
+) -> None:
+    idle = tp_size - -(-size // local)
+    if idle and shard not in (Shard.VOCAB_HEAD, Shard.EMBEDDING):
+        heads = shard in (Shard.HEADS, Shard.HEADS_ROW)
+        what = f"{size // unit} heads of keys and values" if heads else f"a size of {size}"
         raise ConfigError(
-            f"{name}: {what} cannot be split evenly over tp_size {tp_size}; use a tp_size that divides it"
+            f"{name}: {what} over tp_size {tp_size}, {local // unit} on each rank, would leave {idle} without any; "
+            f"use a smaller tp_size"
         )
 
 
@@ -174,8 +186,11 @@ def slice_tensor(
     Arguments and errors as for `slice_bounds`.
     """
     part = slice_bounds(tuple(tensor.shape), shard, options, rank, name=name, unit=unit)
-    if part is None:
-        return tensor
+    return tensor if part is None else narrow_or_pad(tensor, part)
+
+
+def narrow_or_pad(tensor: torch.Tensor, part: AxisSlice) -> torch.Tensor:
+    """The `part` of a tensor, zeros where it lies beyond the end; a view where it does not."""
     stop = min(part.stop, tensor.shape[part.axis])
     start = min(part.start, stop)
     local = tensor.narrow(part.axis, start, stop - start)
@@ -190,5 +205,4 @@ def slice_tensor(
 
 def share_rows(first: Shard, second: Shard, options: ShardingOptions) -> bool:
     """Whether a [vocab, hidden] weight split by `first` and by `second` gives every rank the same shard."""
-    same_axis = split_axis(first, options) == split_axis(second, options)
-    return same_axis and is_padded(first, options) == is_padded(second, options)
+    return split_axis(first, options) == split_axis(second, options)

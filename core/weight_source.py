@@ -16,7 +16,15 @@ import torch
 
 from .dtypes import MODEL_DTYPES, DType, to_torch
 from .errors import CheckpointError
-from .sharding import AxisSlice, ShardingOptions, local_shape, padded_shape, share_rows, slice_bounds
+from .sharding import (
+    AxisSlice,
+    ShardingOptions,
+    local_shape,
+    narrow_or_pad,
+    padded_shape,
+    share_rows,
+    slice_bounds,
+)
 from .weights import IDENTITY, ResolvedWeight, Shape, WeightTable
 
 if TYPE_CHECKING:
@@ -101,13 +109,13 @@ class ShardedWeights(ABC):
         return slice_bounds(weight.shape, weight.shard, self.sharding, rank, name=name, unit=weight.unit)
 
     def blocks(self, name: str, rows: tuple[int, int] | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """The whole weight, padding included, as (first row, block of rows), in order.
+        """The whole weight, rows of padding included, as (first row, block of rows), in order.
 
         rows: only the blocks that meet the rows [rows[0], rows[1]).
         """
         weight = self._all[name]
         size = weight.shape[0]
-        padded = padded_shape(weight.shape, weight.shard, self.sharding)[0]
+        padded = padded_shape(weight.shape, weight.shard, self.sharding, unit=weight.unit)[0]
         first, last = rows or (0, padded)
         origin = self._all[weight.tied_to] if weight.tied_to else weight
         step = self._rows_per_block(origin)
@@ -133,7 +141,7 @@ def cut_block(start: int, block: torch.Tensor, part: AxisSlice | None) -> tuple[
     if part is None:
         return start, block
     if part.axis == 1:
-        return start, block[:, part.start : part.stop]
+        return start, narrow_or_pad(block, part)
     begin, end = max(start, part.start), min(start + len(block), part.stop)
     if begin >= end:
         return None

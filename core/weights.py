@@ -161,7 +161,7 @@ class WeightRule:
     source: name in the checkpoint without the prefix, or several accepted names; `{i}` is the layer index.
     name: our name of the weight.
     shape: our shape, [out, in] for linear layers; see `Dim`.
-    shard: how ranks split it. Shard.HEADS keeps config.head_dim rows together.
+    shard: how ranks split it. Shard.HEADS and HEADS_ROW keep together what belongs to one head of keys and values.
     transform: one transform or a tuple of them, in the order in which they are applied.
     quantizable: whether weight-only quantization may replace it.
     tied_to: our name of the weight whose data this one shares; the checkpoint may then hold it or not.
@@ -190,7 +190,7 @@ class ResolvedWeight:
     """A rule applied to a configuration: one weight, all sizes known.
 
     sources: names to look for in the checkpoint, prefixes included, the preferred one first.
-    unit: rows of axis 0 that a shard keeps together.
+    unit: rows (columns, where these are split) that a shard keeps together.
     """
 
     name: str
@@ -242,7 +242,7 @@ class WeightTable:
 
     def _expand_rule(self, rule: WeightRule, config: ModelConfig) -> Iterator[ResolvedWeight]:
         shape = tuple(resolve_dim(dim, config) for dim in rule.shape)
-        unit = config.head_dim if rule.shard is Shard.HEADS else 1
+        unit = _unit(rule, shape, config)
         layers = range(config.num_layers) if "{i}" in rule.name else range(1)
         for layer in layers:
             yield ResolvedWeight(
@@ -311,6 +311,19 @@ class WeightTable:
         return max(
             names, key=lambda name: max((n for p, n in counts.items() if name.startswith(p)), default=0)
         )
+
+
+def _unit(rule: WeightRule, shape: Shape, config: ModelConfig) -> int:
+    """Grouped queries stay with the keys and values that they read, so that padding adds whole groups to each."""
+    if rule.shard not in (Shard.HEADS, Shard.HEADS_ROW):
+        return 1
+    size = shape[1 if rule.shard is Shard.HEADS_ROW else 0]
+    if size % (config.num_kv_heads * config.head_dim):
+        raise PluginError(
+            f"weight table: {rule.name!r}: a size of {size} is not so many whole heads (head_dim {config.head_dim}) for "
+            f"each of {config.num_kv_heads} heads of keys and values, as {rule.shard} needs"
+        )
+    return size // config.num_kv_heads
 
 
 def _at_layer(pattern: str, layer: int) -> str:

@@ -67,6 +67,14 @@ class _Sharder:
             "all_gather", tensor, name=f"{tensor}.all_gather", axis=axis, tp_size=self.options.tp_size
         )[0]
 
+    def whole(self, tensor: str, node: Node) -> tuple[str, ...]:
+        """The result of `node` from its parts along axis 1, padding cut off."""
+        gathered = self.all_gather(tensor, 1)
+        size = node.outputs[0].shape[1]
+        if self.specs[gathered].shape[1] == size:
+            return (gathered,)
+        return self.add("slice", gathered, name=f"{node.name}.whole", axis=1, start=0, stop=size)
+
     def require(self, condition: bool, node: Node) -> None:
         if not condition:
             split = ", ".join(f"%{name}: {self.axes[self.renamed[name]]}" for name in node.used)
@@ -86,7 +94,8 @@ def _replicated(s: _Sharder, node: Node) -> Result:
 
 def _weight(s: _Sharder, node: Node) -> Result:
     rule = Shard(node.attrs.get("shard", Shard.REPLICATE))
-    shape = local_shape(node.attrs["shape"], rule, s.options, name=node.name)
+    unit = node.attrs.get("unit", 1)
+    shape = local_shape(node.attrs["shape"], rule, s.options, name=node.name, unit=unit)
     return s.add("weight", name=node.name, **{**node.attrs, "shape": shape}), split_axis(rule, s.options)
 
 
@@ -97,7 +106,7 @@ def _embedding(s: _Sharder, node: Node) -> Result:
         return _replicated(s, node)
     if axis == 1:
         (part,) = s.add("embedding", ids, table, name=node.name, **node.attrs)
-        return (s.all_gather(part, 1),), None
+        return s.whole(part, node), None
     assert table is not None
     rows = s.specs[table].shape[0]
     assert isinstance(rows, int)
@@ -117,11 +126,9 @@ def _linear(s: _Sharder, node: Node) -> Result:
         return (s.add("add", total, *bias, name=node.name) if bias else (total,)), None
     s.require(s.axis(x) is None and all(s.axis(b) == 0 for b in bias), node)
     result = s.add("linear", x, weight, *bias, name=node.name, **node.attrs)
-    vocab = node.outputs[0].shape[1]
     if s.graph.producers[node.used[1]].attrs.get("shard") != Shard.VOCAB_HEAD:
         return result, 1
-    whole = s.all_gather(result[0], 1)  # padding of an odd vocabulary is cut off again
-    return s.add("slice", whole, name=f"{node.name}.vocab", axis=1, start=0, stop=vocab), None
+    return s.whole(result[0], node), None
 
 
 def _elementwise(s: _Sharder, node: Node) -> Result:
@@ -141,12 +148,22 @@ def _reshape(s: _Sharder, node: Node) -> Result:
     if axis is None:
         return _replicated(s, node)
     assert x is not None
-    shape: list[Dim] = list(node.attrs["shape"])
-    size = shape[1] if len(shape) > 1 else None
-    fits = axis == 1 and {s.specs[x].rank, len(shape)} == {2, 3} and isinstance(size, int)
-    s.require(fits and size % s.options.tp_size == 0, node)  # type: ignore[operator]
-    shape[1] = size // s.options.tp_size  # type: ignore[operator]
-    return s.add("reshape", x, name=node.name, shape=tuple(shape)), 1
+    local, shape = s.specs[x].shape, tuple(node.attrs["shape"])
+    s.require(axis == 1 and {len(local), len(shape)} == {2, 3}, node)
+    fits, local_shape = _by_heads(local, shape)
+    s.require(fits, node)
+    return s.add("reshape", x, name=node.name, shape=local_shape), 1
+
+
+def _by_heads(local: tuple[Dim, ...], shape: tuple[Dim, ...]) -> tuple[bool, tuple[Dim, ...]]:
+    """Whether a rank has whole heads, and the shape of its part of the result: `local` is what it has."""
+    if len(shape) == 2:
+        heads, head_dim = local[1:]
+        assert isinstance(heads, int) and isinstance(head_dim, int)
+        return True, (shape[0], heads * head_dim)
+    features, head_dim = local[1], shape[2]
+    assert isinstance(features, int) and isinstance(head_dim, int)
+    return features % head_dim == 0, (shape[0], features // head_dim, head_dim)
 
 
 def _attention(s: _Sharder, node: Node) -> Result:

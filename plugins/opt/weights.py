@@ -52,7 +52,12 @@ def _layers(config: OptConfig) -> list[WeightRule]:
         rules += _linear(config, f"{hf}.self_attn.{part}_proj", f"{own}.attention.{part}", "hidden_size", "hidden_size",
                          Shard.HEADS)  # fmt: skip
     rules += _linear(
-        config, f"{hf}.self_attn.out_proj", f"{own}.attention.out", "hidden_size", "hidden_size", Shard.ROW
+        config,
+        f"{hf}.self_attn.out_proj",
+        f"{own}.attention.out",
+        "hidden_size",
+        "hidden_size",
+        Shard.HEADS_ROW,
     )
     rules += _norm(config, (f"{hf}.self_attn_layer_norm",), f"{own}.attention_norm")
     rules += _linear(config, f"{hf}.fc1", f"{own}.mlp.fc1", "ffn_size", "hidden_size", Shard.COLUMN)
@@ -62,8 +67,9 @@ def _layers(config: OptConfig) -> list[WeightRule]:
 
 def _linear(config: OptConfig, hf: str, own: str, rows: str, columns: str, shard: Shard) -> list[WeightRule]:
     weight = WeightRule(f"{hf}.weight", f"{own}.weight", (rows, columns), shard, quantizable=True)
-    bias_shard = Shard.REPLICATE if shard is Shard.ROW else shard
-    return [weight, WeightRule(f"{hf}.bias", f"{own}.bias", (rows,), bias_shard)] if config.bias else [weight]
+    return (
+        [weight, WeightRule(f"{hf}.bias", f"{own}.bias", (rows,), shard.of_bias)] if config.bias else [weight]
+    )
 
 
 def _norm(config: OptConfig, hf: tuple[str, ...], own: str) -> list[WeightRule]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import pytest
@@ -535,16 +536,22 @@ SHARDINGS = {
 }
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
-@pytest.mark.parametrize("embedding", SHARDINGS)
-@pytest.mark.parametrize(
-    "variant", ["vocabulary_odd", "untied_head", "post_norm_projected", "bias_free_non_affine_gelu"]
-)
+RANKS = [
+    *product(
+        ["vocabulary_odd", "untied_head", "post_norm_projected", "bias_free_non_affine_gelu"],
+        SHARDINGS,
+        [2, 4],
+    ),
+    *product(["odd_sizes"], SHARDINGS, [2, 3]),
+]
+
+
+@pytest.mark.parametrize(("variant", "embedding", "tp_size"), RANKS)
 def test_ranks_together_give_the_logits_of_one(
     variant: str, embedding: str, tp_size: int, opt_checkpoint: Callable[[str], OptCheckpoint]
 ) -> None:
     """Oracle: the composed graph on one rank. Every rank has all logits, and ids of every rank's part of the table
-    occur; a vocabulary of 101 is padded."""
+    occur; a vocabulary of 101 is padded, and so are five heads of 15 and a feed-forward layer of 77."""
     checkpoint = opt_checkpoint(variant)
     composed = checkpoint.family.compose(checkpoint.config)
     whole = checkpoint.weights()
@@ -598,11 +605,13 @@ def test_an_op_over_a_split_axis_is_refused() -> None:
         shard(g.finish(g.add("reshape", y, name="r", shape=("T", 3, 4))), ShardingOptions(tp_size=2), 0)
 
 
-def test_a_size_that_does_not_divide_is_named() -> None:
-    g, x = sharded(Shard.COLUMN, w=(9, 8))
+def test_a_size_too_small_for_the_ranks_is_named() -> None:
+    g, x = sharded(Shard.COLUMN, w=(5, 8))
     graph = g.finish(g.add("linear", x, g.weight("w"), name="y"))
-    with pytest.raises(ConfigError, match="w: a size of 9 cannot be split evenly over tp_size 2"):
-        shard(graph, ShardingOptions(tp_size=2), 0)
+    with pytest.raises(
+        ConfigError, match="w: a size of 5 over tp_size 4, 2 on each rank, would leave 1 without"
+    ):
+        shard(graph, ShardingOptions(tp_size=4), 0)
 
 
 def test_a_split_sum_takes_a_split_vector_only() -> None:

@@ -10,8 +10,8 @@ from trtc.core.sharding import (
     Shard,
     ShardingOptions,
     local_shape,
+    padded,
     padded_shape,
-    padded_vocab,
     share_rows,
     slice_bounds,
     slice_tensor,
@@ -60,6 +60,7 @@ def test_bad_json_options_are_a_checkpoint_error(value):
         (Shard.REPLICATE, [None, None, None]),
         (Shard.COLUMN, [0, 0, 0]),
         (Shard.ROW, [1, 1, 1]),
+        (Shard.HEADS_ROW, [1, 1, 1]),
         (Shard.HEADS, [0, 0, 0]),
         (Shard.VOCAB_HEAD, [0, 0, 0]),
         (Shard.EMBEDDING, [None, 0, 1]),
@@ -71,11 +72,11 @@ def test_split_axis_of_each_rule(shard, axes):
     assert split_axis(shard, ShardingOptions(1, use_parallel_embedding=True)) is None
 
 
-@given(vocab=st.integers(1, 10**6), tp=st.integers(1, 64))
-def test_padded_vocab_is_the_next_multiple(vocab, tp):
-    padded = padded_vocab(vocab, tp)
-    assert padded % tp == 0
-    assert vocab <= padded < vocab + tp
+@given(size=st.integers(1, 10**6), unit=st.integers(1, 8), tp=st.integers(1, 64))
+def test_padding_reaches_the_next_multiple(size, unit, tp):
+    found = padded(size, unit, tp)
+    assert found % (tp * unit) == 0
+    assert size <= found < size + tp * unit
 
 
 @given(
@@ -88,11 +89,11 @@ def test_slices_partition_the_padded_axis_in_whole_units(data, tp, unit, embeddi
     """Oracle: range(padded size), put together from the slices of all ranks in order."""
     shard = data.draw(st.sampled_from(Shard))
     options = ShardingOptions(tp, **embedding)
-    unit = unit if shard is Shard.HEADS else 1
-    if shard in (Shard.VOCAB_HEAD, Shard.EMBEDDING):
-        shape = (data.draw(st.integers(1, 50)), tp * data.draw(st.integers(1, 5)))
-    else:
-        shape = (unit * tp * data.draw(st.integers(1, 5)), tp * data.draw(st.integers(1, 5)))
+    if shard not in (Shard.HEADS, Shard.HEADS_ROW):
+        unit = 1
+    # so many that every rank has some: 12 over 8 ranks would be 2 on each of 6
+    sizes = st.integers(tp * (tp - 1), tp * (tp + 5)).filter(bool)
+    shape = (unit * data.draw(sizes), unit * data.draw(sizes))
     parts = [slice_bounds(shape, shard, options, rank, name="w", unit=unit) for rank in range(tp)]
     local = local_shape(shape, shard, options, name="w", unit=unit)
     if split_axis(shard, options) is None:
@@ -101,23 +102,28 @@ def test_slices_partition_the_padded_axis_in_whole_units(data, tp, unit, embeddi
         return
     axis = parts[0].axis
     covered = [index for part in parts for index in range(part.start, part.stop)]
-    assert covered == list(range(padded_shape(shape, shard, options)[axis]))
+    assert covered == list(range(padded_shape(shape, shard, options, unit=unit)[axis]))
     assert all(part.start % unit == 0 for part in parts)
     assert {part.stop - part.start for part in parts} == {local[axis]}
+    assert shard in (Shard.VOCAB_HEAD, Shard.EMBEDDING) or parts[-1].start < shape[axis]
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("shard", [Shard.COLUMN, Shard.ROW, Shard.HEADS, Shard.VOCAB_HEAD])
-def test_shards_put_together_are_the_whole(shard, tp):
-    """Oracle: torch.cat; 13 rows of a vocabulary are followed by zero rows."""
-    rows = 13 if shard is Shard.VOCAB_HEAD else 16
-    whole = torch.arange(rows * 8.0).reshape(rows, 8) + 1
+@pytest.mark.parametrize("shard", [Shard.COLUMN, Shard.ROW, Shard.HEADS, Shard.HEADS_ROW, Shard.VOCAB_HEAD])
+@pytest.mark.parametrize("size", [13, 16])
+def test_shards_put_together_are_the_whole(shard, size, tp):
+    """Oracle: torch.cat; what lies beyond 13 is zero."""
     options = ShardingOptions(tp)
+    axis = split_axis(shard, options)
+    whole = torch.arange(size * 8.0).reshape(size, 8) + 1
+    whole = whole.t() if axis else whole
     shards = [slice_tensor(whole, shard, options, rank, name="w") for rank in range(tp)]
-    assert {tuple(part.shape) for part in shards} == {local_shape((rows, 8), shard, options, name="w")}
-    together = torch.cat(shards, dim=split_axis(shard, options))
-    assert torch.equal(together[:rows], whole)
-    assert not together[rows:].any()
+    assert {tuple(part.shape) for part in shards} == {
+        local_shape(tuple(whole.shape), shard, options, name="w")
+    }
+    together = torch.cat(shards, dim=axis)
+    assert torch.equal(together.narrow(axis, 0, size), whole)
+    assert not together.narrow(axis, size, together.shape[axis] - size).any()
 
 
 def test_a_rank_beyond_the_vocabulary_holds_zeros():
@@ -131,20 +137,31 @@ def test_a_bias_is_split_like_its_rows():
     assert slice_bounds((12,), Shard.HEADS, ShardingOptions(3), 1, name="b", unit=4) == AxisSlice(0, 4, 8)
 
 
+def test_heads_are_padded_whole():
+    """Five heads of 8 rows over 2 ranks: three on each, the last of them zeros; 40 rows alone would divide by 2."""
+    parts = [
+        slice_bounds((40, 4), Shard.HEADS, ShardingOptions(2), rank, name="w", unit=8) for rank in (0, 1)
+    ]
+    assert parts == [AxisSlice(0, 0, 24), AxisSlice(0, 24, 48)]
+
+
 @pytest.mark.parametrize(
     ("shape", "shard", "unit", "named"),
     [
-        ((10, 4), Shard.COLUMN, 1, "layers.0.w: a size of 10 .* tp_size 4"),
-        ((4, 10), Shard.ROW, 1, "layers.0.w: a size of 10 .* tp_size 4"),
-        ((40, 4), Shard.HEADS, 8, "layers.0.w: 5 heads .* tp_size 4"),
-        ((8, 10), Shard.EMBEDDING, 1, "layers.0.w: a size of 10 .* tp_size 4"),
+        ((5, 4), Shard.COLUMN, 1, "layers.0.w: a size of 5 over tp_size 4, 2 on each rank, would leave 1 w"),
+        ((4, 5), Shard.ROW, 1, "layers.0.w: a size of 5 over tp_size 4, 2 on each rank, would leave 1 w"),
+        (
+            (24, 4),
+            Shard.HEADS,
+            8,
+            "3 heads of keys and values over tp_size 4, 1 on each rank, would leave 1 w",
+        ),
+        ((4, 24), Shard.HEADS_ROW, 8, "3 heads of keys and values over tp_size 4, 1 on"),
     ],
 )
-def test_what_cannot_be_split_is_refused_with_the_sizes(shape, shard, unit, named):
-    """40 rows would divide by 4, but cut the heads of 8 rows."""
-    options = ShardingOptions(4, use_parallel_embedding=True, embedding_sharding_dim=1)
+def test_what_leaves_a_rank_without_work_is_refused_with_the_sizes(shape, shard, unit, named):
     with pytest.raises(ConfigError, match=named):
-        local_shape(shape, shard, options, name="layers.0.w", unit=unit)
+        local_shape(shape, shard, ShardingOptions(4), name="layers.0.w", unit=unit)
 
 
 @pytest.mark.parametrize(("tp", "expected"), [(1, [True, True, True]), (2, [False, True, False])])

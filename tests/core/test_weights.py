@@ -118,7 +118,7 @@ def test_expand_gives_every_layer_with_sizes_and_sources():
     query = weights["layers.1.query.weight"]
     assert query.sources == ("model.layers.1.q.weight", "layers.1.q.weight")
     assert query.shape == (8, 8)
-    assert query.unit == CONFIG.head_dim
+    assert query.unit == 2 * CONFIG.head_dim  # two heads of queries for one of keys and values
     assert query.quantizable
     assert weights["head.weight"].tied_to == "token_embedding.weight"
 

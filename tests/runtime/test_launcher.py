@@ -15,7 +15,11 @@ from trtc.core.errors import TargetError
 from trtc.runtime.launcher import launch
 
 RANK = "import os, signal, sys, time; rank = int(os.environ['TRTC_RANK']); "
-LAUNCH = "import sys; from trtc.runtime.launcher import launch; sys.exit(launch(sys.argv[1:], 2))"
+LAUNCH = (
+    "import signal, sys; from trtc.runtime.launcher import launch; "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
+    "sys.exit(launch(sys.argv[1:], 2))"
+)
 
 
 def ranks(code: str) -> list[str]:

@@ -86,7 +86,7 @@ def trtc_weight_table(config: Gpt2Config) -> WeightTable:
         rules += [WeightRule(f"{source}.{part}", f"{name}.{part}", (hidden,)) for part in ("weight", "bias")]
     for index, part in enumerate("qkv"):
         rules += _conv1d("attn.c_attn", f"attention.{part}", square, Shard.HEADS, Chunk(index, 3))
-    rules += _conv1d("attn.c_proj", "attention.out", square, Shard.ROW)
+    rules += _conv1d("attn.c_proj", "attention.out", square, Shard.HEADS_ROW)
     rules += _conv1d("mlp.c_fc", "mlp.fc1", ("ffn_size", hidden), Shard.COLUMN)
     rules += _conv1d("mlp.c_proj", "mlp.fc2", (hidden, "ffn_size"), Shard.ROW)
     masks = ("h.*.attn.bias", "h.*.attn.masked_bias")  # buffers that old checkpoints carry along
@@ -96,10 +96,9 @@ def trtc_weight_table(config: Gpt2Config) -> WeightTable:
 def _conv1d(hf: str, name: str, shape: tuple[str, str], shard: Shard, *parts: Chunk) -> list[WeightRule]:
     """Rows of a Conv1D layer: its weight is [in, out], and q, k and v stand in one."""
     hf, name = f"h.{{i}}.{hf}", f"layers.{{i}}.{name}"
-    bias = Shard.REPLICATE if shard is Shard.ROW else shard
     return [
         WeightRule(f"{hf}.weight", f"{name}.weight", shape, shard, (Transpose(), *parts), quantizable=True),
-        WeightRule(f"{hf}.bias", f"{name}.bias", shape[:1], bias, parts),
+        WeightRule(f"{hf}.bias", f"{name}.bias", shape[:1], shard.of_bias, parts),
     ]
 
 

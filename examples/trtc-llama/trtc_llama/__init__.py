@@ -88,7 +88,7 @@ def trtc_weight_table(config: LlamaConfig) -> WeightTable:
         *_linear("self_attn.q_proj", "attention.q", (q, hidden), Shard.HEADS, config.attention_bias),
         *_linear("self_attn.k_proj", "attention.k", (kv, hidden), Shard.HEADS, config.attention_bias),
         *_linear("self_attn.v_proj", "attention.v", (kv, hidden), Shard.HEADS, config.attention_bias),
-        *_linear("self_attn.o_proj", "attention.out", (hidden, q), Shard.ROW, config.attention_bias),
+        *_linear("self_attn.o_proj", "attention.out", (hidden, q), Shard.HEADS_ROW, config.attention_bias),
         *_linear("mlp.gate_proj", "mlp.gate", (ffn, hidden), Shard.COLUMN, config.mlp_bias),
         *_linear("mlp.up_proj", "mlp.up", (ffn, hidden), Shard.COLUMN, config.mlp_bias),
         *_linear("mlp.down_proj", "mlp.down", (hidden, ffn), Shard.ROW, config.mlp_bias),
@@ -100,8 +100,7 @@ def trtc_weight_table(config: LlamaConfig) -> WeightTable:
 def _linear(hf: str, name: str, shape: tuple[str, str], shard: Shard, bias: bool) -> list[WeightRule]:
     hf, name = f"layers.{{i}}.{hf}", f"layers.{{i}}.{name}"
     weight = WeightRule(f"{hf}.weight", f"{name}.weight", shape, shard, quantizable=True)
-    bias_shard = Shard.REPLICATE if shard is Shard.ROW else shard
-    return [weight, WeightRule(f"{hf}.bias", f"{name}.bias", shape[:1], bias_shard)] if bias else [weight]
+    return [weight, WeightRule(f"{hf}.bias", f"{name}.bias", shape[:1], shard.of_bias)] if bias else [weight]
 
 
 @hookimpl
