@@ -22,7 +22,7 @@ from typing import Any
 
 from .errors import DeviceError, KernelCompileError
 
-KERNELS_ROOT = Path(__file__).parent
+KERNELS_ROOT = Path(__file__).resolve().parent
 CACHE_VARIABLE = "TRTC_KERNEL_CACHE"
 BASE_FLAGS = ("--std=c++17", "--ptxas-options=-v", "--no-cache")
 """NVRTC's own cache is off: what comes out of it has no report of resources."""
