@@ -35,6 +35,7 @@ HELP = "build an engine from a Hugging Face folder or a trtc checkpoint; needs n
 _SOURCE_OPTIONS = {
     "dtype": "auto",
     "tp_size": 1,
+    "pp_size": 1,
     "use_parallel_embedding": False,
     "embedding_sharding_dim": 0,
 }
@@ -149,6 +150,7 @@ def build_config(args: argparse.Namespace, source: Source) -> BuildConfig:
         max_beam_width=args.max_beam_width,
         page_size=args.page_size,
         tp_size=source.weights.sharding.tp_size,
+        pp_size=source.weights.sharding.pp_size,
         target_options=_target_options(args),
     )
 
@@ -227,7 +229,7 @@ def _print_plan(args: argparse.Namespace, source: Source, build: BuildConfig) ->
     planned = plan(source.family, source.model, source.weights, build, 0, show if args.trace_passes else None)
     for name, recipe in planned.recipes.items():
         print(f"# weight %{name}, made at build time\n{recipe}\n")
-    print(f"# rank 0 of {build.tp_size}\n{planned.graph}\n")
+    print(f"# rank 0 of {build.num_ranks}\n{planned.graph}\n")
     context = build.max_seq_len // 2
     batch = build.max_batch_size
     pages = -(-build.max_seq_len // build.page_size)

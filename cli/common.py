@@ -29,7 +29,9 @@ def add_model_source(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help=f"{dtypes}, or auto: as config.json says (default: auto)"
     )
     parser.add_argument("--tp-size", type=int, default=ShardingOptions.tp_size, metavar="N",
-                        help="ranks of tensor parallelism (default: %(default)s)")  # fmt: skip
+                        help="ranks of tensor parallelism, that share each layer (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--pp-size", type=int, default=ShardingOptions.pp_size, metavar="M",
+                        help="stages of a pipeline; N x M ranks run an engine (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--use-parallel-embedding", action="store_true", help="split the token embedding over the ranks"
     )
@@ -44,7 +46,9 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def sharding_options(args: argparse.Namespace) -> ShardingOptions:
-    return ShardingOptions(args.tp_size, args.use_parallel_embedding, args.embedding_sharding_dim)
+    return ShardingOptions(
+        args.tp_size, args.use_parallel_embedding, args.embedding_sharding_dim, args.pp_size
+    )
 
 
 def find_family(

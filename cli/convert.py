@@ -47,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
             progress=progress,
         )
     size = human_bytes(folder_bytes(args.output_dir))
-    print(f"{args.output_dir}: {family.name} in {model.dtype}, {args.tp_size} rank(s), {size}, "
+    ranks = sharding_options(args).num_ranks
+    print(f"{args.output_dir}: {family.name} in {model.dtype}, {ranks} rank(s), {size}, "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
     return 0

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         "target": build.target,
         "limits": f"batch {build.max_batch_size}, prompt {build.max_input_len}, sequence {build.max_seq_len}, "
         f"{build.max_num_tokens} tokens a step",
-        "ranks": str(len(engine.ranks)),
+        "ranks": f"{build.num_ranks}: tp {build.tp_size} x pp {build.pp_size}",
         "weights": human_bytes(sum(int(engine.files[name]["bytes"]) for name in weights)),
         "KV cache": f"{human_bytes(cache.bytes_per_page / build.page_size)} a token and rank, pages of {build.page_size}",
         "tokenizer": "yes" if "tokenizer.json" in engine.files else "no: works with token ids",

@@ -47,6 +47,10 @@ def plan(
         )
     if build.tp_size > 1 and not can.tensor_parallel:
         raise ConfigError(f"target {target.name} does not run tensor parallel yet; build with tp_size 1")
+    if build.pp_size > 1 and not can.pipeline_parallel:
+        raise ConfigError(f"target {target.name} does not run pipeline parallel yet; build with pp_size 1")
+    assert (build.tp_size, build.pp_size) == (source.sharding.tp_size, source.sharding.pp_size), "other ranks"
+    source.sharding.check_layers(model.num_layers)
     graph = family.compose(model)
     if trace is not None:
         trace("compose", graph)
@@ -83,7 +87,7 @@ def build_engine(
         raise ConfigError(f"workers is {workers}; accepted: a whole number >= 1")
     build.check_model(model)
     target = get_target(build.target)
-    plans = [plan(family, model, source, build, rank) for rank in range(build.tp_size)]
+    plans = [plan(family, model, source, build, rank) for rank in range(build.num_ranks)]
     with atomic_directory(output_dir, is_engine, seal=DESCRIPTION) as folder:
         parts = [
             _build_rank(target, one, source, build, folder, rank, workers, progress)
@@ -131,8 +135,11 @@ def _write_weights(
     workers: int,
     progress: Progress | None,
 ) -> None:
+    _, member = source.sharding.place(rank)
+
     def write(name: str) -> None:
-        writers[name].write(name, _make_weight(planned.recipes.get(name), source, rank, name).contiguous())
+        made = _make_weight(planned.recipes.get(name), source, member, name)
+        writers[name].write(name, made.contiguous())
 
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(write, name): name for name in writers}

@@ -1,7 +1,7 @@
 """The trtc checkpoint: a converted, sharded model on disk.
 
     config.json           format, versions, the model's configuration, sharding, aliases, size and sha256 of
-    each file rank{r}.safetensors   the weights of rank r, by our names
+    each file rank{r}.safetensors   the weights of rank r of tp_size, by our names, of all layers
     tokenizer files       copied along
 
 `convert` writes one from a Hugging Face checkpoint; `TrtcCheckpoint` reads it.
@@ -95,6 +95,7 @@ def convert(
     """
     if workers < 1:
         raise ConfigError(f"workers is {workers}; accepted: a whole number >= 1")
+    sharding.check_layers(config.num_layers)
     weights = HFWeights(source, table, config, dtype=dtype, sharding=sharding)
     with atomic_directory(output_dir, is_checkpoint, seal="config.json") as folder:
         _write_ranks(weights, folder, workers, progress)

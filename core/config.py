@@ -100,6 +100,9 @@ class BuildConfig:
     page_size: int = 32
     """Tokens of one page of the KV cache."""
     tp_size: int = 1
+    """Ranks that share each layer."""
+    pp_size: int = 1
+    """Stages that the layers are dealt out to."""
     target_options: Mapping[str, Any] = field(default_factory=dict)
     """Options that only the target knows (compute capabilities, profiles, ...); JSON values."""
 
@@ -111,6 +114,7 @@ class BuildConfig:
             "max_num_tokens",
             "max_beam_width",
             "tp_size",
+            "pp_size",
         ):
             require_positive_int(getattr(self, name), f"build option {name}")
         if self.page_size not in PAGE_SIZES:
@@ -149,6 +153,10 @@ class BuildConfig:
         build = cls(max_seq_len=max_seq_len, max_input_len=max_input_len, **options)
         build.check_model(model)
         return build
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp_size * self.pp_size
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises ConfigError when `model` has fewer positions than the longest sequence needs."""

@@ -97,8 +97,11 @@ class Engine:
                 part.graph.verify(where)
         except (TrtcError, KeyError, TypeError, AttributeError) as error:
             raise EngineError(f"{where}: not an engine of this format: {error}") from None
-        if len(engine.ranks) != engine.build.tp_size:
-            raise EngineError(f"{where}: holds {len(engine.ranks)} ranks for tp_size {engine.build.tp_size}")
+        if len(engine.ranks) != engine.build.num_ranks:
+            raise EngineError(
+                f"{where}: holds {len(engine.ranks)} ranks for tp_size {engine.build.tp_size}, "
+                f"pp_size {engine.build.pp_size}"
+            )
         needed = {name: entry for name, entry in engine.files.items() if rank is None or _owner(name) == rank}
         _check_files(folder, needed, hashes=verify)
         return engine

@@ -1,4 +1,7 @@
-"""How a weight is split over the ranks of tensor parallelism: rules as data, and pure functions over shapes.
+"""How weights are split over ranks: rules as data, and pure functions over shapes.
+
+A job has tp_size * pp_size ranks: pp_size stages of a pipeline, one after the other, each of tp_size ranks that share its
+layers. The rules below are about the latter; which weights a stage has follows from its graph (`core.passes.stage`).
 
 Checkpoint conversion, engine building and the graph pass that inserts collectives all use the functions
 below, so that a shard on disk always has the shape the graph expects.
@@ -52,19 +55,23 @@ class Shard(StrEnum):
 class ShardingOptions:
     """How many ranks share the weights, and whether the token embedding is split as well.
 
-    tp_size: number of ranks of tensor parallelism, >= 1.
+    tp_size: number of ranks that share each layer (tensor parallelism), >= 1.
     use_parallel_embedding: split the token embedding instead of keeping it whole on every rank.
     embedding_sharding_dim: 0 splits the (padded) vocabulary, 1 the hidden size; read only with the above.
+    pp_size: number of stages (pipeline parallelism), >= 1.
     Raises ConfigError on values outside these.
     """
 
     tp_size: int = 1
     use_parallel_embedding: bool = False
     embedding_sharding_dim: int = 0
+    pp_size: int = 1
 
     def __post_init__(self) -> None:
-        if type(self.tp_size) is not int or self.tp_size < 1:
-            raise ConfigError(f"tp_size is {self.tp_size!r}; accepted: a whole number >= 1")
+        for name in ("tp_size", "pp_size"):
+            size = getattr(self, name)
+            if type(size) is not int or size < 1:
+                raise ConfigError(f"{name} is {size!r}; accepted: a whole number >= 1")
         if type(self.use_parallel_embedding) is not bool:
             raise ConfigError(
                 f"use_parallel_embedding is {self.use_parallel_embedding!r}; accepted: true, false"
@@ -74,16 +81,34 @@ class ShardingOptions:
                 f"embedding_sharding_dim is {self.embedding_sharding_dim!r}; accepted: 0 (vocabulary), 1"
             )
 
+    @property
+    def num_ranks(self) -> int:
+        return self.tp_size * self.pp_size
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """(stage, rank within the stage) of a rank of the job."""
+        return divmod(rank, self.tp_size)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ConfigError when there are more stages than layers."""
+        if self.pp_size > num_layers:
+            raise ConfigError(
+                f"pp_size {self.pp_size}: the model has {num_layers} layers; accepted: 1 to {num_layers}"
+            )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "tp_size": self.tp_size,
             "use_parallel_embedding": self.use_parallel_embedding,
             "embedding_sharding_dim": self.embedding_sharding_dim,
+            "pp_size": self.pp_size,
         }
 
     @classmethod
     def from_json(cls, value: object, where: str) -> ShardingOptions:
         """The options written by `to_json`. Raises CheckpointError, naming `where`, on anything else."""
+        if isinstance(value, dict):
+            value = {"pp_size": 1, **value}  # checkpoints from before there were pipelines
         if not isinstance(value, dict) or value.keys() != cls().to_json().keys():
             expected = ", ".join(cls().to_json())
             raise CheckpointError(f"{where}: sharding must be an object with exactly the keys {expected}")

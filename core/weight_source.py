@@ -40,7 +40,8 @@ DUMMY_STD = 0.02
 
 
 class WeightSource(Protocol):
-    """The weights of all ranks; safe to read from many threads.
+    """The weights of all ranks; safe to read from many threads. A rank is one of the tp_size that share a layer: the stages
+    of a pipeline differ in which weights they read.
 
     aliases: name -> name of the weight that holds its data on every rank. `names` leaves aliases out; the
         other

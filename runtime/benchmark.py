@@ -110,10 +110,11 @@ def timed(llm: LLM, prompts: list[list[int]], output_lens: Sequence[int]) -> flo
 
 def step_bytes(engine: Engine, batch: int, context: int) -> int:
     """Bytes that a decode step of `batch` sequences with `context` tokens must move."""
-    graph, build = engine.ranks[0].graph, engine.build
+    build = engine.build
     pages = -(-build.max_seq_len // build.page_size)
     sizes = {"T": batch, "B": batch, "B+1": batch + 1, "R": batch, "P": pages, "C": context}
-    return graph.cost(sizes).bytes
+    stages = engine.ranks[:: build.tp_size]  # one after the other
+    return sum(part.graph.cost(sizes).bytes for part in stages)
 
 
 def read_bandwidth() -> float:

@@ -29,20 +29,22 @@ class CpuExecutor(EngineLimits):
     ) -> None:
         assert len(engine.ranks) == 1 or communicator is not None, "ranks that cannot talk to each other"
         part = engine.ranks[rank]
-        shape = CacheShape.of(part.graph, engine.build.page_size)
-        super().__init__(engine, cache_pages(engine, shape, num_pages, kv_cache_memory_bytes))
+        shapes = [CacheShape.of(one.graph, engine.build.page_size) for one in engine.ranks]
+        largest = max(shapes, key=lambda shape: shape.bytes_per_page)  # every rank has equally many pages
+        super().__init__(engine, cache_pages(engine, largest, num_pages, kv_cache_memory_bytes))
         self._program: CpuProgram | None = CpuProgram(
             part.graph,
             engine.map_weights(rank),
-            allocate_cache(shape, self.num_pages),
+            allocate_cache(shapes[rank], self.num_pages),
             kernels=plugins().kernels("cpu"),
             communicator=communicator,
         )
 
-    def execute(self, step: StepInput) -> torch.Tensor:
-        """See `Executor.execute`."""
+    def execute(self, step: StepInput, **received: torch.Tensor) -> torch.Tensor:
+        """See `Executor.execute`. received: what the graph of a stage needs beyond a step; its result may be no logits."""
         assert self._program is not None, "the executor is closed"
-        return self._program.run({name: torch.from_numpy(getattr(step, name)) for name in GRAPH_INPUTS})
+        inputs = {name: torch.from_numpy(getattr(step, name)) for name in GRAPH_INPUTS}
+        return self._program.run(inputs | received)
 
     def close(self) -> None:
         self._program = None

@@ -29,6 +29,8 @@ JOIN_S = 60
 """How long a rank waits for the others to start."""
 STALL_S = 60
 """How late a rank may come to an exchange within a step. All compute the same, so that none should be late at all."""
+PIPELINE_S = 600
+"""How long the computation of a step may take in the stages that a rank waits for."""
 _UNLIMITED = timedelta(days=3650)
 _LOOPBACK = "lo"
 _numbers = count()
@@ -48,7 +50,19 @@ class RankGroup:
             world_size=self.size,
             timeout=_UNLIMITED,
         )
-        self._exchanges = dist.new_group(backend="gloo", timeout=timedelta(seconds=STALL_S))
+        self._peers = self._pipeline = dist.new_group(backend="gloo", timeout=timedelta(seconds=STALL_S))
+        self._num_peers = self.size
+
+    def divide(self, tp_size: int) -> None:
+        """From now on each `tp_size` ranks in a row are the stage of a pipeline, and sums and gathers are theirs alone.
+        Every rank calls it."""
+        if tp_size == self.size:
+            return
+        stages = [range(first, first + tp_size) for first in range(0, self.size, tp_size)]
+        limit = timedelta(seconds=STALL_S)
+        groups = [dist.new_group(list(stage), backend="gloo", timeout=limit) for stage in stages]
+        self._peers, self._num_peers = groups[self.rank // tp_size], tp_size
+        self._pipeline = dist.new_group(backend="gloo", timeout=timedelta(seconds=PIPELINE_S))
 
     def agree(self, identity: Mapping[str, str]) -> None:
         """Returns when every rank has said the same `identity`: what it is by what it has.
@@ -69,24 +83,35 @@ class RankGroup:
         self._wait("agreed")
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks, the same bits on every rank. Raises TargetError when a rank does not come."""
+        """The sum over the ranks of a stage, the same bits on every rank. Raises TargetError when a rank does not come."""
         result = x.clone(memory_format=torch.contiguous_format)
         with self._exchange():
-            dist.all_reduce(result, group=self._exchanges)
+            dist.all_reduce(result, group=self._peers)
         return result
 
     def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        """The parts of all ranks, in rank order along `axis`. Raises TargetError when a rank does not come."""
+        """The parts of all ranks of a stage, in rank order along `axis`. Raises TargetError when a rank does not come."""
         part = x.contiguous()
-        parts = [torch.empty_like(part) for _ in range(self.size)]
+        parts = [torch.empty_like(part) for _ in range(self._num_peers)]
         with self._exchange():
-            dist.all_gather(parts, part, group=self._exchanges)
+            dist.all_gather(parts, part, group=self._peers)
         return torch.cat(parts, axis)
 
     def broadcast(self, x: torch.Tensor) -> None:
         """Fills `x` on every rank with what it holds on rank 0, which may take its time."""
+        self._heartbeat.next_round()
         with self._exchange():
             dist.broadcast(x, src=0)
+
+    def send(self, x: torch.Tensor, rank: int) -> None:
+        """Gives `x` to a rank of another stage, which calls `receive`. Raises TargetError when it does not come."""
+        with self._waiting():
+            dist.send(x.contiguous(), rank, group=self._pipeline)
+
+    def receive(self, x: torch.Tensor, rank: int) -> None:
+        """Fills `x` with what `rank` sends. Raises TargetError when nothing comes."""
+        with self._waiting():
+            dist.recv(x, rank, group=self._pipeline)
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -116,6 +141,11 @@ class RankGroup:
     def _exchange(self) -> Iterator[None]:
         self._heartbeat.progress += 1
         with self._blaming():
+            yield
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        with self._heartbeat.waiting(), self._blaming():
             yield
 
     @contextmanager

@@ -16,6 +16,7 @@ from .cpu_executor import CpuExecutor
 from .distributed import RankGroup, join
 from .engine_limits import EngineLimits
 from .placement import Placement
+from .stage_executor import StageExecutor
 from .step_input import Int32Array, StepInput
 
 HEADER = 4
@@ -41,6 +42,9 @@ def pack(step: StepInput) -> Int32Array:
         )
     )
 
+
+Local = CpuExecutor | StageExecutor
+"""What runs the part of one rank."""
 
 STOP: Int32Array = np.zeros(HEADER, np.int32)
 
@@ -89,8 +93,8 @@ def receive(group: RankGroup) -> Int32Array:
 class LeadingExecutor(EngineLimits):
     """The `Executor` of rank 0: every step runs on all ranks."""
 
-    def __init__(self, engine: Engine, local: CpuExecutor, group: RankGroup) -> None:
-        super().__init__(engine, local.num_pages)
+    def __init__(self, engine: Engine, num_pages: int, local: Local, group: RankGroup) -> None:
+        super().__init__(engine, num_pages)
         self._local = local
         self._group: RankGroup | None = group
         self._in_step = False
@@ -123,7 +127,7 @@ class LeadingExecutor(EngineLimits):
         self._local.close()
 
 
-def follow(local: CpuExecutor, group: RankGroup) -> NoReturn:
+def follow(local: Local, group: RankGroup) -> NoReturn:
     """The other ranks: run what rank 0 runs until it closes; then SystemExit(0).
 
     Raises what a step raises; the job ends then on all ranks.
@@ -157,16 +161,18 @@ def load_ranks(
                 "kv_cache_memory_bytes": str(kv_cache_memory_bytes),
             }
         )
-        local = CpuExecutor(
+        group.divide(engine.build.tp_size)
+        part = CpuExecutor(
             engine,
             num_pages=num_pages,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             rank=place.rank,
             communicator=group,
         )
+    local = StageExecutor(engine, part, group) if engine.build.pp_size > 1 else part
     if place.rank > 0:
         follow(local, group)
-    return LeadingExecutor(engine, local, group)
+    return LeadingExecutor(engine, part.num_pages, local, group)
 
 
 def require_runnable(engine: Engine, processes: int) -> None:
@@ -179,5 +185,5 @@ def require_runnable(engine: Engine, processes: int) -> None:
     if count != processes:
         raise TargetError(
             f"{engine.path}: built for {count} rank{'s' * (count > 1)} and {processes} processes run it: start it with "
-            f"`mpirun -n {count}` or `--nproc {count}`, or build it with --tp-size {processes}"
+            f"`mpirun -n {count}` or `--nproc {count}`, or build it for {processes}: --tp-size times --pp-size"
         )

@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ SILENCE_S = 5.0
 COURTESY_S = 1.5
 """How long a rank with nothing to say waits before it ends: launchers end the job with the first rank that does, and the
 one that knows the cause must have said it by then."""
+_ROUND, _WAITING = 1 << 40, 1 << 39
 FIRST = "0 0"
 """What a rank says: how often it has spoken, and how many exchanges it has begun."""
 FAILED = "-1 -1"
@@ -40,7 +42,7 @@ class Heartbeat:
         self._changed_at = [self._read_at] * len(names)
         self._stopped = threading.Event()
         self.progress = 0
-        """Exchanges that this rank has begun; the owner counts."""
+        """How far this rank has come: exchanges it has begun in this round, which the owner counts, and rounds."""
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
 
     def start(self) -> None:
@@ -63,6 +65,19 @@ class Heartbeat:
         self.stop()
         if self._read_at > time.monotonic() - SILENCE_S:  # else nobody hears it
             self._store.set(self._keys[self._rank], FAILED)
+
+    def next_round(self) -> None:
+        """Called by all ranks at the same point. Within a round, ranks may have different exchanges."""
+        self.progress = (self.progress // _ROUND + 1) * _ROUND
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, this rank waits for ranks that compute something else, and is not behind any of them."""
+        self.progress += _WAITING
+        try:
+            yield
+        finally:
+            self.progress -= _WAITING
 
     def wait_for_verdict(self) -> str:
         """Called when an exchange has failed. If a rank turns out to be lost, this process ends; else returns the name

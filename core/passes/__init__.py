@@ -11,6 +11,7 @@ from . import fold, fuse, rows, simplify
 from .fold import Partition, partition
 from .rewrite import Rule, reading, remove_dead, rewrite
 from .shard import shard
+from .stage import stage
 
 __all__ = ["Partition", "Pass", "optimize", "pipeline"]
 
@@ -31,7 +32,10 @@ def pipeline(
     aliases: weight -> the weight that holds its data; fusions: what the target can run as one op (`fuse.FUSIONS`).
     """
     # First, while every weight is still the checkpoint's own, so that sharding rules apply to it.
-    yield Pass("shard", lambda graph: shard(graph, sharding, rank))
+    position, member = sharding.place(rank)
+    yield Pass("shard", lambda graph: shard(graph, sharding, member))
+    # After sharding, which looks at all of a graph. Before weights are shared or made: that is for each stage to do.
+    yield Pass("stage", lambda graph: stage(graph, sharding.pp_size, position))
     # After sharding: a head and an embedding are the same weight only if their shards are.
     yield Pass("share tied weights", lambda graph: share_tied_weights(graph, aliases))
     yield Pass("simplify", lambda graph: rewrite(graph, simplify.RULES))
@@ -73,6 +77,8 @@ def optimize(
 
 
 def share_tied_weights(graph: Graph, aliases: Mapping[str, str]) -> Graph:
-    """Reads every alias from the weight that holds its data."""
+    """Reads every alias from the weight that holds its data, where the graph has that weight: a stage may have only one of
+    them."""
+    aliases = {alias: owner for alias, owner in aliases.items() if owner in graph.producers}
     nodes = tuple(reading(node, aliases) for node in graph.nodes if node.name not in aliases)
     return remove_dead(Graph(nodes, graph.outputs))

@@ -27,6 +27,7 @@ class Capabilities:
     dtypes: frozenset[DType]
     """Compute types."""
     tensor_parallel: bool = False
+    pipeline_parallel: bool = False
 
 
 class Target(Protocol):

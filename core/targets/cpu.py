@@ -36,6 +36,7 @@ class CpuTarget:
             fusions=frozenset({SIBLINGS, ACTIVATION, ADD_NORM}),
             dtypes=frozenset(MODEL_DTYPES),
             tensor_parallel=True,
+            pipeline_parallel=True,
         )
 
     def compile(

@@ -1,4 +1,4 @@
-"""Tensor parallel on the CPU target with real processes.
+"""Tensor and pipeline parallel on the CPU target with real processes.
 
 Oracle: the tokens of the same checkpoint's engine of one rank, in this process. For failures: the promise that all ranks are
 gone within ten seconds, with an exit code other than 0 and a line that names rank, host and cause.
@@ -15,18 +15,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from trtc.cli.main import main
 from trtc.core.build import build_engine
 from trtc.core.config import BuildConfig
 from trtc.core.engine import Engine
 from trtc.core.errors import ConfigError, EngineError, TargetError
+from trtc.core.hf import HFCheckpoint
+from trtc.core.plugin_registry import PluginRegistry
 from trtc.core.sharding import ShardingOptions
 from trtc.runtime.follower import HEADER, STOP, length, pack, require_runnable, unpack
 from trtc.runtime.launcher import launch
@@ -41,38 +46,110 @@ SCRIPT = Path(__file__).with_name("ranks_script.py")
 TOKENS = 8
 LIMIT_S = 10.0
 """Within which a job must be gone once a rank is lost."""
+FINISH_S = 240.0
+"""For a job that ends by itself; no promise, but an end for one that does not."""
+
+
+class Case(NamedTuple):
+    """An engine of several ranks. dim: embedding_sharding_dim of a parallel embedding, or None."""
+
+    variant: str
+    tp_size: int = 1
+    pp_size: int = 1
+    dim: int | None = None
+
 
 CASES = {
     2: [
-        ("pre_norm", None),
-        ("post_norm_projected", 0),
-        ("post_norm_projected", 1),
-        ("vocabulary_odd", 0),
+        Case("pre_norm", tp_size=2),
+        Case("post_norm_projected", tp_size=2, dim=0),
+        Case("post_norm_projected", tp_size=2, dim=1),
+        Case("odd_sizes", tp_size=2, dim=0),
+        Case("gpt2", tp_size=2),
+        Case("llama", tp_size=2),
+        Case("post_norm_projected", pp_size=2),
+        Case("vocabulary_odd", pp_size=2),
     ],
-    4: [("post_norm_projected", None), ("pre_norm", 1), ("vocabulary_odd", 0)],
+    4: [
+        Case("post_norm_projected", tp_size=4),
+        Case("pre_norm", tp_size=4, dim=1),
+        Case("vocabulary_odd", tp_size=4, dim=0),
+        Case("pre_norm", tp_size=2, pp_size=2, dim=0),
+        Case("post_norm_projected", tp_size=2, pp_size=2),
+        Case("gpt2", tp_size=2, pp_size=2),
+    ],
 }
-"""tp_size -> variant, embedding_sharding_dim of a parallel embedding or None."""
+"""By the number of ranks. The heads of odd_sizes and llama are padded; gpt2 and llama are packages in examples/."""
+PACKAGES: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {"vocab_size": 101, "n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 128},
+    "llama": {
+        "vocab_size": 101,
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 10,
+        "num_hidden_layers": 2,
+        "intermediate_size": 61,
+        "max_position_embeddings": 128,
+    },
+}
 
-TpEngine = Callable[[str, int, int | None], Path]
+RanksEngine = Callable[[Case], Path]
+
+
+def package_checkpoint(name: str, folder: Path) -> OptCheckpoint:
+    """A tiny random checkpoint of the family that the package examples/trtc-NAME brings, opened with it."""
+    transformers = pytest.importorskip("transformers")
+    config, model = {"gpt2": ("GPT2Config", "GPT2LMHeadModel"), "llama": ("LlamaConfig", "LlamaForCausalLM")}[
+        name
+    ]
+    torch.manual_seed(0)
+    fields = {**PACKAGES[name], "initializer_range": 0.2}
+    getattr(transformers, model)(getattr(transformers, config)(**fields)).save_pretrained(folder)
+    package = Path(__file__).parents[2] / "examples" / f"trtc-{name}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(package)
+        family = PluginRegistry([EntryPoint(name, f"trtc_{name}", "trtc")]).family(name)
+    hf = HFCheckpoint.open(folder)
+    return OptCheckpoint(folder, family, family.config(hf.config), hf)
 
 
 @pytest.fixture(scope="module")
-def tp_engine(
+def ranks_engine(
     opt_checkpoint: Callable[[str], OptCheckpoint], tmp_path_factory: pytest.TempPathFactory
-) -> TpEngine:
-    """(variant, tp_size, embedding_sharding_dim) -> folder of the engine."""
-    folder = tmp_path_factory.mktemp("tp")
+) -> RanksEngine:
+    """Case -> folder of its engine, built once."""
+    folder = tmp_path_factory.mktemp("ranks")
 
-    def engine(variant: str, tp_size: int, dim: int | None) -> Path:
-        path = folder / f"{variant}-{tp_size}-{dim}"
-        if not path.exists():
-            source = opt_checkpoint(variant)
-            sharding = ShardingOptions(tp_size, dim is not None, dim or 0)
-            build = BuildConfig(**{**vars(BUILD), "tp_size": tp_size})
-            build_engine(source.family, source.config, source.weights(sharding=sharding), build, path)
+    @cache
+    def checkpoint(variant: str) -> OptCheckpoint:
+        if variant in PACKAGES:
+            return package_checkpoint(variant, folder / variant)
+        return opt_checkpoint(variant)
+
+    @cache
+    def engine(case: Case) -> Path:
+        source = checkpoint(case.variant)
+        sharding = ShardingOptions(case.tp_size, case.dim is not None, case.dim or 0, case.pp_size)
+        build = BuildConfig(**{**vars(BUILD), "tp_size": case.tp_size, "pp_size": case.pp_size})
+        path = folder / "-".join(map(str, case))
+        build_engine(source.family, source.config, source.weights(sharding=sharding), build, path)
         return path
 
     return engine
+
+
+@pytest.fixture(scope="module")
+def expected_tokens(ranks_engine: RanksEngine) -> Callable[[str], list[list[int]]]:
+    """variant -> what one rank says to the prompts, in this process."""
+
+    @cache
+    def tokens(variant: str) -> list[list[int]]:
+        found = generate(ranks_engine(Case(variant)), TOKENS)
+        assert len({tuple(one) for one in found}) > 1  # a model that always says the same proves nothing
+        return found
+
+    return tokens
 
 
 def mpirun(*parts: tuple[int, list[str]]) -> list[str]:
@@ -105,7 +182,7 @@ def job(command: list[str]) -> Iterator[subprocess.Popen[str]]:
 def finish(command: list[str]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command that ends by itself."""
     with job(command) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=FINISH_S)
         return process.returncode, out, err
 
 
@@ -143,42 +220,44 @@ def lose(rank: int, how: signal.Signals, command: list[str], first_token: Callab
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp_size", CASES)
-def test_mpirun_gives_the_tokens_of_one_rank(tp_size: int, tp_engine: TpEngine, tmp_path: Path) -> None:
-    engines = [str(tp_engine(variant, tp_size, dim)) for variant, dim in CASES[tp_size]]
+@pytest.mark.parametrize("count", CASES)
+def test_mpirun_gives_the_tokens_of_one_rank(
+    count: int, ranks_engine: RanksEngine, expected_tokens: Callable[[str], list[list[int]]], tmp_path: Path
+) -> None:
+    engines = {case: str(ranks_engine(case)) for case in CASES[count]}
     results = tmp_path / "results.json"
-    command = [sys.executable, str(SCRIPT), str(results), str(TOKENS), *engines]
-    code, out, err = finish(mpirun((tp_size, command)))
+    command = [sys.executable, str(SCRIPT), str(results), str(TOKENS), *engines.values()]
+    code, out, err = finish(mpirun((count, command)))
     assert (code, out) == (0, ""), err
     found = json.loads(results.read_text())
-    for engine, (variant, _) in zip(engines, CASES[tp_size], strict=True):
-        expected = generate(tp_engine(variant, 1, None), TOKENS)
-        assert found[engine] == expected, f"{engine}: other tokens than one rank"
-        assert (
-            len({tuple(tokens) for tokens in expected}) > 1
-        )  # a model that always says the same proves nothing
+    for case, engine in engines.items():
+        assert found[engine] == expected_tokens(case.variant), f"{case}: other tokens than one rank"
 
 
 @pytest.mark.slow
 def test_nproc_gives_the_tokens_of_one_rank(
-    tp_engine: TpEngine, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ranks_engine: RanksEngine,
+    expected_tokens: Callable[[str], list[list[int]]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    folder, results = tp_engine("pre_norm", 2, 0), tmp_path / "out.json"
+    folder, results = ranks_engine(Case("pre_norm", 2, dim=0)), tmp_path / "out.json"
     command = ["run", "--engine-dir", str(folder), "--max_output_len", str(TOKENS), "--ignore-eos"]
     command += ["--input-ids", "2,21", "2,5", "--output-json", str(results), "--nproc=2"]
     capfd.readouterr()  # what making the engine said
     assert main(command) == 0
     said = capfd.readouterr()
     assert said.out.count("Output [") == 2 and len(said.err.splitlines()) == 1  # rank 0 alone speaks
-    expected = generate(tp_engine("pre_norm", 1, None), TOKENS)
+    expected = expected_tokens("pre_norm")
     found = [result["token_ids"] for result in json.loads(results.read_text())]
     assert found == [expected[1], expected[4]]
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job(tp_engine: TpEngine, tmp_path: Path) -> None:
-    source = shutil.copytree(tp_engine("pre_norm", 2, None), tmp_path / "engine")
+def test_a_killed_rank_ends_the_job(ranks_engine: RanksEngine, tmp_path: Path) -> None:
+    source = shutil.copytree(ranks_engine(Case("pre_norm", 2)), tmp_path / "engine")
     command = [
         sys.executable,
         "-P",
@@ -199,9 +278,9 @@ def test_a_killed_rank_ends_the_job(tp_engine: TpEngine, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_job(tp_engine: TpEngine, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_ends_the_job(ranks_engine: RanksEngine, tmp_path: Path) -> None:
     results = tmp_path / "results.json"
-    source = shutil.copytree(tp_engine("pre_norm", 2, None), tmp_path / "engine")
+    source = shutil.copytree(ranks_engine(Case("pre_norm", 2)), tmp_path / "engine")
     command = mpirun((2, [sys.executable, str(SCRIPT), str(results), "120", str(source)]))
 
     def first_token(_: object) -> None:
@@ -238,8 +317,8 @@ def test_a_rank_that_lives_and_does_not_come_is_named(capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
-def test_ranks_with_different_engines_are_refused(tp_engine: TpEngine) -> None:
-    one, other = tp_engine("pre_norm", 2, None), tp_engine("pre_norm", 2, 0)
+def test_ranks_with_different_engines_are_refused(ranks_engine: RanksEngine) -> None:
+    one, other = ranks_engine(Case("pre_norm", 2)), ranks_engine(Case("pre_norm", 2, dim=0))
     run = [sys.executable, "-P", "-m", "trtc.cli", "run", "--input-ids", "2,5", "--engine-dir"]
     code, out, err = finish(mpirun((1, [*run, str(one)]), (1, [*run, str(other)])))
     assert (code, out) == (1, "")
@@ -253,27 +332,29 @@ def test_ranks_with_different_engines_are_refused(tp_engine: TpEngine) -> None:
         (
             4,
             2,
-            "built for 4 ranks and 2 processes run it: start it with `mpirun -n 4` or `--nproc 4`, or build it",
+            "built for 4 ranks and 2 processes run it: start it with `mpirun -n 4` or `--nproc 4`, or build it for",
         ),
         (
             1,
             2,
-            "built for 1 rank and 2 processes run it: start it with `mpirun -n 1` or `--nproc 1`, or build it",
+            "built for 1 rank and 2 processes run it: start it with `mpirun -n 1` or `--nproc 1`, or build it for",
         ),
     ],
 )
 def test_another_number_of_processes_is_refused(
-    tp_engine: TpEngine, tp_size: int, processes: int, says: str
+    ranks_engine: RanksEngine, tp_size: int, processes: int, says: str
 ) -> None:
-    engine = Engine.open(tp_engine("pre_norm", tp_size, None))
+    engine = Engine.open(ranks_engine(Case("pre_norm", tp_size)))
     require_runnable(engine, tp_size)
     with pytest.raises(TargetError) as error:
         require_runnable(engine, processes)
-    assert says in str(error.value) and f"with --tp-size {processes}" in str(error.value)
+    assert says in str(error.value) and f"build it for {processes}: --tp-size times --pp-size" in str(
+        error.value
+    )
 
 
-def test_a_rank_checks_its_own_files_only(tp_engine: TpEngine, tmp_path: Path) -> None:
-    folder = shutil.copytree(tp_engine("pre_norm", 2, None), tmp_path / "engine")
+def test_a_rank_checks_its_own_files_only(ranks_engine: RanksEngine, tmp_path: Path) -> None:
+    folder = shutil.copytree(ranks_engine(Case("pre_norm", 2)), tmp_path / "engine")
     (folder / "rank1-0.safetensors").write_bytes(b"damaged")
     (folder / "config.json").unlink(missing_ok=True)
     assert len(Engine.open(folder, rank=0).ranks) == 2
@@ -282,9 +363,9 @@ def test_a_rank_checks_its_own_files_only(tp_engine: TpEngine, tmp_path: Path) -
             Engine.open(folder, rank=rank)
 
 
-def test_one_process_cannot_run_an_engine_of_several(tp_engine: TpEngine) -> None:
+def test_one_process_cannot_run_an_engine_of_several(ranks_engine: RanksEngine) -> None:
     with pytest.raises(TargetError, match="mpirun -n 2 trtc run"):
-        load_executor(tp_engine("pre_norm", 2, None))
+        load_executor(ranks_engine(Case("pre_norm", 2)))
 
 
 def test_placement() -> None:
