@@ -69,6 +69,11 @@ setup(
         "mpi": MPI,
         "serve": SERVE,
         "eval": EVAL,
+        "lm-eval": [
+            "lm-eval>=0.4.13,<0.5",
+            "aiohttp>=3.9",
+            "tenacity>=8",
+        ],  # the last two: for its models over HTTP
         "test": [
             "pytest>=8",
             "setuptools>=77",

@@ -15,9 +15,33 @@ from typing import NoReturn
 
 from .. import __version__
 from ..core.errors import TrtcError
-from . import bench, build, convert, eval, inspect, new_plugin_command, plugins, run, serve, summarize
+from . import (
+    bench,
+    build,
+    convert,
+    eval,
+    inspect,
+    lm_eval_command,
+    new_plugin_command,
+    plugins,
+    run,
+    serve,
+    summarize,
+)
 
-COMMANDS = (convert, build, run, serve, summarize, eval, bench, inspect, plugins, new_plugin_command)
+COMMANDS = (
+    convert,
+    build,
+    run,
+    serve,
+    summarize,
+    eval,
+    lm_eval_command,
+    bench,
+    inspect,
+    plugins,
+    new_plugin_command,
+)
 """Modules with NAME, HELP, `add_arguments(parser)` and `main(args) -> int`."""
 
 

@@ -47,15 +47,15 @@ class Tokenizer:
         names = _special_token_names(Path(path))
         return cls(tokenizer, bos_token=names.get("bos_token"), eos_token=names.get("eos_token"))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens the tokenizer's post-processor adds."""
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with or without the special tokens that the tokenizer's post-processor adds."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
                 f"the text cannot be encoded as UTF-8: {error.reason} at {error.start}"
             ) from error
-        return self._tokenizer.encode(text).ids
+        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)

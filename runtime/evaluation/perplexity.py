@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 
 from ...core.errors import ConfigError
 from ..executor import Executor
-from ..step_input import StepInput
+from .forward import Scored, sequence_logits
 
 Logits: TypeAlias = Callable[[Sequence[int]], torch.Tensor]
 """Token ids of one sequence -> logits [T, V] float32; row i predicts token i + 1."""
@@ -22,8 +21,6 @@ Logits: TypeAlias = Callable[[Sequence[int]], torch.Tensor]
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 
-_STEP_TOKENS = 512
-"""Tokens, and rows of logits, of one step: bounds the memory for logits on the device."""
 _COMPARED_ROWS = 128
 """Rows compared at once: bounds the memory for float64 copies."""
 
@@ -100,28 +97,7 @@ def windows(num_tokens: int, size: int, stride: int) -> Iterator[Window]:
 
 def engine_logits(executor: Executor) -> Logits:
     """The logits function of an engine that serves nothing else meanwhile: it uses the first pages of the cache."""
-    return partial(_engine_logits, executor)
-
-
-def _engine_logits(executor: Executor, token_ids: Sequence[int]) -> torch.Tensor:
-    total = len(token_ids)
-    pages = np.arange(-(-total // executor.page_size), dtype=np.int32)[None]
-    step = min(_STEP_TOKENS, executor.max_num_tokens)
-    rows = []
-    for first in range(0, total, step):
-        part = np.asarray(token_ids[first : first + step], np.int32)
-        logits = executor.execute(
-            StepInput(
-                token_ids=part,
-                positions=np.arange(first, first + len(part), dtype=np.int32),
-                query_start=np.array([0, len(part)], np.int32),
-                kv_length=np.array([first + len(part)], np.int32),
-                page_table=pages[:, : -(-(first + len(part)) // executor.page_size)],
-                logits_index=np.arange(len(part), dtype=np.int32),
-            )
-        )
-        rows.append(logits.to(torch.float32, copy=True))  # the executor may reuse its tensor
-    return torch.cat(rows)
+    return lambda token_ids: next(sequence_logits(executor, [Scored(token_ids)]))
 
 
 def score(token_ids: Sequence[int], logits: Logits, size: int, stride: int) -> Scores:

@@ -57,7 +57,10 @@ def render(data: ReportData) -> str:
     """The page, as text."""
     comparison = data.comparison
     distance = comparison.distance
-    nll_lines = [("engine", comparison.engine.nll, "a"), ("transformers", comparison.reference.nll, "b")]
+    nll_lines = [
+        ("transformers", comparison.reference.nll, "b"),
+        ("engine", comparison.engine.nll, "a dashed"),
+    ]
     return _PAGE.substitute(
         title=escape(f"{data.engine_name}: distance to {data.reference_name}"),
         engine=escape(data.engine_name),
@@ -120,8 +123,8 @@ def _plot(lines: Sequence[Line], *, log: bool, label: str) -> str:
         y = py(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
-    for tick in np.unique(np.linspace(1, right, 6).round()):
-        parts.append(f'<text x="{px(tick):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{int(tick)}</text>')
+    for tick in [1, *(tick for tick in _round_ticks(1, right, 8) if tick > 1)]:
+        parts.append(f'<text x="{px(tick):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{tick:.10g}</text>')
     for _, x, y_values, style in lines:
         points = " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in zip(x, y_values, strict=True))
         parts.append(f'<polyline class="{style}" points="{points}"/>')
@@ -142,19 +145,36 @@ def _limits(values: Float64Array, log: bool) -> tuple[float, float]:
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     if not log:
-        return [low + (high - low) * i / 4 for i in range(5)]
+        return _round_ticks(low, high, 5)
     first, last = round(math.log10(low)), round(math.log10(high))
     return [10.0**power for power in range(first, last + 1, math.ceil((last - first) / 6))]
 
 
+def _round_ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` multiples of 1, 2 or 5 times a power of ten from low to high."""
+    raw = (high - low) / count or 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if raw <= power * factor * (1 + 1e-9))
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+
 def _continuation(text: Continuation) -> str:
+    """Both texts; from the first word at which they part they stand out."""
     same = text.reference == text.engine
+    pairs = enumerate(zip(text.reference, text.engine, strict=False))
+    parted = next((i for i, (a, b) in pairs if a != b), min(len(text.reference), len(text.engine)))
+    start = parted if same else text.reference.rfind(" ", 0, parted) + 1
     verdict = '<span class="same">equal</span>' if same else '<span class="differs">different</span>'
     return (
         f'<article><p class="prompt">… {escape(text.prompt)}</p><div class="pair">'
-        f"<div><h4>transformers</h4><p>{escape(text.reference)}</p></div>"
-        f"<div><h4>engine {verdict}</h4><p>{escape(text.engine)}</p></div></div></article>"
+        f"<div><h4>transformers</h4><p>{_from(text.reference, start)}</p></div>"
+        f"<div><h4>engine {verdict}</h4><p>{_from(text.engine, start)}</p></div></div></article>"
     )
+
+
+def _from(text: str, start: int) -> str:
+    rest = f'<span class="parted">{escape(text[start:])}</span>' if start < len(text) else ""
+    return escape(text[:start]) + rest
 
 
 def _worst_rows(data: ReportData) -> str:
@@ -211,17 +231,20 @@ p.note, figcaption { color: var(--soft); font-size: .9rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; color: var(--soft); }
-.number { white-space: nowrap; } .scroll { overflow-x: auto; } .context { color: var(--soft); } code { white-space: pre-wrap; }
+.number { white-space: nowrap; } .scroll { overflow-x: auto; } .context { color: var(--soft); } code { white-space: pre; }
 figure { margin: .3rem 0; } svg { width: 100%; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--soft); } svg .grid { stroke: var(--line); }
 polyline { fill: none; stroke-width: 1.3; stroke-linejoin: round; }
+polyline.dashed { stroke-dasharray: 4 3; stroke-width: 1.6; }
 polyline.a { stroke: var(--a); } polyline.b { stroke: var(--b); }
 .key::before { content: ""; display: inline-block; width: 1.2em; height: .2em; margin-right: .4em; vertical-align: .25em; }
 .key { margin-right: 1em; } .key.a::before { background: var(--a); } .key.b::before { background: var(--b); }
 article { background: var(--box); border-radius: .4rem; padding: .7rem .9rem; margin: .6rem 0; }
+.prompt { margin-bottom: .5rem; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; } .prompt { color: var(--soft); }
 @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
 .same { color: var(--a); } .differs { color: var(--b); font-weight: 600; }
+.parted { background: color-mix(in srgb, var(--mark) 55%, transparent); }
 tr.differs-row { background: color-mix(in srgb, var(--mark) 45%, transparent); }
 mark { background: var(--mark); color: inherit; } .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 </style>
@@ -239,7 +262,7 @@ $logits
 <p class="note">Negative log-likelihood of each token in nats; the exponential of its mean is the perplexity. $grouping</p>
 $nll
 <h2>Texts side by side</h2>
-<p class="note">Greedy continuations of the same pieces of the text.</p>
+<p class="note">Greedy continuations of the same pieces of the text, marked from where they part.</p>
 $continuations
 <h2>Largest distances</h2>
 <p class="note">Positions with the largest divergence; marked rows are those where the two sides choose different tokens.</p>

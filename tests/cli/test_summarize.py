@@ -14,6 +14,7 @@ import pytest
 from trtc.cli import summarize, tensorrt_llm_flags
 from trtc.cli.main import main, parser
 from trtc.core.engine import Engine
+from trtc.tests.cli.tensorrt_llm_programs import PROGRAMS
 
 ROOT = Path(__file__).parents[2]
 TINY_OPT = ROOT / "examples" / "tiny-opt"
@@ -284,3 +285,17 @@ def test_the_migration_page_names_every_flag() -> None:
     assert len(rows) > 60 and all("-" not in flag[2:] for flag in theirs)
     shown = [flag for row in rows for flag in re.findall(r"`(--[\w-]+)", row[1])]
     assert len(shown) > 25 and set(shown) <= options
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_migration_page_maps_every_flag(program: str) -> None:
+    """Oracle: the options of TensorRT-LLM's own parsers. An option that several programs have may stand with any of them."""
+    page = (ROOT / "docs" / "migrating-from-tensorrt-llm.md").read_text()
+    sections = {part.split("\n", 1)[0].split(" (")[0]: part for part in page.split("\n## ")[1:]}
+    assert program in sections
+    within = sections[program] if program in ("convert_checkpoint.py", "trtllm-build") else page
+    mapped = {
+        flag for line in within.splitlines() if line.startswith("| `--")
+        for flag in re.findall(r"`--(\w+)", line.split("|")[1])
+    }  # fmt: skip
+    assert set(PROGRAMS[program].split()) - mapped == set()

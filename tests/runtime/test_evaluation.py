@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -432,6 +433,29 @@ def test_the_report_is_one_sound_page_without_outside_assets(count: int) -> None
     assert page.counts["tr"] == 1 + 1 + min(count, report.MAX_ROWS)
     assert "nan" not in text and "inf" not in text.replace("info", "")
     assert len(text) < 200_000
+
+
+def test_the_report_marks_texts_from_where_they_part() -> None:
+    """Oracle: by hand. Whole words are marked; equal texts and the beginning both share are not."""
+    data = report_data(3)
+    pairs = [("one two three", "one twin three"), ("same", "same"), ("a b", "a b c")]
+    text = report.render(replace(data, continuations=[report.Continuation("p", *pair) for pair in pairs]))
+    parted = re.findall(r'<p>([^<]*)<span class="parted">([^<]*)</span></p>', text)
+    assert parted == [("one ", "two three"), ("one ", "twin three"), ("a ", "b"), ("a ", "b c")]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "count", "ticks"),
+    [
+        (0, 15.9, 5, [0, 5, 10, 15]),
+        (1, 3034, 8, [500, 1000, 1500, 2000, 2500, 3000]),
+        (0, 0.07, 5, [0, 0.02, 0.04, 0.06]),
+        (1, 1, 8, [1]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, count: int, ticks: list[float]) -> None:
+    """Oracle: by hand."""
+    assert report._round_ticks(low, high, count) == pytest.approx(ticks)
 
 
 def test_engines_keep_the_names_that_the_protocol_needs(build: Callable[..., Path]) -> None:
