@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from typing import Any
 
@@ -16,11 +17,12 @@ def add_nproc(parser: argparse.ArgumentParser) -> None:
                         "else one)")  # fmt: skip
 
 
-def enter_job(args: argparse.Namespace, **load_options: Any) -> int | None:
+def enter_job(args: argparse.Namespace, *, drain_s: float | None = None, **load_options: Any) -> int | None:
     """What comes before a command that loads an engine: the exit code where that is all this process has to do.
 
     `--nproc` starts the ranks, which run the same command line, and waits for them. A rank other than 0 follows rank 0 to
     its end. On rank 0, and in a process that is alone, the result is None: the command goes on.
+    drain_s: rank 0 may take so long to finish after SIGTERM or SIGINT, and the others wait for it; None: all end at once.
     load_options: what the command gives `LLM` or `load_executor`; the same on every rank.
     """
     from ..runtime.placement import placement
@@ -32,7 +34,8 @@ def enter_job(args: argparse.Namespace, **load_options: Any) -> int | None:
         if place.size == 1 and args.nproc > 1:
             from ..runtime.launcher import launch
 
-            return launch([sys.executable, "-P", "-m", "trtc.cli", *args.words], args.nproc)
+            command = [sys.executable, "-P", "-m", "trtc.cli", *args.words]
+            return launch(command, args.nproc, drain_s=drain_s)
         if place.size != args.nproc:
             raise ConfigError(
                 f"--nproc {args.nproc} in a job of {place.size} ranks; leave it out under mpirun"
@@ -40,6 +43,9 @@ def enter_job(args: argparse.Namespace, **load_options: Any) -> int | None:
     if place.size > 1:  # what torch says, with a stack of C++, when a rank is lost, we say in one line
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if place.rank > 0:
+        if drain_s is not None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         from ..runtime.load import load_executor
 
         load_executor(args.engine_dir, **load_options)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from ..core.errors import TargetError
 from ..runtime.server.config import ServerConfig
+from .ranks import add_nproc, enter_job
 
 NAME = "serve"
 HELP = "serve an engine over HTTP, with OpenAI's interface"
 
 _KEY_VARIABLE = "TRTC_API_KEY"
+_LAST_WORDS_S = 10
+"""What a server may need after its drain timeout: errors reach its clients, and the ranks end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = getattr(ServerConfig, name.replace("-", "_"))
         limits.add_argument(f"--{name}", type=int, default=default, metavar="N",
                             help=f"{help_text} (default: %(default)s)")  # fmt: skip
+    add_nproc(parser)
     cache = parser.add_argument_group("KV cache")
     cache.add_argument("--kv-cache-memory-bytes", type=int, metavar="N",
                        help="memory of the KV cache (default: enough for the engine's limits)")  # fmt: skip
@@ -64,5 +68,9 @@ def main(args: argparse.Namespace) -> int:
         from ..runtime.server.serve import serve
     except ModuleNotFoundError as error:
         raise TargetError(f"serving needs the package {error.name}: pip install 'trtc[serve]'") from None
-    serve(args.engine_dir, config, kv_cache_memory_bytes=args.kv_cache_memory_bytes)
+    load_options = {"kv_cache_memory_bytes": args.kv_cache_memory_bytes}
+    code = enter_job(args, drain_s=config.drain_timeout_s + _LAST_WORDS_S, **load_options)
+    if code is not None:
+        return code
+    serve(args.engine_dir, config, **load_options)
     return 0

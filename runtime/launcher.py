@@ -22,10 +22,12 @@ GRACE_S = 1.0
 """From SIGTERM to SIGKILL."""
 
 
-def launch(command: Sequence[str], count: int) -> int:
+def launch(command: Sequence[str], count: int, *, drain_s: float | None = None) -> int:
     """Runs `command` as `count` ranks and returns their exit code: 0, or that of the first rank to fail.
 
     A rank that fails takes the others with it, and so does a SIGINT, SIGTERM or SIGHUP to this process.
+    drain_s: after such a signal, which the ranks get as SIGTERM, they have so long to end by themselves, and their exit code
+    is returned as if there had been none.
     Raises TargetError, naming rank, host and signal, when a rank was killed.
     """
     with tempfile.TemporaryDirectory(prefix="trtc-") as folder, _terminable():
@@ -44,6 +46,11 @@ def launch(command: Sequence[str], count: int) -> int:
                     )
                 )
             return _wait(processes)
+        except (SystemExit, KeyboardInterrupt):
+            if drain_s is None:
+                raise
+            _end(processes, drain_s)
+            return max(abs(int(process.returncode)) for process in processes)
         finally:
             _end(processes)
 
@@ -65,10 +72,10 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(POLL_S)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]], grace_s: float = GRACE_S) -> None:
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + GRACE_S
+    deadline = time.monotonic() + grace_s
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

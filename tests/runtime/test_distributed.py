@@ -21,6 +21,7 @@ from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -279,15 +280,23 @@ def test_a_killed_rank_ends_the_job(ranks_engine: RanksEngine, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job(ranks_engine: RanksEngine, tmp_path: Path) -> None:
-    results = tmp_path / "results.json"
-    source = shutil.copytree(ranks_engine(Case("pre_norm", 2)), tmp_path / "engine")
-    command = mpirun((2, [sys.executable, str(SCRIPT), str(results), "120", str(source)]))
+    """The last stage of a pipeline. Until then each rank has worked with its own files alone: there are no others."""
+    results, name = tmp_path / "results.json", f"engine-{uuid4().hex}"
+    parts = []
+    for rank in (0, 1):
+        folder = shutil.copytree(ranks_engine(Case("pre_norm", pp_size=2)), tmp_path / str(rank) / name)
+        for file in folder.iterdir():
+            if not file.name.startswith((f"rank{rank}-", "engine.json")):
+                file.unlink()
+        script = [sys.executable, str(SCRIPT), str(results), "120", name]
+        parts.append((1, ["--wdir", str(folder.parent), *script]))
 
-    def first_token(_: object) -> None:
+    def first_token(process: subprocess.Popen[str]) -> None:
         while not results.exists():
+            assert process.poll() is None, process.communicate()
             time.sleep(0.01)
 
-    err = lose(1, signal.SIGSTOP, command, first_token)
+    err = lose(1, signal.SIGSTOP, mpirun(*parts), first_token)
     assert f"trtc: error: rank 1 on {socket.gethostname()} (process " in err
     assert "died or hangs: no sign of life for 5 s; the job ends" in err
 
