@@ -63,10 +63,11 @@ def _cuda(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | No
 
 
 def _tensorrt(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:
-    raise TargetError(
-        f"{engine.path}: built for target tensorrt; this version of trtc builds such engines and does not run them: "
-        f"build with --target cuda or --target cpu"
-    )
+    from .tensorrt_executor import TensorRTExecutor, cache_slots
+    from .tensorrt_session import TensorRTSession
+
+    slots = cache_slots(engine, num_pages, kv_cache_memory_bytes)
+    return TensorRTExecutor(engine, TensorRTSession(engine, slots), slots)
 
 
 _EXECUTORS: dict[str, Callable[[Engine, int | None, int | None], Executor]] = {

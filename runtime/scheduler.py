@@ -271,7 +271,12 @@ class Scheduler:
             return False
         needed = pages_for(self.waiting[0].num_tokens, self.config.page_size)
         # One page is left for each running sequence, or the newcomer would be preempted at their next page.
-        return self.pool.num_free - needed >= len(self.running)
+        return self.pool.num_free - needed >= self._num_growing()
+
+    def _num_growing(self) -> int:
+        """Running sequences that may need another page; where a page holds a whole sequence, none does."""
+        whole = pages_for(self.config.max_seq_len, self.config.page_size)
+        return sum(len(request.page_ids) < whole for request in self.running)
 
     def _is_decoding(self, request: Request) -> bool:
         return bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens == 1

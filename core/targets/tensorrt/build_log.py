@@ -39,8 +39,12 @@ class BuildLog:
 
     def error(self, what: str) -> BuildError:
         """A BuildError about `what`, with the reasons TensorRT gave since the last one."""
+        return BuildError(f"{what}: {self.reasons()}")
+
+    def reasons(self) -> str:
+        """The errors that TensorRT logged since this was last asked."""
         reasons, self._errors = self._errors, []
-        return BuildError(f"{what}: {' | '.join(reasons) or 'TensorRT gave no reason'}")
+        return " | ".join(reasons) or "TensorRT gave no reason"
 
 
 @cache
