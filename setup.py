@@ -84,6 +84,8 @@ setup(
             "mypy>=2.4,<2.5",
             "import-linter>=2.1",
             ROUGE,
+            # the files of tensorrt.plugin, which tests run OPT's plugins on; the libraries below it are not needed
+            "tensorrt-cu13-bindings==11.4.0.106; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "httpx>=0.27",
             "openai>=1.50",
         ],

@@ -66,9 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cuda = parser.add_argument_group("target cuda")
     cuda.add_argument("--cuda-arch", nargs="+", metavar="ARCH",
                       help="GPUs to compile for: sm_80, sm_89, sm_90, sm_120 (default: all of them)")  # fmt: skip
-    cuda.add_argument("--context-fmha", choices=("disable", "enable", "fp32_acc"),
-                      help="attention over prompts: unfused, fused with float16 sums, fused with float32 sums "
-                      "(default: fp32_acc)")  # fmt: skip
     tensorrt = parser.add_argument_group("target tensorrt")
     tensorrt.add_argument(
         "--flavour", choices=("tensorrt", "tensorrt_rtx"), help="default: the one that is installed"
@@ -76,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tensorrt.add_argument("--compute-capability", nargs="+", metavar="C.C",
                           help="GPUs that the plan is for, as 8.9 (default: all that the flavour builds for)")  # fmt: skip
     tensorrt.add_argument("--optimization-level", type=int, metavar="0-5", help="default: 3")
+    tensorrt.add_argument("--context-fmha", choices=("disable", "enable", "fp32_acc"),
+                          help="targets cuda and tensorrt, attention over prompts. cuda: unfused, fused with float16 sums, "
+                          "fused with float32 sums (default: fp32_acc). tensorrt: layers of its own for every product, "
+                          "fused or no plan, layers with float32 sums (default: TensorRT decides)")  # fmt: skip
     for flag, text in (
         ("--tf32", "let float32 products round their inputs to 10 bits of mantissa"),
         ("--fused-attention-only", "refuse a model that TensorRT has no fused attention kernel for"),
@@ -151,7 +152,8 @@ def build_config(args: argparse.Namespace, source: Source) -> BuildConfig:
         page_size=args.page_size,
         tp_size=source.weights.sharding.tp_size,
         pp_size=source.weights.sharding.pp_size,
-        target_options=_target_options(args),
+        target_options=_target_options(args)
+        | tensorrt_llm_flags.plugin_options(args, source.model.dtype.value),
     )
 
 

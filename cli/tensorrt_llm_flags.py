@@ -20,22 +20,28 @@ class _PluginFlag:
     """A plugin of TensorRT-LLM.
 
     built_in: what targets cpu and cuda have in its place, always
-    instead:  what target tensorrt has in its place: it has no custom plugins
+    instead:  what target tensorrt has in its place where there is no such plugin
+    option:   what turns it on in target tensorrt; None: no flavour has such a plugin
     """
 
     built_in: str
     instead: str
+    option: str | None
 
 
 _PLUGINS = {
     "gemm_plugin": _PluginFlag(
-        "matrix products of its own, in the model's dtype", "TensorRT's own matrix products"
+        "matrix products of its own, in the model's dtype", "TensorRT's own matrix products", None
     ),
     "gpt_attention_plugin": _PluginFlag(
-        "fused attention over the paged KV cache of its own", "TensorRT's own attention layers"
+        "fused attention over the paged KV cache of its own",
+        "TensorRT's own attention layers",
+        "attention_plugin",
     ),
     "lookup_plugin": _PluginFlag(
-        "a masked embedding lookup of its own", "gather and select, in TensorRT's own layers"
+        "a masked embedding lookup of its own",
+        "gather and select, in TensorRT's own layers",
+        "lookup_plugin",
     ),
 }
 
@@ -60,24 +66,48 @@ def handle_plugins(args: argparse.Namespace) -> None:
     """Notes on stderr what a plugin flag does not change. Raises ConfigError where the target cannot do what it asks."""
     for name, flag in _PLUGINS.items():
         value = getattr(args, name)
-        if value in (None, "disable"):  # no target uses these plugins
+        if value in (None, "disable"):
             continue
         given = f"--{name.replace('_', '-')} {value}"
         if args.target == "tensorrt":
-            raise ConfigError(
-                f"{given}: target tensorrt has no such plugin and uses {flag.instead}, in the flavour tensorrt_rtx because it "
-                f"takes no custom plugins, in tensorrt because none is written yet; leave the flag out"
-            )
+            _require_plugins(given, flag, args.flavour)
+            continue
         print(
             f"trtc build: note: {given} changes nothing: target {args.target} has {flag.built_in}",
             file=sys.stderr,
         )
 
 
-_ONE_ATTENTION = {
-    "cpu": "it has one implementation of attention",
-    "tensorrt": "TensorRT chooses the kernel itself, in both flavours",
-}
+def _require_plugins(given: str, flag: _PluginFlag, flavour_name: str | None) -> None:
+    from ..core.targets.tensorrt.flavour import find_flavour
+
+    if flag.option is None:
+        raise ConfigError(f"{given}: target tensorrt has no such plugin in either flavour and uses {flag.instead}; "
+                          f"leave the flag out")  # fmt: skip
+    flavour = find_flavour(flavour_name)
+    if not flavour.plugins:
+        raise ConfigError(f"{given}: {flavour} takes no custom plugins and uses {flag.instead}; leave the flag out, or "
+                          f"build with --flavour tensorrt on the GPU that the engine is for")  # fmt: skip
+
+
+def plugin_options(args: argparse.Namespace, dtype: str) -> dict[str, bool]:
+    """Options of target tensorrt for the plugins that were asked for. dtype: the model's.
+
+    Raises ConfigError for a plugin of another dtype: they compute in the model's.
+    """
+    options = {}
+    for name, flag in _PLUGINS.items():
+        value = getattr(args, name)
+        if args.target != "tensorrt" or value in (None, "disable") or flag.option is None:
+            continue
+        if value not in ("auto", dtype):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: the model is {dtype}, in which its plugins compute; "
+                              f"give auto, or --dtype {value}")  # fmt: skip
+        options[flag.option] = True
+    return options
+
+
+_ONE_ATTENTION = {"cpu": "it has one implementation of attention"}
 
 
 def context_fmha(args: argparse.Namespace) -> str | None:
@@ -95,7 +125,8 @@ def context_fmha(args: argparse.Namespace) -> str | None:
     if given and args.target in _ONE_ATTENTION:
         reason = _ONE_ATTENTION[args.target]
         raise ConfigError(
-            f"{' '.join(given)}: target {args.target} has no such choice: {reason}; leave it out, or use --target cuda"
+            f"{' '.join(given)}: target {args.target} has no such choice: {reason}; leave it out, or use --target cuda "
+            f"or tensorrt"
         )
     values = set(given.values())
     if values == {"enable", "fp32_acc"}:  # TensorRT-LLM's pair: fused, and with float32 sums

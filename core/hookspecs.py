@@ -14,7 +14,7 @@ from typing import Any
 
 import pluggy
 
-from .config import ModelConfig
+from .config import BuildConfig, ModelConfig
 from .graph import GraphBuilder, Node
 from .ops import Op
 from .weights import WeightTable
@@ -77,10 +77,11 @@ def trtc_kernels(target: str) -> dict[str, Callable[[Node], Callable[..., Any]]]
 
 
 @hookspec(firstresult=True)
-def trtc_tensorrt_plugins(flavour: str) -> dict[str, Callable[..., Any]] | None:
+def trtc_tensorrt_plugins(flavour: str, build: BuildConfig) -> dict[str, Callable[..., Any]] | None:
     """Lowering to TensorRT for `flavour` ("tensorrt", "tensorrt_rtx": the module), as a dict: op name -> function
     `(network, node, inputs) -> outputs` that adds layers, or a custom layer (a TensorRT plugin), to the
-    `INetworkDefinition`; inputs and outputs are its tensors. They come before the target's own.
+    `INetworkDefinition`; inputs (None where an optional one is absent) and outputs are its tensors. They come before the
+    target's own; those for `attention` and `embedding` only where the build asks for plugins in their place.
 
-    Called when an engine is built; None where the plugin has nothing for `flavour`.
+    build: what the engine is built for. Called when an engine is built; None where the plugin has nothing for `flavour`.
     """

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pluggy
 
 from . import hookspecs
-from .config import ModelConfig
+from .config import BuildConfig, ModelConfig
 from .errors import ConfigError, PluginError, TrtcError
 from .graph import Graph, GraphBuilder
 from .ops import Op, register
@@ -164,11 +164,11 @@ class PluginRegistry:
         """
         return self._by_op("trtc_kernels", target=target)
 
-    def tensorrt_plugins(self, flavour: str) -> dict[str, Callable[..., Any]]:
+    def tensorrt_plugins(self, flavour: str, build: BuildConfig) -> dict[str, Callable[..., Any]]:
         """TensorRT plugin lowerings for `flavour`, by op name; failing hooks as above."""
-        return self._by_op("trtc_tensorrt_plugins", flavour=flavour)
+        return self._by_op("trtc_tensorrt_plugins", flavour=flavour, build=build)
 
-    def _by_op(self, hook: str, **arguments: str) -> dict[str, Callable[..., Any]]:
+    def _by_op(self, hook: str, **arguments: Any) -> dict[str, Callable[..., Any]]:
         result: dict[str, Callable[..., Any]] = {}
         for name, hooks in self._hooks.items():
             try:

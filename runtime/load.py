@@ -63,9 +63,18 @@ def _cuda(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | No
 
 
 def _tensorrt(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:
-    from .tensorrt_executor import TensorRTExecutor, cache_slots
+    from .tensorrt_executor import (
+        PackedTensorRTExecutor,
+        TensorRTExecutor,
+        cache_slots,
+        is_packed,
+        packed_pages,
+    )
     from .tensorrt_session import TensorRTSession
 
+    if is_packed(engine):
+        pages = packed_pages(engine, num_pages, kv_cache_memory_bytes)
+        return PackedTensorRTExecutor(engine, TensorRTSession(engine, pages), pages)
     slots = cache_slots(engine, num_pages, kv_cache_memory_bytes)
     return TensorRTExecutor(engine, TensorRTSession(engine, slots), slots)
 

@@ -1,10 +1,12 @@
-"""Runs engines of target `tensorrt`: pads the packed steps, and gives the rows of the KV memory to sequences.
+"""Runs engines of target `tensorrt`: over padded batches and rows of KV memory where TensorRT's own layers attend, over
+packed steps and pages where a plugin does.
 
 What TensorRT itself does is behind `PlanSession`; `tensorrt_session.py` is the one over a GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -12,40 +14,39 @@ import torch
 from ..core.engine import Engine, RankPart
 from ..core.errors import ConfigError
 from ..core.targets.base import CacheShape
+from .cache_size import cache_pages
 from .engine_limits import EngineLimits
+from .kv_cache import pages_for
 from .step_input import StepInput
-from .tensorrt_steps import Limits, PaddedBatch, StepPadder
+from .tensorrt_steps import Limits, PackedBatch, PaddedBatch, StepPadder, packed_batches
 
 
 class PlanSession(Protocol):
-    """A plan that is ready to run, with its KV memory of `num_slots` rows, zero at first."""
+    """A plan that is ready to run, with its KV memory: rows or pages, zero at first."""
 
-    def run(self, batch: PaddedBatch) -> torch.Tensor:
-        """Executes the plan on rows first_row ... of the KV memory. Returns logits [R, V] float32; the next call may
+    def run(self, batch: PaddedBatch | PackedBatch) -> torch.Tensor:
+        """Executes the plan on `cache_rows` of the KV memory. Returns logits [R, V] float32; the next call may
         reuse their memory. Raises TargetError with TensorRT's own reason when it fails."""
 
     def close(self) -> None:
         """Releases the device memory. Calling it twice is harmless."""
 
 
-class TensorRTExecutor(EngineLimits):
-    """An `Executor` over a plan with native attention.
+class _Executor(EngineLimits):
+    """What both have in common: `_batches` says what to execute for a step."""
 
-    A page of its cache is one row of the KV memory, which holds a whole sequence: `page_size` is max_seq_len, and there
-    is no more than one page for each of max_batch_size sequences.
-    """
-
-    def __init__(self, engine: Engine, session: PlanSession, num_slots: int) -> None:
-        super().__init__(engine, num_slots)
-        self.page_size = engine.build.max_seq_len
+    def __init__(self, engine: Engine, session: PlanSession, num_pages: int) -> None:
+        super().__init__(engine, num_pages)
         self._session: PlanSession | None = session
-        self._padder = StepPadder(limits(engine), num_slots)
+
+    def _batches(self, step: StepInput) -> Iterator[PaddedBatch] | Iterator[PackedBatch]:
+        raise NotImplementedError
 
     def execute(self, step: StepInput) -> torch.Tensor:
         """See `Executor.execute`."""
         assert self._session is not None, "the executor is closed"
         parts, order = [], []
-        for batch in self._padder.batches(step):
+        for batch in self._batches(step):
             logits = self._session.run(batch)
             if len(batch.results):
                 parts.append(logits[: len(batch.results), : self.vocab_size].clone())
@@ -63,6 +64,42 @@ class TensorRTExecutor(EngineLimits):
         session, self._session = self._session, None
         if session is not None:
             session.close()
+
+
+class TensorRTExecutor(_Executor):
+    """An `Executor` over a plan with native attention.
+
+    A page of its cache is one row of the KV memory, which holds a whole sequence: `page_size` is max_seq_len, and there
+    is no more than one page for each of max_batch_size sequences.
+    """
+
+    def __init__(self, engine: Engine, session: PlanSession, num_slots: int) -> None:
+        super().__init__(engine, session, num_slots)
+        self.page_size = engine.build.max_seq_len
+        self._padder = StepPadder(limits(engine), num_slots)
+
+    def _batches(self, step: StepInput) -> Iterator[PaddedBatch]:
+        return self._padder.batches(step)
+
+
+class PackedTensorRTExecutor(_Executor):
+    """An `Executor` over a plan whose attention is a plugin over pages."""
+
+    def _batches(self, step: StepInput) -> Iterator[PackedBatch]:
+        return packed_batches(step, self.max_batch_size, pages_for(self.max_seq_len, self.page_size))
+
+
+def is_packed(engine: Engine) -> bool:
+    """Whether the plan works on packed tokens and pages."""
+    return "attention" in engine.ranks[0].artifacts.get("plugins", ())
+
+
+def packed_pages(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> int:
+    """Pages of the KV memory, at most those that the plan was built for."""
+    build = engine.build
+    shape = CacheShape.of(engine.ranks[0].graph, build.page_size)
+    most = pages_for(build.max_seq_len, build.page_size) * build.max_batch_size
+    return min(cache_pages(engine, shape, num_pages, kv_cache_memory_bytes), most)
 
 
 def limits(engine: Engine) -> Limits:

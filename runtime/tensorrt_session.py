@@ -13,12 +13,12 @@ from ..core.engine import Engine
 from ..core.errors import TargetError
 from ..core.targets.tensorrt.build_log import build_log
 from ..core.targets.tensorrt.flavour import Flavour, find_flavour
-from .tensorrt_steps import DECODE, PaddedBatch
+from .tensorrt_steps import DECODE, PackedBatch, PaddedBatch
+
+Batch = PaddedBatch | PackedBatch
 
 DTYPES = {"FLOAT": DType.FLOAT32, "HALF": DType.FLOAT16, "BF16": DType.BFLOAT16, "INT32": DType.INT32}
 """TensorRT's names of the types of a plan's inputs and outputs."""
-STEP_INPUTS = ("token_ids", "positions", "past_length", "logits_index")
-"""Inputs of a plan that change from step to step: fields of a PaddedBatch."""
 
 
 class TensorRTSession:
@@ -28,8 +28,10 @@ class TensorRTSession:
     a CUDA graph: changing a context would void its graph. Contexts share one activation memory, as one runs at a time.
     """
 
-    def __init__(self, engine: Engine, num_slots: int) -> None:
-        """Raises TargetError when there is no TensorRT of the plan's flavour, no GPU that it is for, or no memory."""
+    def __init__(self, engine: Engine, num_rows: int) -> None:
+        """num_rows: of the KV memory, sequences or pages.
+
+        Raises TargetError when there is no TensorRT of the plan's flavour, no GPU that it is for, or no memory."""
         (part,) = engine.ranks
         self._artifacts = part.artifacts
         flavour = find_flavour(self._artifacts["flavour"])
@@ -46,43 +48,43 @@ class TensorRTSession:
         self._path = path
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         try:
-            self._caches = self._allocate_caches(num_slots)
+            self._caches = self._allocate_caches(num_rows)
             self._memory = torch.empty(
                 max(self._plan.device_memory_size_v2, 1), dtype=torch.uint8, device=self._device
             )
         except torch.OutOfMemoryError:
             raise TargetError(
-                f"{engine.path}: plan and KV memory for {num_slots} sequences do not fit the GPU; give less "
+                f"{engine.path}: plan and KV memory do not fit the GPU; give less "
                 f"--kv-cache-memory-bytes, or build with a smaller --max-batch-size or --max-seq-len"
             ) from None
-        self._shapes: dict[tuple[int, int], _Shape] = {}
+        self._shapes: dict[tuple[tuple[int, ...], ...], _Shape] = {}
         self._prefill: Any = None
 
-    def _allocate_caches(self, num_slots: int) -> dict[str, torch.Tensor]:
+    def _allocate_caches(self, num_rows: int) -> dict[str, torch.Tensor]:
         """Zeros: what is masked must be finite."""
         return {
-            name: torch.zeros(num_slots, *shape[1:], dtype=to_torch(DTYPES[dtype]), device=self._device)
+            name: torch.zeros(num_rows, *shape[1:], dtype=to_torch(DTYPES[dtype]), device=self._device)
             for name, (dtype, shape) in self._artifacts["inputs"].items()
             if name.startswith(("k_cache.", "v_cache."))
         }
 
-    def run(self, batch: PaddedBatch) -> torch.Tensor:
+    def run(self, batch: Batch) -> torch.Tensor:
         """See `PlanSession.run`."""
         with torch.cuda.stream(self._stream):
             ready = self._decode_shape(batch) if batch.profile == DECODE else self._prefill_shape(batch)
             for name, tensor in ready.inputs.items():
-                tensor.copy_(torch.from_numpy(getattr(batch, name)).pin_memory(), non_blocking=True)
+                tensor.copy_(torch.from_numpy(batch.inputs[name]).pin_memory(), non_blocking=True)
             self._execute(ready)
         self._stream.synchronize()
         return ready.logits
 
-    def _decode_shape(self, batch: PaddedBatch) -> _Shape:
-        key = (batch.num_rows, len(batch.logits_index))
+    def _decode_shape(self, batch: Batch) -> _Shape:
+        key = tuple(array.shape for array in batch.inputs.values())
         if key not in self._shapes:
             self._shapes[key] = self._shape(batch, self._context(DECODE))
         return self._shapes[key]
 
-    def _prefill_shape(self, batch: PaddedBatch) -> _Shape:
+    def _prefill_shape(self, batch: Batch) -> _Shape:
         """Prompts seldom repeat a shape: their context is bound anew for each."""
         if self._prefill is None:
             self._prefill = self._context(batch.profile)
@@ -98,18 +100,17 @@ class TensorRTSession:
         context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
         return context
 
-    def _shape(self, batch: PaddedBatch, context: Any, *, repeats: bool = True) -> _Shape:
+    def _shape(self, batch: Batch, context: Any, *, repeats: bool = True) -> _Shape:
         """`context` bound to buffers of the sizes of `batch` and to its rows of the caches."""
         inputs = {
-            name: torch.empty(getattr(batch, name).shape, dtype=torch.int32, device=self._device)
-            for name in STEP_INPUTS
+            name: torch.empty(array.shape, dtype=torch.int32, device=self._device)
+            for name, array in batch.inputs.items()
         }
         logits_name = self._artifacts["logits"]
         dtype, shape = self._artifacts["outputs"][logits_name]
-        size = (len(batch.logits_index), shape[-1])
+        size = (len(batch.inputs["logits_index"]), shape[-1])
         logits = torch.empty(size, dtype=to_torch(DTYPES[dtype]), device=self._device)
-        rows = slice(batch.first_row, batch.first_row + batch.num_rows)
-        caches = {name: cache[rows] for name, cache in self._caches.items()}
+        caches = {name: cache[batch.cache_rows] for name, cache in self._caches.items()}
         self._bind(context, {**inputs, **caches}, {logits_name: logits})
         return _Shape(context, inputs, logits, repeats)
 

@@ -8,8 +8,8 @@ the step must lie behind the tokens of its sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -45,8 +45,55 @@ class PaddedBatch:
     results: Int32Array
 
     @property
-    def num_rows(self) -> int:
-        return len(self.past_length)
+    def inputs(self) -> Mapping[str, Int32Array]:
+        """The plan's inputs that change from step to step, by name."""
+        return {
+            "token_ids": self.token_ids,
+            "positions": self.positions,
+            "past_length": self.past_length,
+            "logits_index": self.logits_index,
+        }
+
+    @property
+    def cache_rows(self) -> slice:
+        """The part of the KV memory that the plan sees."""
+        return slice(self.first_row, self.first_row + len(self.past_length))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """One execution of a plan over pages: a step as it is, or with a part of the rows that it wants.
+
+    inputs: those of StepInput    results: as in PaddedBatch
+    """
+
+    profile: str
+    inputs: Mapping[str, Int32Array]
+    results: Int32Array
+    cache_rows: slice = field(default_factory=lambda: slice(None))
+
+
+def packed_batches(step: StepInput, max_rows: int, pages_per_seq: int) -> Iterator[PackedBatch]:
+    """The step, again with the same tokens for wanted rows beyond the `max_rows` that the plan takes.
+
+    The page table is widened to `pages_per_seq`, so that shapes repeat; -1 is never looked at.
+    """
+    decodes = step.num_tokens == step.num_sequences == len(step.logits_index)
+    table = np.full((step.num_sequences, pages_per_seq), -1, np.int32)
+    table[:, : step.page_table.shape[1]] = step.page_table
+    for first in range(0, max(len(step.logits_index), 1), max_rows):
+        index = step.logits_index[first : first + max_rows]
+        results = np.arange(first, first + len(index), dtype=np.int32)
+        wanted = index if len(index) else np.zeros(1, np.int32)
+        inputs = {
+            "token_ids": step.token_ids,
+            "positions": step.positions,
+            "query_start": step.query_start,
+            "kv_length": step.kv_length,
+            "page_table": table,
+            "logits_index": wanted,
+        }
+        yield PackedBatch(DECODE if decodes else PREFILL, inputs, results)
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,11 +66,13 @@ class NetworkInterpreter:
 
     def __init__(self, network: Any, trt: ModuleType, wide: torch.dtype = torch.float64) -> None:
         self.trt, self.wide = trt, wide
+        layers = [self._typed(network.get_layer(i)) for i in range(network.num_layers)]
         self.inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        if hasattr(network, "plugin_layers"):  # a network of tensorrt_plugin_host.py
+            self.inputs = network.network_inputs
+            layers += [("PLUGIN", layer) for layer in network.plugin_layers]
         self.outputs = [network.get_output(i).name for i in range(network.num_outputs)]
-        self.layers = _in_execution_order(
-            [self._typed(network.get_layer(i)) for i in range(network.num_layers)]
-        )
+        self.layers = _in_execution_order(layers)
         self._constants: dict[str, Tensor] = {}
 
     def _typed(self, layer: Any) -> tuple[str, Any]:
@@ -100,11 +102,14 @@ class NetworkInterpreter:
             tensors = [layer.get_input(i) for i in range(layer.num_inputs)]
             arguments = [None if t is None else values[t.name] for t in tensors]
             if kind == "DIST_COLLECTIVE":
-                result = yield self._collective(layer, arguments)
+                results = [(yield self._collective(layer, arguments))]
+            elif kind == "PLUGIN":
+                results = layer.run(*arguments)
             else:
-                result = _LAYERS[kind][1](self, layer, arguments)
-            output = layer.get_output(0)
-            values[output.name] = self._declared(layer, output, result)
+                results = [_LAYERS[kind][1](self, layer, arguments)]
+            for i, result in enumerate(results):
+                output = layer.get_output(i)
+                values[output.name] = self._declared(layer, output, result)
         return {name: values[name] for name in self.outputs}
 
     def _checked_input(self, tensor: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -152,7 +157,9 @@ class NetworkInterpreter:
 
 def _in_execution_order(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """The layers, each after the ones it reads from: a network may hold them in any order."""
-    producer = {layer.get_output(0).name: i for i, (_, layer) in enumerate(layers)}
+    producer = {
+        layer.get_output(j).name: i for i, (_, layer) in enumerate(layers) for j in range(layer.num_outputs)
+    }
     sorter: TopologicalSorter[int] = TopologicalSorter()
     for i, (_, layer) in enumerate(layers):
         read = [layer.get_input(j) for j in range(layer.num_inputs)]

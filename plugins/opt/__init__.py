@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...core.config import BuildConfig
 from ...core.graph import GraphBuilder
 from ...core.hookspecs import hookimpl
 from ...core.weights import WeightTable
@@ -31,3 +32,12 @@ def trtc_weight_table(config: OptConfig) -> WeightTable:
 @hookimpl
 def trtc_compose(config: OptConfig, g: GraphBuilder) -> str:
     return compose(config, g)
+
+
+@hookimpl
+def trtc_tensorrt_plugins(flavour: str, build: BuildConfig) -> dict[str, Callable[..., Any]] | None:
+    if flavour != "tensorrt":
+        return None
+    from .tensorrt_plugins import lowerings
+
+    return lowerings(build)

@@ -14,6 +14,7 @@ import pytest
 from trtc.cli import summarize, tensorrt_llm_flags
 from trtc.cli.main import main, parser
 from trtc.core.engine import Engine
+from trtc.core.errors import ConfigError
 from trtc.tests.cli.tensorrt_llm_programs import PROGRAMS
 
 ROOT = Path(__file__).parents[2]
@@ -213,7 +214,7 @@ def test_the_command_lines_of_tensorrt_llm_for_two_ranks(
 
 @pytest.mark.parametrize("flag", ["--gemm_plugin", "--gpt_attention_plugin", "--lookup_plugin"])
 def test_plugin_flags(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Targets cpu and cuda have what the plugins do; target tensorrt would need them and says why it has none."""
+    """Targets cpu and cuda have what the plugins do; flavour tensorrt_rtx would need them and says why it has none."""
     build = ["build", "--model-dir", str(TINY_OPT), "--dry-run"]
     shown = flag.replace("_", "-")
     assert main([*build, flag, "float16"]) == 0
@@ -224,9 +225,12 @@ def test_plugin_flags(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert without == 0 and out[:half] == out[half:]  # the graph with the flag is the graph without it
     assert main([*build, flag, "disable"]) == 0
     assert capsys.readouterr().err == ""
-    assert main([*build, "--target", "tensorrt", flag, "auto"]) == 1
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return
+    assert main([*build, "--target", "tensorrt", "--flavour", "tensorrt_rtx", flag, "auto"]) == 1
     err = capsys.readouterr().err
-    assert f"{shown} auto: target tensorrt has no such plugin" in err and err.count("\n") == 1
+    reason = "has no such plugin in either flavour" if "gemm" in flag else "takes no custom plugins"
+    assert f"{shown} auto: " in err and reason in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -261,7 +265,10 @@ def test_spellings_of_context_fmha(words: str, value: str | None) -> None:
     ("words", "says"),
     [
         ("--enable_context_fmha", ("--enable-context-fmha", "target cpu", "--target cuda")),
-        ("--target tensorrt --context_fmha fp32_acc", ("--context-fmha fp32_acc", "TensorRT chooses")),
+        (
+            "--target tensorrt --context_fmha fp32_acc --fused_attention_only",
+            ("context_fmha fp32_acc", "leave one"),
+        ),
         ("--target cuda --context_fmha disable --enable_context_fmha", ("contradict",)),
     ],
 )
@@ -269,6 +276,28 @@ def test_refused_context_fmha(words: str, says: tuple[str, ...], capsys: pytest.
     assert main(["build", "--model-dir", str(TINY_OPT), "--dry-run", *words.split()]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and all(text in err for text in says), err
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("--gpt_attention_plugin auto", {"attention_plugin": True}),
+        ("--lookup_plugin float16 --gpt_attention_plugin disable", {"lookup_plugin": True}),
+        ("--gemm_plugin disable", {}),
+    ],
+)
+def test_plugin_flags_become_options_of_target_tensorrt(words: str, options: dict[str, bool]) -> None:
+    args = parser().parse_args(["build", "--model-dir", "x", "--target", "tensorrt", *dashed(words)])
+    assert tensorrt_llm_flags.plugin_options(args, "float16") == options
+    args.gpt_attention_plugin = "bfloat16"
+    with pytest.raises(
+        ConfigError, match=r"--gpt-attention-plugin bfloat16: the model is float16.*--dtype bfloat16"
+    ):
+        tensorrt_llm_flags.plugin_options(args, "float16")
+
+
+def dashed(words: str) -> list[str]:
+    return [re.sub("_", "-", word) if word.startswith("--") else word for word in words.split()]
 
 
 def test_the_migration_page_names_every_flag() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trtc.core.config import BuildConfig
 from trtc.core.errors import ConfigError, GraphError, PluginError, TrtcError
 from trtc.core.ops import registry
 from trtc.core.plugin_registry import Family, PluginInfo, PluginRegistry, plugins
@@ -325,13 +326,16 @@ def trtc_tensorrt_plugins(flavour):
 """
 
 
+BUILD = BuildConfig(max_seq_len=64, max_input_len=32, target="tensorrt")
+
+
 def test_kernels_of_all_plugins_are_put_together(site: Site) -> None:
     """A plugin that brings kernels and no family; None means nothing for that target."""
     site.add("one", KERNELS)
     registry = site.registry()
     assert dict[str, Any](registry.kernels("cpu")) == {"relu": "of one", "one": "own"}
     assert registry.kernels("cuda") == {}
-    assert dict[str, Any](registry.tensorrt_plugins("tensorrt")) == {"one": "tensorrt"}
+    assert registry.tensorrt_plugins("tensorrt", BUILD)["one"] == "tensorrt"
     with pytest.raises(PluginError, match="no plugin provides model family 'one'"):
         registry.family("one")
 

@@ -25,7 +25,7 @@ from trtc.runtime.load import executor_of
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import StepInput
 from trtc.runtime.tensorrt_executor import TensorRTExecutor, cache_slots, limits
-from trtc.runtime.tensorrt_session import STEP_INPUTS, require_gpu
+from trtc.runtime.tensorrt_session import require_gpu
 from trtc.runtime.tensorrt_steps import Limits, PaddedBatch, StepPadder
 from trtc.tests.core.targets.tensorrt_opt import Rank, ranks_of
 from trtc.tests.opt_models import OptCheckpoint, hf_model
@@ -58,8 +58,8 @@ class InterpretedSession:
         }[batch.profile]
         assert 1 <= rows <= most and 1 <= width <= tokens and 1 <= len(batch.logits_index) <= most
         assert (batch.past_length + width <= self.allowed.capacity).all()
-        part = slice(batch.first_row, batch.first_row + rows)
-        feed = {name: torch.from_numpy(getattr(batch, name)) for name in STEP_INPUTS}
+        part = batch.cache_rows
+        feed = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
         outputs = self.network.run({**feed, **{name: cache[part] for name, cache in self.caches.items()}})
         for name, cache in self.caches.items():
             cache[part] = outputs[f"{name}.updated"]
@@ -72,7 +72,7 @@ class InterpretedSession:
 def engine_of(checkpoint: OptCheckpoint, rank: Rank, build: BuildConfig) -> Engine:
     """What an engine directory would say; its plan is not made."""
     artifacts = {"plan": "rank0.plan", "flavour": "tensorrt_rtx", "version": "1.7", "compute_capabilities": ["8.9"],
-                 "profiles": [profile.to_json() for profile in profiles(build)]}  # fmt: skip
+                 "plugins": [], "profiles": [profile.to_json() for profile in profiles(build)]}  # fmt: skip
     return Engine(Path("engine"), checkpoint.config, build, (RankPart(rank.graph, (), artifacts),), {}, "0")
 
 
@@ -111,7 +111,7 @@ def test_tokens_through_the_whole_runtime_equal_transformers(
     for prompt, one, output in zip(prompts, params, outputs, strict=True):
         assert one.max_tokens is not None
         assert output.outputs[0].token_ids == hf_greedy(variant, prompt, one.max_tokens)
-    assert max(batch.num_rows for batch in session.batches if batch.profile == "decode") == 3
+    assert max(len(batch.past_length) for batch in session.batches if batch.profile == "decode") == 3
     assert not any(batch.first_row for batch in session.batches if batch.profile == "decode")
     llm.core.check_integrity()
     llm.close()
@@ -173,7 +173,7 @@ def test_prompts_run_with_neighbours_that_fit() -> None:
     padder = StepPadder(LIMITS, 5)
     step = step_of((0, 0, [1, 2]), (1, 0, [3, 4, 5]), (2, 0, [6, 7]), (4, 0, [8, 9]), wanted=[1, 4, 8])
     batches = list(padder.batches(step))
-    assert [(b.profile, b.first_row, b.num_rows) for b in batches] == [
+    assert [(b.profile, b.first_row, len(b.past_length)) for b in batches] == [
         ("prefill", 0, 2), ("prefill", 2, 1), ("prefill", 4, 1),
     ]  # fmt: skip
     assert batches[0].token_ids.tolist() == [[1, 2, 0], [3, 4, 5]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,17 @@ import torch
 
 from ...config import BuildConfig
 from ...dtypes import MODEL_DTYPES
+from ...errors import BuildError, TargetError
 from ...graph import Graph
-from ...passes.fuse import SIBLINGS
+from ...passes.fuse import POSITIONS, SIBLINGS
+from ...plugin_registry import plugins
 from ..base import Capabilities
+from .attention import Attend, fused_attention
 from .build import build_plan
-from .flavour import find_flavour
-from .lower import LOWERINGS, LoweringOptions, lower_graph
+from .flavour import Flavour, find_flavour
+from .layered_attention import layered_attention
+from .lookup import fuse_positions_before_all_reduce
+from .lower import LOWERINGS, LoweringOptions, PluginLowering, lower_graph
 from .options import TensorRTOptions
 
 
@@ -26,14 +31,15 @@ class TensorRTTarget:
     embeds_weights = True
 
     def capabilities(self, build: BuildConfig) -> Capabilities:
-        """Joined linear layers are asked for, the other fusions TensorRT does by itself.
+        """Joined linear layers are asked for, and positions in the lookup where a plugin does it; the other fusions
+        TensorRT does by itself.
 
         Raises ConfigError for options that TensorRT does not know.
         """
-        TensorRTOptions.from_json(build.target_options)
-        return Capabilities(
-            frozenset(LOWERINGS), frozenset({SIBLINGS}), frozenset(MODEL_DTYPES), tensor_parallel=True
-        )
+        options = TensorRTOptions.from_json(build.target_options)
+        fusions = {SIBLINGS, POSITIONS} if options.lookup_plugin else {SIBLINGS}
+        ops = LOWERINGS.keys() | _brought(options, build)
+        return Capabilities(frozenset(ops), frozenset(fusions), frozenset(MODEL_DTYPES), tensor_parallel=True)
 
     def compile(
         self,
@@ -51,13 +57,47 @@ class TensorRTTarget:
         options = TensorRTOptions.from_json(build.target_options)
         flavour = find_flavour(options.flavour)
         options.require(flavour)
+        if options.lookup_plugin:
+            graph = fuse_positions_before_all_reduce(graph, rank)
         lowering = LoweringOptions(
-            kv_capacity=build.max_seq_len, fused_attention_only=options.fused_attention_only
+            kv_capacity=build.max_seq_len,
+            attend=attend(options),
+            plugins=plugin_lowerings(options, flavour, build),
         )
         plan = build_plan(lower_graph(graph, weights, flavour, lowering), build, options)
         path = directory / f"rank{rank}.plan"
         plan.write(path)
         return {"plan": path.name, **plan.description}
+
+
+def attend(options: TensorRTOptions) -> Attend:
+    """How native attention is computed."""
+    if options.context_fmha in ("disable", "fp32_acc"):
+        return layered_attention(float32=options.context_fmha == "fp32_acc")
+    return fused_attention(only=options.fused_attention_only or options.context_fmha == "enable")
+
+
+def plugin_lowerings(
+    options: TensorRTOptions, flavour: Flavour, build: BuildConfig
+) -> dict[str, PluginLowering]:
+    """Lowerings that plugins bring for the ops that the options name. Raises BuildError when no plugin has one."""
+    asked = [
+        op for op, on in (("attention", options.attention_plugin), ("embedding", options.lookup_plugin)) if on
+    ]
+    brought = plugins().tensorrt_plugins(flavour.name, build)
+    for op in asked:
+        if op not in brought:
+            raise BuildError(f"no installed plugin of trtc brings a TensorRT plugin for op {op} to {flavour}")
+    own = {op: lower for op, lower in brought.items() if op not in ("attention", "embedding")}
+    return own | {op: brought[op] for op in asked}
+
+
+def _brought(options: TensorRTOptions, build: BuildConfig) -> Set[str]:
+    """Ops that plugins lower; none where TensorRT is not installed: a plan is not made there anyway."""
+    try:
+        return plugins().tensorrt_plugins(find_flavour(options.flavour).name, build).keys()
+    except TargetError:
+        return frozenset()
 
 
 TARGET = TensorRTTarget()

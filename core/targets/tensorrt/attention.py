@@ -31,6 +31,7 @@ for the decomposed form.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,16 +65,18 @@ class PaddedBatch:
         self._token_ids = network.input("token_ids", DType.INT32, (-1, -1))
         self._padded_shapes: dict[tuple[int, int], ITensor] = {}
 
-    @cached_property
-    def token_ids(self) -> ITensor:
-        """[T]"""
-        return self._network.reshape(self._token_ids, (-1,), "token_ids/packed")
+    @property
+    def inputs(self) -> Mapping[str, Callable[[], ITensor]]:
+        """The graph's inputs that this network has, made when something reads them."""
+        return {
+            "token_ids": lambda: self._network.reshape(self._token_ids, (-1,), "token_ids/packed"),
+            "positions": lambda: self._network.reshape(self._positions, (-1,), "positions/packed"),
+            "logits_index": lambda: self._network.input("logits_index", DType.INT32, (-1,)),
+        }
 
     @cached_property
-    def positions(self) -> ITensor:
-        """[T]"""
-        padded = self._network.input("positions", DType.INT32, (-1, -1))
-        return self._network.reshape(padded, (-1,), "positions/packed")
+    def _positions(self) -> ITensor:
+        return self._network.input("positions", DType.INT32, (-1, -1))
 
     @cached_property
     def past_length(self) -> ITensor:
@@ -91,6 +94,15 @@ class PaddedBatch:
         size = self._network.slice(self._shape, 0, 1, 1, "batch.padded_length")
         size = self._network.cast(size, DType.INT32, "batch.padded_length.int32")
         return self._network.binary("SUM", self.past_length, size, "batch.span")
+
+    @cached_property
+    def position_rows(self) -> ITensor:
+        """[B, 1, 1, S, 1]: positions beside the rows of scores [B, kv_heads, group, S, capacity]."""
+        one = self._network.vector(DType.INT64, (1,))
+        rows, length = (self._network.slice(self._shape, 0, i, 1, f"batch.size{i}") for i in range(2))
+        layer = self._network.definition.add_shuffle(self._positions)
+        layer.set_input(1, self._network.concat((rows, one, one, length, one), 0, "batch.position_shape"))
+        return self._network.output(layer, "positions/rows")
 
     def unpack(self, x: ITensor, heads: int, head_dim: int, name: str) -> ITensor:
         """[T, heads, head_dim] -> [B, heads, S, head_dim]"""
@@ -111,23 +123,49 @@ class PaddedBatch:
         return self._network.output(layer, name)
 
 
+Attend = Callable[[Network, PaddedBatch, ITensor, ITensor, ITensor, DType, str], ITensor]
+"""`(network, batch, q, k, v, dtype, name)`: scaled q [B, heads, S, head_dim] over caches [B, kv_heads, capacity, head_dim]
+that hold the step's own rows -> [B, heads, S, head_dim]."""
+
+
+def fused_attention(*, only: bool) -> Attend:
+    """TensorRT's Attention layer. only: refuse to build rather than compute it in several kernels where none is fused
+    (float32 and head sizes that TensorRT has no kernel for)."""
+
+    def attend(
+        network: Network, batch: PaddedBatch, q: ITensor, k: ITensor, v: ITensor, dtype: DType, name: str
+    ) -> ITensor:
+        trt = network.trt
+        layer = network.definition.add_attention_v2(
+            q, k, v, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.LOWER_RIGHT
+        )
+        layer.key_value_lengths = batch.span
+        layer.decomposable = not only
+        return network.output(layer, name)
+
+    return attend
+
+
+FUSED_OR_NOT = fused_attention(only=False)
+"""One kernel where TensorRT has one, several elsewhere."""
+
+
 @dataclass(frozen=True)
 class NativeAttention:
-    """Lowers `attention` nodes to KVCacheUpdate and Attention layers.
+    """Lowers `attention` nodes to KVCacheUpdate layers and what attends over the whole caches.
 
     capacity: tokens of one sequence that the cache holds.
-    fused_only: refuse to build rather than compute attention in several kernels where none is fused (float32 and
-        head sizes that TensorRT has no kernel for).
+    attend: how; see `fused_attention` and `layered_attention.py`.
     """
 
     network: Network
     batch: PaddedBatch
     capacity: int
-    fused_only: bool
+    attend: Attend
 
     def lower(self, node: Node, q: ITensor, k: ITensor, v: ITensor, dtype: DType) -> ITensor:
         """q [T, heads, head_dim], k, v [T, kv_heads, head_dim] of `dtype` -> [T, heads, head_dim]"""
-        trt, name = self.network.trt, node.name
+        name = node.name
         (_, heads, head_dim), kv_heads = q.shape, k.shape[1]
         names = CacheNames.of_layer(node.attrs["layer"])
         query = self.batch.unpack(
@@ -135,12 +173,7 @@ class NativeAttention:
         )
         keys = self._append(k, names.key, names.updated_key, kv_heads, head_dim, dtype, f"{name}/k")
         values = self._append(v, names.value, names.updated_value, kv_heads, head_dim, dtype, f"{name}/v")
-        attention = self.network.definition.add_attention_v2(
-            query, keys, values, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.LOWER_RIGHT
-        )
-        attention.key_value_lengths = self.batch.span
-        attention.decomposable = not self.fused_only
-        padded = self.network.output(attention, f"{name}/padded")
+        padded = self.attend(self.network, self.batch, query, keys, values, dtype, f"{name}/padded")
         return self.batch.pack(padded, heads, head_dim, name)
 
     def _append(

@@ -18,14 +18,16 @@ Range = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Profile:
-    """Sizes that one set of kernels is chosen for: B sequences of S (padded) new tokens each."""
+    """Sizes that one set of kernels is chosen for: B sequences of S (padded) new tokens each, or T packed ones in all."""
 
     name: str
     batch: Range
-    length: Range
+    length: Range | None = None
+    tokens: Range | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "batch": list(self.batch), "length": list(self.length)}
+        sizes = {"batch": self.batch, "length": self.length, "tokens": self.tokens}
+        return {"name": self.name, **{key: list(size) for key, size in sizes.items() if size is not None}}
 
 
 def profiles(build: BuildConfig) -> tuple[Profile, ...]:
@@ -41,6 +43,15 @@ def profiles(build: BuildConfig) -> tuple[Profile, ...]:
     return (
         Profile("decode", (1, build.max_batch_size, build.max_batch_size), (1, 1, 1)),
         Profile("prefill", (1, batch, batch), (1, length, length)),
+    )
+
+
+def packed_profiles(build: BuildConfig) -> tuple[Profile, ...]:
+    """Decode, one token for each sequence, then prefill: any step that the engine takes."""
+    batch = (1, build.max_batch_size, build.max_batch_size)
+    return (
+        Profile("decode", batch, tokens=batch),
+        Profile("prefill", batch, tokens=(1, build.max_num_tokens, build.max_num_tokens)),
     )
 
 
@@ -64,10 +75,10 @@ class Plan:
 def build_plan(network: Network, build: BuildConfig, options: TensorRTOptions) -> Plan:
     """Builds `network`. Raises BuildError with TensorRT's own reasons when it cannot be built."""
     options.require(network.flavour)
-    chosen = profiles(build)
+    chosen = packed_profiles(build) if options.attention_plugin else profiles(build)
     config = _builder_config(network, options)
     for profile in chosen:
-        _add_profile(network, config, profile)
+        _add_profile(network, config, profile, build)
     data = network.builder.build_serialized_network(network.definition, config)
     if data is None:
         hint = (
@@ -90,6 +101,8 @@ def _builder_config(network: Network, options: TensorRTOptions) -> Any:
     }
     for flag, wanted in flags.items():
         (config.set_flag if wanted else config.clear_flag)(flag)
+    if network.plugins:
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if options.compute_capabilities:
         _target_gpus(trt, config, options.compute_capabilities)
     if options.timing_cache is not None:
@@ -106,26 +119,32 @@ def _target_gpus(trt: Any, config: Any, compute_capabilities: Sequence[str]) -> 
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), i)
 
 
-def _add_profile(network: Network, config: Any, profile: Profile) -> None:
+def _add_profile(network: Network, config: Any, profile: Profile, build: BuildConfig) -> None:
     """Shapes of every input for the smallest, the usual and the largest step; the last asks logits of B rows."""
     trt_profile = network.builder.create_optimization_profile()
     for i in range(network.definition.num_inputs):
         tensor = network.definition.get_input(i)
-        sizes = [
-            _shape(tensor, batch, length) for batch, length in zip(profile.batch, profile.length, strict=True)
-        ]
-        trt_profile.set_shape(tensor.name, *sizes)
+        trt_profile.set_shape(tensor.name, *(_shape(tensor, profile, build, which) for which in range(3)))
     if config.add_optimization_profile(trt_profile) < 0:
         raise network.log.error(f"{network.flavour} refuses the {profile.name} profile {profile}")
 
 
-def _shape(tensor: Any, batch: int, length: int) -> tuple[int, ...]:
-    """Shape of an input in a step of `batch` sequences; by its name, see attention.py."""
-    if tensor.name in ("token_ids", "positions"):
-        return (batch, length)
-    if tensor.name in (PAST_LENGTH, "logits_index"):
+def _shape(tensor: Any, profile: Profile, build: BuildConfig, which: int) -> tuple[int, ...]:
+    """Smallest (0), usual (1) or largest (2) shape of an input; by its name, see attention.py and packed.py."""
+    batch, name, rest = profile.batch[which], tensor.name, tuple(tensor.shape)[1:]
+    if name in ("token_ids", "positions"):
+        if profile.length is not None:
+            return (batch, profile.length[which])
+        assert profile.tokens is not None
+        return (profile.tokens[which],)
+    if name in (PAST_LENGTH, "logits_index", "kv_length"):
         return (batch,)
-    return (batch, *tuple(tensor.shape)[1:])
+    if name == "query_start":
+        return (batch + 1,)
+    pages = -(-build.max_seq_len // build.page_size) if which else 1
+    if name == "page_table":
+        return (batch, pages)
+    return (batch if profile.length is not None else pages * batch, *rest)
 
 
 def _describe(network: Network, chosen: Sequence[Profile], options: TensorRTOptions) -> dict[str, Any]:
@@ -137,6 +156,8 @@ def _describe(network: Network, chosen: Sequence[Profile], options: TensorRTOpti
         "version": network.flavour.version,
         "compute_capabilities": list(options.compute_capabilities),
         "profiles": [profile.to_json() for profile in chosen],
+        "plugins": list(network.plugins),
+        "layers": definition.num_layers,
         "inputs": {tensor.name: _type(tensor) for tensor in inputs},
         "outputs": {tensor.name: _type(tensor) for tensor in outputs},
         "logits": outputs[-1].name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,24 +16,32 @@ from ...dtypes import DType, from_torch
 from ...errors import BuildError
 from ...graph import Graph, Node
 from ...spec import TensorSpec
-from .attention import NativeAttention, PaddedBatch
+from .attention import FUSED_OR_NOT, Attend, NativeAttention, PaddedBatch
 from .flavour import Flavour
 from .network import ITensor, Network
+from .packed import PackedBatch
 
 ALL_REDUCE, ALL_GATHER = "all_reduce_sum", "all_gather"
 """Metadata of collective layers: the bindings do not tell afterwards what a collective does."""
+
+
+Result = Sequence[ITensor]
+PluginLowering = Callable[[Any, Node, Sequence[Any]], Result]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoweringOptions:
     """What the network depends on besides graph and weights.
 
-    kv_capacity: tokens of one sequence that the KV cache holds.
-    fused_attention_only: see `NativeAttention.fused_only`.
+    kv_capacity: tokens of one sequence that the KV cache of native attention holds.
+    attend: how native attention is computed.
+    plugins: lowerings that plugins bring, by op: `(network, node, inputs) -> outputs`, see `trtc_tensorrt_plugins`. One
+        for `attention` works on pages, and makes the network one over packed tokens.
     """
 
     kv_capacity: int
-    fused_attention_only: bool = False
+    attend: Attend = FUSED_OR_NOT
+    plugins: Mapping[str, PluginLowering] = field(default_factory=dict)
 
 
 def lower_graph(
@@ -43,7 +52,7 @@ def lower_graph(
     weights: by node name, each of its node's dtype and shape. The network points to their memory and keeps them.
     Raises BuildError, before anything is built, naming node, op and flavour when something has no lowering.
     """
-    require_supported(graph, flavour)
+    require_supported(graph, flavour, options)
     lowering = Lowering(graph, weights, Network(flavour), options)
     for node in graph.nodes:
         if node.op not in _LAZY:
@@ -53,15 +62,16 @@ def lower_graph(
     return lowering.network
 
 
-def require_supported(graph: Graph, flavour: Flavour) -> None:
+def require_supported(graph: Graph, flavour: Flavour, options: LoweringOptions) -> None:
     """Raises BuildError, naming node, op and flavour, for the first node that has no lowering."""
+    known = LOWERINGS.keys() | options.plugins.keys()
     for node in graph.nodes:
-        if node.op not in LOWERINGS and node.op not in _LAZY:
-            supported = ", ".join(sorted(LOWERINGS))
+        if node.op not in known and node.op not in _LAZY:
+            supported = ", ".join(sorted(known))
             raise BuildError(
                 f"node '{node.name}': op {node.op} has no lowering for {flavour}; supported: {supported}"
             )
-    if graph.num_cache_layers and not flavour.native_attention:
+    if graph.num_cache_layers and "attention" not in options.plugins and not flavour.native_attention:
         raise BuildError(
             f"{flavour} has no attention layer that takes key and value lengths as a tensor; TensorRT 11 has"
         )
@@ -79,17 +89,33 @@ class Lowering:
 
     def __post_init__(self) -> None:
         self._constants: dict[tuple[str, int, torch.dtype], ITensor] = {}
-        self.batch = PaddedBatch(self.network)
-        self.attention = NativeAttention(
-            self.network, self.batch, self.options.kv_capacity, self.options.fused_attention_only
-        )
+        self.batch: PaddedBatch | PackedBatch
+        if "attention" in self.options.plugins:
+            self.batch = PackedBatch(self.network)
+        else:
+            self.batch = PaddedBatch(self.network)
+            self.attention = NativeAttention(
+                self.network, self.batch, self.options.kv_capacity, self.options.attend
+            )
 
     def lower_node(self, node: Node) -> None:
-        for name, spec, tensor in zip(
-            node.tensors, node.outputs, LOWERINGS[node.op](self, node), strict=True
-        ):
+        lower = self._plugin if node.op in self.options.plugins else LOWERINGS[node.op]
+        for name, spec, tensor in zip(node.tensors, node.outputs, lower(self, node), strict=True):
             self._check(node, spec, tensor)
             self.tensors[name] = tensor
+
+    def _plugin(self, _: Lowering, node: Node) -> Result:
+        """What a plugin makes of the node; its tensors get the graph's names."""
+        inputs = [self.value(node, i) if self.given(node, i) else None for i in range(len(node.inputs))]
+        self.network.plugins[node.op] = None
+        made = self.options.plugins[node.op](self.network.definition, node, inputs)
+        if made is None:
+            raise self.network.log.error(
+                f"{self.network.flavour}: plugin layer '{node.name}' cannot be added"
+            )
+        for name, tensor in zip(node.tensors, made, strict=True):
+            tensor.name = name
+        return made
 
     def _check(self, node: Node, spec: TensorSpec, tensor: ITensor) -> None:
         """A wrong type here is a mistake of the op's lowering."""
@@ -129,12 +155,12 @@ class Lowering:
     def _graph_input(self, node: Node, name: str) -> ITensor:
         """Inputs come into being when something reads them: TensorRT wants no input that nothing uses."""
         if name not in self.tensors:
-            if name not in _INPUTS:
+            if name not in self.batch.inputs:
                 raise BuildError(
                     f"node '{node.name}': op {node.op} reads graph input {name}, which a network with native "
-                    f"attention does not have; it has {', '.join(_INPUTS)}"
+                    f"attention does not have; it has {', '.join(self.batch.inputs)}"
                 )
-            self.tensors[name] = _INPUTS[name](self)
+            self.tensors[name] = self.batch.inputs[name]()
         return self.tensors[name]
 
     def constant(self, name: str, value: torch.Tensor, rank: int | None = None) -> ITensor:
@@ -148,15 +174,9 @@ class Lowering:
         return self._constants[key]
 
 
-Result = Sequence[ITensor]
 Lower = Callable[[Lowering, Node], Result]
 
 _LAZY = frozenset({"input", "weight"})
-_INPUTS: Mapping[str, Callable[[Lowering], ITensor]] = {
-    "token_ids": lambda low: low.batch.token_ids,
-    "positions": lambda low: low.batch.positions,
-    "logits_index": lambda low: low.network.input("logits_index", DType.INT32, (-1,)),
-}
 
 
 def _embedding(low: Lowering, node: Node) -> Result:

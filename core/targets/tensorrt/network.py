@@ -42,6 +42,8 @@ class Network:
         self.definition = self.builder.create_network(
             1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         )
+        self.plugins: dict[str, None] = {}
+        """Ops whose layers are plugins, in order."""
         self._kept: list[torch.Tensor] = []
         self._vectors: dict[tuple[DType, tuple[float, ...], int], ITensor] = {}
 

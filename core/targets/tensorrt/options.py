@@ -12,6 +12,10 @@ from ...errors import BuildError, ConfigError
 from .flavour import FLAVOURS, Flavour
 
 OPTIMIZATION_LEVELS = range(6)
+CONTEXT_FMHA = ("disable", "enable", "fp32_acc")
+SWITCHES = (
+    "tf32", "fused_attention_only", "attention_plugin", "lookup_plugin", "weight_streaming", "strip_plan", "refit",
+)  # fmt: skip
 _WHERE = "tensorrt target options"
 
 
@@ -30,6 +34,13 @@ class TensorRTOptions:
     fused_attention_only: bool = False
     """Refuse a model that TensorRT has no fused attention kernel for, rather than compute it in several kernels.
     TensorRT-RTX 1.7 has none for float32, for fewer than 4 heads a rank, and for head_dim 8."""
+    context_fmha: str | None = None
+    """`enable`: fused attention or none, as `fused_attention_only`, in the attention plugin with float16 sums; `fp32_acc`:
+    sums in float32; `disable`: products and softmax as layers of their own. None: TensorRT decides; in the plugin, fp32_acc."""
+    attention_plugin: bool = False
+    """Attention over the paged cache by the plugin that the model's family brings. `tensorrt` only."""
+    lookup_plugin: bool = False
+    """Embedding lookup by the plugin that the model's family brings. `tensorrt` only."""
     weight_streaming: bool = False
     """A plan whose weights may stay in host memory, up to a budget that the runtime sets."""
     strip_plan: bool = False
@@ -44,12 +55,23 @@ class TensorRTOptions:
             raise ConfigError(
                 f"{_WHERE}: flavour {self.flavour!r} is not known; accepted: {', '.join(FLAVOURS)}"
             )
-        for switch in ("tf32", "fused_attention_only", "weight_streaming", "strip_plan", "refit"):
+        for switch in SWITCHES:
             if not isinstance(getattr(self, switch), bool):
                 raise ConfigError(f"{_WHERE}: {switch} is {getattr(self, switch)!r}; accepted: true, false")
         if not all(isinstance(c, str) and re.fullmatch(r"\d+\.\d", c) for c in self.compute_capabilities):
             raise ConfigError(
                 f"{_WHERE}: compute_capabilities is {list(self.compute_capabilities)}; accepted: a list as ['8.9']"
+            )
+        if self.context_fmha not in (None, *CONTEXT_FMHA):
+            raise ConfigError(
+                f"{_WHERE}: context_fmha is {self.context_fmha!r}; accepted: {', '.join(CONTEXT_FMHA)}"
+            )
+        layered = "disable" if self.attention_plugin else ("disable", "fp32_acc")
+        if (self.attention_plugin or self.fused_attention_only) and (self.context_fmha or "-") in layered:
+            fused = "attention_plugin" if self.attention_plugin else "fused_attention_only"
+            raise ConfigError(
+                f"{_WHERE}: context_fmha {self.context_fmha} computes attention in several layers, {fused} in one kernel; "
+                f"leave one of them out"
             )
         if self.optimization_level not in OPTIMIZATION_LEVELS:
             raise ConfigError(
@@ -76,5 +98,10 @@ class TensorRTOptions:
             raise BuildError(
                 f"{flavour} makes no plan for compute capability {', '.join(unknown)}; accepted: {accepted}"
             )
+        for name in ("attention_plugin", "lookup_plugin"):
+            if getattr(self, name) and not flavour.plugins:
+                raise BuildError(
+                    f"{flavour} takes no custom plugins; leave {name} out, or use flavour tensorrt"
+                )
         if self.timing_cache is not None and not flavour.timing_cache:
             raise BuildError(f"{flavour} times no kernels while it builds; leave timing_cache out")

@@ -34,11 +34,18 @@ class Rank:
 
 
 def ranks_of(
-    checkpoint: OptCheckpoint, dtype: DType = DType.FLOAT32, sharding: ShardingOptions | None = None
+    checkpoint: OptCheckpoint,
+    dtype: DType = DType.FLOAT32,
+    sharding: ShardingOptions | None = None,
+    *,
+    target_options: Mapping[str, Any] | None = None,
 ) -> list[Rank]:
     """The ranks of an engine of `checkpoint`."""
     return _ranks(
-        checkpoint.family, replace(checkpoint.config, dtype=dtype), checkpoint.weights(dtype, sharding)
+        checkpoint.family,
+        replace(checkpoint.config, dtype=dtype),
+        checkpoint.weights(dtype, sharding),
+        target_options or {},
     )
 
 
@@ -50,12 +57,14 @@ def dummy_rank(num_heads: int, head_dim: int, dtype: DType) -> Rank:
     family = plugins().family_of(hf_config)
     config = family.config(hf_config)
     source = DummyWeights(family.weight_table(config), config, dtype=dtype, sharding=ShardingOptions())
-    (rank,) = _ranks(family, config, source)
+    (rank,) = _ranks(family, config, source, {})
     return rank
 
 
-def _ranks(family: Family, config: ModelConfig, source: WeightSource) -> list[Rank]:
-    can, ranks = TARGET.capabilities(BUILD), []
+def _ranks(
+    family: Family, config: ModelConfig, source: WeightSource, target_options: Mapping[str, Any]
+) -> list[Rank]:
+    can, ranks = TARGET.capabilities(replace(BUILD, target_options=target_options)), []
     for rank in range(source.sharding.tp_size):
         planned = optimize(
             family.compose(config),
@@ -115,7 +124,9 @@ class Session:
             "past_length": torch.tensor(self.lengths, dtype=torch.int32),
             "logits_index": torch.tensor(last, dtype=torch.int32),
         }
-        outputs = run_ranks(self.ranks, [{**shared, **cache} for cache in self.caches])
+        given = [{t.name: shared[t.name] for t in rank.inputs if t.name in shared} for rank in self.ranks]
+        feeds = [{**one, **cache} for one, cache in zip(given, self.caches, strict=True)]
+        outputs = run_ranks(self.ranks, feeds)
         self.caches = [
             {name: output[f"{name}.updated"] for name in cache}
             for output, cache in zip(outputs, self.caches, strict=True)

@@ -77,6 +77,23 @@ def test_attention_is_one_fused_kernel(heads: int, head_dim: int, tmp_path: Path
 
 @with_rtx
 @pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize("fmha", ["disable", "enable", "fp32_acc"])
+def test_context_fmha_builds(fmha: str, tmp_path: Path) -> None:
+    rank = dummy_rank(4, 64, DType.FLOAT16)
+    TARGET.compile(rank.graph, build_for(["8.9"], context_fmha=fmha), tmp_path, 0, rank.weights)
+    assert (tmp_path / "rank0.plan").exists()
+
+
+@with_rtx
+@pytest.mark.usefixtures("rtx")
+def test_enabled_context_fmha_is_fused_or_refused(tmp_path: Path) -> None:
+    rank = dummy_rank(4, 16, DType.FLOAT32)
+    with pytest.raises(BuildError, match="not supported by a dedicated kernel"):
+        TARGET.compile(rank.graph, build_for(["8.9"], context_fmha="enable"), tmp_path, 0, rank.weights)
+
+
+@with_rtx
+@pytest.mark.usefixtures("rtx")
 def test_ranks_build(tmp_path: Path, opt_checkpoint: Callable[[str], OptCheckpoint]) -> None:
     """A plan for each rank of tensor parallelism, collectives inside."""
     sharding = ShardingOptions(2, use_parallel_embedding=True, embedding_sharding_dim=1)
@@ -148,6 +165,16 @@ def test_prefill_profile_when_a_prompt_needs_several_steps() -> None:
         ({"compute_capabilities": ["8.9", "8.9"]}, "compute_capabilities names a GPU twice"),
         ({"compute_capabilities": "8.9"}, r"compute_capabilities is \['8', '.', '9'\]; accepted: a list"),
         ({"tf32": "yes"}, "tf32 is 'yes'; accepted: true, false"),
+        ({"attention_plugin": 1}, "attention_plugin is 1; accepted: true, false"),
+        ({"context_fmha": "on"}, "context_fmha is 'on'; accepted: disable, enable, fp32_acc"),
+        (
+            {"context_fmha": "disable", "attention_plugin": True},
+            "in several layers, attention_plugin in one kernel",
+        ),
+        (
+            {"context_fmha": "fp32_acc", "fused_attention_only": True},
+            "several layers, fused_attention_only in one",
+        ),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:

@@ -7,6 +7,7 @@ the network interpreter.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from trtc.core.dtypes import DType
 from trtc.core.errors import BuildError
 from trtc.core.interpreter import interpret
 from trtc.core.ops import Op, op_names, registry
+from trtc.core.plugin_registry import plugins
+from trtc.core.targets.tensorrt import TARGET
 from trtc.core.targets.tensorrt import lower as lower_module
 from trtc.core.targets.tensorrt.flavour import find_flavour
 from trtc.core.targets.tensorrt.lower import LOWERINGS, LoweringOptions, lower_graph
 from trtc.core.targets.tensorrt.network import Network
 from trtc.tests.core.targets.tensorrt_cases import CASES, SEPARATELY, Case, Composer, add_case
-from trtc.tests.core.targets.tensorrt_opt import dummy_rank
+from trtc.tests.core.targets.tensorrt_opt import BUILD, dummy_rank
 from trtc.tests.trt_interpreter import NetworkInterpreter
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -74,6 +77,29 @@ def test_op_without_lowering_is_named_before_anything_is_built(monkeypatch: pyte
     expected = r"node 'mystery': op unknown has no lowering for tensorrt_rtx \d.*; supported: activation, add"
     with pytest.raises(BuildError, match=expected):
         lower_graph(c.graph(output), c.values, find_flavour("tensorrt_rtx"), OPTIONS)
+
+
+def test_op_of_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plugin's hook brings makes the layers, under the graph's names, and a build accepts the op."""
+    op = Op("doubled", lambda sig: (sig[0],), lambda ctx, attrs, x: x * 2)
+    monkeypatch.setitem(registry._OPS, "doubled", op)
+    c = Composer(DType.FLOAT32)
+    output = c.add("twice", "doubled", c.activation(4))
+    graph = c.graph(output)
+
+    def lowering(network: Any, node: Any, inputs: Any) -> Any:
+        return [network.add_elementwise(*inputs, *inputs, trt.ElementWiseOperation.SUM).get_output(0)]
+
+    options = replace(OPTIONS, plugins={"doubled": lowering})
+    weights = {node.name: c.values[node.name] for node in graph.weights}
+    network = lower_graph(graph, weights, find_flavour("tensorrt_rtx"), options)
+    interpreter = NetworkInterpreter(network.definition, trt)
+    found = interpreter.run({"token_ids": c.values["token_ids"].unsqueeze(0)})["twice"]
+    assert torch.equal(found, interpret(graph, c.values))
+    assert list(network.plugins) == ["doubled"]
+    brought = {"doubled": lowering}
+    monkeypatch.setattr(type(plugins()), "tensorrt_plugins", lambda self, flavour, build: brought)
+    assert "doubled" in TARGET.capabilities(BUILD).ops
 
 
 def test_tensorrt_without_native_attention_is_refused() -> None:

@@ -6,6 +6,7 @@ of TensorRT-RTX is recorded while networks with every op are lowered and a plan 
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from trtc.core.targets.tensorrt.build import build_plan
 from trtc.core.targets.tensorrt.flavour import Flavour, find_flavour
 from trtc.core.targets.tensorrt.lower import LoweringOptions, lower_graph
 from trtc.core.targets.tensorrt.options import TensorRTOptions
+from trtc.runtime import tensorrt_session
 from trtc.tests.core.targets.tensorrt_cases import CASES, Composer, add_case
 from trtc.tests.core.targets.tensorrt_opt import BUILD, CAPACITY, dummy_rank, ranks_of
 from trtc.tests.opt_models import OptCheckpoint
@@ -143,3 +145,39 @@ def test_building_ahead_of_time_is_the_one_difference(flavour: Flavour, uses: se
         ("IBuilderConfig", "num_compute_capabilities"),
         ("IBuilderConfig", "set_compute_capability"),
     ]
+
+
+OWNERS = {"_trt": "", "_plan": "ICudaEngine", "_runtime": "Runtime", "context": "IExecutionContext"}
+"""Names that hold objects of TensorRT in runtime/tensorrt_session.py, and the classes of these."""
+
+
+def attributes_of_the_session() -> set[Use]:
+    """What the session over a GPU, which no test here can run, uses of TensorRT: read from its source."""
+    uses = set()
+    for node in ast.walk(ast.parse(Path(tensorrt_session.__file__).read_text())):
+        if isinstance(node, ast.Attribute):
+            holder = (
+                node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            )
+            if holder in OWNERS:
+                uses.add((OWNERS[holder], node.attr))
+    return uses
+
+
+def test_names_of_the_runtime_are_in_both() -> None:
+    uses = attributes_of_the_session()
+    assert {("IExecutionContext", "execute_async_v3"), ("ICudaEngine", "device_memory_size_v2")} <= uses
+    assert sorted(uses - published()) == []
+    owners = {owner: getattr(trt, owner) if owner else trt for owner, _ in uses}
+    assert [use for use in sorted(uses) if not hasattr(owners[use[0]], use[1])] == []
+    assert hasattr(
+        trt.IExecutionContext, "is_stream_capturable"
+    )  # asked for by getattr: TensorRT-RTX alone has it
+
+
+def test_names_of_the_plugin_path_are_in_tensorrt_11() -> None:
+    assert {
+        ("INetworkDefinition", "add_plugin"),
+        ("PreviewFeature", "ALIASED_PLUGIN_IO_10_03"),
+        ("IBuilderConfig", "set_preview_feature"),
+    } <= published()

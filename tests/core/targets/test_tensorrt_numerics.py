@@ -17,8 +17,10 @@ from trtc.core.graph import Graph, Node
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext
 from trtc.core.sharding import ShardingOptions
+from trtc.core.targets.tensorrt import attend
 from trtc.core.targets.tensorrt.flavour import find_flavour
 from trtc.core.targets.tensorrt.lower import LoweringOptions, lower_graph
+from trtc.core.targets.tensorrt.options import TensorRTOptions
 from trtc.tests.core.targets.tensorrt_opt import CAPACITY, Rank, Session, ranks_of
 from trtc.tests.opt_models import OptCheckpoint, hf_logits
 from trtc.tests.packed_steps import PagedSequences, filled_cache
@@ -35,9 +37,11 @@ NEW_TOKENS = 16
 SMALLEST_VOCABULARY = 96
 
 
-def logits_of_steps(ranks: Sequence[Rank], variant: str) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_of_steps(
+    ranks: Sequence[Rank], variant: str, fmha: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [steps, B, V] of the ranks' networks and of the oracle, whose tokens both go on with."""
-    options, flavour = LoweringOptions(kv_capacity=CAPACITY), find_flavour("tensorrt_rtx")
+    options, flavour = lowering_options(fmha), find_flavour("tensorrt_rtx")
     networks = [lower_graph(rank.graph, rank.weights, flavour, options) for rank in ranks]
     session = Session([NetworkInterpreter(n.definition, trt) for n in networks], len(PROMPT_LENGTHS))
     generator = torch.Generator().manual_seed(1)
@@ -53,6 +57,10 @@ def logits_of_steps(ranks: Sequence[Rank], variant: str) -> tuple[torch.Tensor, 
         texts = [text + token for text, token in zip(texts, new, strict=True)]
     expected = torch.stack(wanted)
     return torch.stack(found)[..., : expected.shape[-1]], expected
+
+
+def lowering_options(fmha: str | None) -> LoweringOptions:
+    return LoweringOptions(kv_capacity=CAPACITY, attend=attend(TensorRTOptions(context_fmha=fmha)))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +85,25 @@ def test_16_bit_logits_are_close_to_transformers(dtype: DType, opt_checkpoint: C
     assert max_error(found, expected) <= logits_tolerance(dtype, expected)
 
 
+@pytest.mark.parametrize("fmha", ["disable", "fp32_acc"])
+def test_layered_attention(fmha: str, opt_checkpoint: Checkpoints) -> None:
+    """--context-fmha in native attention: float32 logits; in float16, the type that scores and sums have."""
+    found, expected = logits_of_steps(ranks_of(opt_checkpoint("five_heads")), "five_heads", fmha)
+    assert max_error(found, expected) <= LOGITS_FLOAT32_ABS
+    (rank,) = ranks_of(opt_checkpoint("head_dim_80"), DType.FLOAT16)
+    network = lower_graph(rank.graph, rank.weights, find_flavour("tensorrt_rtx"), lowering_options(fmha))
+    layers = {
+        network.definition.get_layer(i).name: network.definition.get_layer(i)
+        for i in range(network.definition.num_layers)
+    }
+    assert not [name for name, layer in layers.items() if "ATTENTION" in layer.type.name]
+    parts = ("scores", "weights", "sums")
+    types = {layers[f"layers.1.attention.attention/padded/{part}"].get_output(0).dtype.name for part in parts}
+    assert types == {"FLOAT" if fmha == "fp32_acc" else "HALF"}
+    found, expected = logits_of_steps([rank], "head_dim_80", fmha)
+    assert max_error(found, expected) <= logits_tolerance(DType.FLOAT16, expected)
+
+
 @pytest.mark.parametrize(
     "sharding",
     [
@@ -96,7 +123,8 @@ def test_two_ranks_together_give_the_logits_of_one(
     assert max_error(found, expected) <= LOGITS_FLOAT32_ABS
 
 
-def test_grouped_query_attention_rotary_positions_and_uneven_steps() -> None:
+@pytest.mark.parametrize("fmha", [None, "fp32_acc"])
+def test_grouped_query_attention_rotary_positions_and_uneven_steps(fmha: str | None) -> None:
     """Prefill, then steps in which some sequences decode while others go on with their prompt in chunks.
 
     Oracle: the same graph by the ops' references in float64, over pages, with nothing padded.
@@ -104,8 +132,7 @@ def test_grouped_query_attention_rotary_positions_and_uneven_steps() -> None:
     graph = toy_decoder()
     wide = random_weights(graph)
     weights = {name: value.float() for name, value in wide.items()}
-    options = LoweringOptions(kv_capacity=CAPACITY)
-    network = lower_graph(graph, weights, find_flavour("tensorrt_rtx"), options)
+    network = lower_graph(graph, weights, find_flavour("tensorrt_rtx"), lowering_options(fmha))
     session = Session([NetworkInterpreter(network.definition, trt)], 3)
     pages = PagedSequences(page_size=16, num_pages=8)
     context = ReferenceContext(filled_cache(graph, 16, 8, torch.float64))
