@@ -35,6 +35,7 @@ SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=
 MPI = ["mpi4py>=4.0", "openmpi>=5.0"]
 ROUGE = "rouge-score>=0.1.2"
 EVAL = [ROUGE, "datasets>=2.14"]
+ONNX = "onnx>=1.17"
 
 setup(
     name="trtc",
@@ -74,6 +75,7 @@ setup(
             "aiohttp>=3.9",
             "tenacity>=8",
         ],  # the last two: for its models over HTTP
+        "onnx": [ONNX],
         "test": [
             "pytest>=8",
             "setuptools>=77",
@@ -84,6 +86,7 @@ setup(
             "mypy>=2.4,<2.5",
             "import-linter>=2.1",
             ROUGE,
+            ONNX,
             # the files of tensorrt.plugin, which tests run OPT's plugins on; the libraries below it are not needed
             "tensorrt-cu13-bindings==11.4.0.106; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "httpx>=0.27",

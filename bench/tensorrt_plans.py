@@ -101,8 +101,9 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--compute-capability", nargs="+", default=list(CAPABILITIES))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to add to (default: %(default)s)")
     args = parser.parse_args()
-    data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": []}
+    data = json.loads(args.results.read_text()) if args.results.exists() else {"cases": []}
     for model in args.model:
         for dtype in args.dtype:
             for capability in args.compute_capability:
@@ -110,7 +111,7 @@ def main() -> None:
                 key = (model, dtype, capability)
                 kept = [c for c in data["cases"] if (c["model"], c["dtype"], c["compute_capability"]) != key]
                 data = {**setup(), "cases": [*kept, case]}
-                RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+                args.results.write_text(json.dumps(data, indent=1) + "\n")
                 print(f"{model} {dtype} {capability}: {case['plan_bytes'] / 1e6:.1f} MB, {case['build_s']} s, "
                       f"{case['peak_bytes'] / 1e9:.2f} GB at most", flush=True)  # fmt: skip
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..core.errors import ConfigError
 from .common import human_bytes
+
+if TYPE_CHECKING:
+    from ..core.engine import Engine
 
 NAME = "inspect"
 HELP = "show what an engine holds, after checking that it is sound"
+FORMATS = ("dot", "html", "onnx")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,15 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--graph", action="store_true", help="print the graph of every rank")
     form.add_argument("--json", action="store_true", help="print configuration and files as JSON")
+    form.add_argument("--format", choices=FORMATS,
+                      help="a picture of the graph: Graphviz text, one HTML page, or an ONNX model for viewers")  # fmt: skip
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="of --format (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="of --format (default: standard output)")
 
 
 def main(args: argparse.Namespace) -> int:
     from ..core.engine import Engine
     from ..core.plugin_registry import plugins
-    from ..core.targets.base import CacheShape
 
     plugins()  # the graph may hold ops that a plugin registers
     engine = Engine.open(args.engine_dir)
+    if args.format:
+        return _draw(engine, args)
     if args.graph:
         for rank, part in enumerate(engine.ranks):
             print(f"# rank {rank}\n{part.graph}\n")
@@ -35,22 +48,65 @@ def main(args: argparse.Namespace) -> int:
                 "files": dict(engine.files)}  # fmt: skip
         print(json.dumps(data, indent=2))
         return 0
+    for key, value in facts(engine).items():
+        print(f"{key:<10}  {value}")
+    return 0
+
+
+def facts(engine: Engine) -> dict[str, str]:
+    """Label -> text."""
+    from ..core.targets.base import CacheShape
+
     model, build = engine.model, engine.build
     cache = CacheShape.of(engine.ranks[0].graph, build.page_size)
     weights = {name for part in engine.ranks for name in part.weights}
-    rows = {
+    return {
         "model": f"{model.family}, {model.architecture}, {model.num_layers} layers, hidden {model.hidden_size}, "
         f"{model.num_heads} heads, vocabulary {model.vocab_size}, {model.dtype}",
         "target": build.target,
         "limits": f"batch {build.max_batch_size}, prompt {build.max_input_len}, sequence {build.max_seq_len}, "
         f"{build.max_num_tokens} tokens a step",
         "ranks": f"{build.num_ranks}: tp {build.tp_size} x pp {build.pp_size}",
-        "weights": human_bytes(sum(int(engine.files[name]["bytes"]) for name in weights)),
+        "weights": human_bytes(sum(int(engine.files[name]["bytes"]) for name in weights)) if weights else "in the plan",
         "KV cache": f"{human_bytes(cache.bytes_per_page / build.page_size)} a token and rank, pages of {build.page_size}",
         "tokenizer": "yes" if "tokenizer.json" in engine.files else "no: works with token ids",
         "graph": f"{len(engine.ranks[0].graph.nodes)} nodes, sha256 {engine.ranks[0].graph.hash[:16]}",
+        **dict(_plan_facts(engine)),
         "written by": f"trtc {engine.trtc_version}",
-    }
-    for key, value in rows.items():
-        print(f"{key:<10}  {value}")
+    }  # fmt: skip
+
+
+def _plan_facts(engine: Engine) -> Iterator[tuple[str, str]]:
+    """What an engine of target tensorrt says of its plans."""
+    artifacts = engine.ranks[0].artifacts
+    if "plan" not in artifacts:
+        return
+    bytes_of = [human_bytes(int(engine.files[part.artifacts["plan"]]["bytes"])) for part in engine.ranks]
+    yield "plan", f"{artifacts['flavour']} {artifacts['version']}, {', '.join(bytes_of)}"
+    takes = artifacts["compute_capabilities"]
+    yield "for GPUs", ", ".join(takes) if takes else "those that the flavour builds for when none is named"
+    yield "plugins", ", ".join(artifacts.get("plugins", ())) or "none needed"
+    ends = f"{len(artifacts['inputs'])} inputs, {len(artifacts['outputs'])} outputs"
+    yield "network", f"{artifacts.get('layers', '?')} layers, {ends}"
+    for profile in artifacts["profiles"]:
+        sizes = [(what, size) for what, size in profile.items() if what != "name"]
+        yield (
+            profile["name"],
+            "profile: " + ", ".join(f"{what} {size[0]} to {size[-1]}" for what, size in sizes),
+        )
+
+
+def _draw(engine: Engine, args: argparse.Namespace) -> int:
+    from ..core.picture import FORMATS as DRAW
+
+    if not 0 <= args.rank < len(engine.ranks):
+        raise ConfigError(f"--rank {args.rank}: the engine has ranks 0 to {len(engine.ranks) - 1}")
+    title = f"{engine.path.resolve().name}, rank {args.rank}"
+    content = DRAW[args.format](engine.ranks[args.rank].graph, title, facts(engine))
+    if args.output is None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.flush()
+        return 0
+    args.output.write_bytes(content)
+    print(f"{args.output}: {human_bytes(len(content))}")
     return 0
