@@ -1,0 +1,161 @@
+"""Where the time of engine steps goes, kernel by kernel: the numbers behind `trtc profile`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ..core.errors import RequestError
+from .benchmark import FIRST_TOKEN_ID
+from .llm import LLM
+from .sampling_params import SamplingParams
+
+Phase = Literal["prefill", "decode"]
+_WARM_UP = 2
+"""Times that everything runs before it is watched: kernels are chosen and graphs captured the first time."""
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel of a GPU, or one operator of torch on the CPU. Times are in microseconds.
+
+    calls, time_us: a step's share, mean over the steps that were watched
+    """
+
+    name: str
+    calls: float
+    time_us: float
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """What one phase did.
+
+    device:  "cuda": kernels, as the GPU ran them; "cpu": operators, each without those that it calls
+    steps:   that were watched
+    wall_us: time of one of them, watched or not: measured in a run of its own, since watching costs time
+    kernels: the longest first
+    """
+
+    phase: Phase
+    device: Literal["cpu", "cuda"]
+    batch: int
+    steps: int
+    wall_us: float
+    kernels: tuple[KernelTime, ...]
+
+    @property
+    def kernels_us(self) -> float:
+        """Sum over all kernels. It can exceed `wall_us`: kernels overlap, and watching slows operators down."""
+        return sum(kernel.time_us for kernel in self.kernels)
+
+
+def profile_engine(
+    llm: LLM, *, batch: int, input_len: int, steps: int, seed: int = 0
+) -> Iterator[StepProfile]:
+    """Watches the prefill of `batch` random prompts of `input_len` tokens, then `steps` decode steps of them, greedy.
+
+    Raises RequestError when the engine is too small for that.
+    """
+    limit = llm.core.executor.max_batch_size
+    if not 1 <= batch <= limit:
+        raise RequestError(f"batch is {batch}; accepted: 1 to the engine's max_batch_size, {limit}")
+    if steps < 1:
+        raise RequestError(f"steps is {steps}; accepted: at least 1")
+    run = _Run(llm, batch, input_len, steps, seed)
+    for _ in range(_WARM_UP):
+        run.prefill()
+        run.decode()
+    yield _watch(run, "prefill")
+    yield _watch(run, "decode")
+
+
+class _Run:
+    """The same requests again and again, phase by phase."""
+
+    def __init__(self, llm: LLM, batch: int, input_len: int, steps: int, seed: int) -> None:
+        self.core, self.batch, self.steps = llm.core, batch, steps
+        vocab_size = self.core.executor.vocab_size
+        rng = np.random.default_rng(seed)
+        first = min(FIRST_TOKEN_ID, vocab_size - 1)
+        self._prompts: list[list[int]] = rng.integers(first, vocab_size, (batch, input_len)).tolist()
+        self._params = SamplingParams(max_tokens=steps + 1, temperature=0.0, ignore_eos=True)
+        for prompt in self._prompts:
+            self.core.check_request(prompt, self._params)
+
+    def prefill(self) -> int:
+        """Brings every request to its first token; returns the number of engine steps."""
+        for index, prompt in enumerate(self._prompts):
+            self.core.add_request(f"profile-{index}", prompt, self._params)
+        started: set[str] = set()
+        count = 0
+        while len(started) < self.batch:
+            started |= {output.request_id for output in self.core.step()}
+            count += 1
+        return count
+
+    def decode(self) -> int:
+        """Ends what `prefill` began; returns the number of decode steps."""
+        while self.core.has_unfinished:
+            self.core.step()
+        _synchronize()
+        return self.steps
+
+
+def _watch(run: _Run, phase: Phase) -> StepProfile:
+    wall, _, _ = _phase(run, phase, None)
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    watcher = profile(activities=activities)
+    _, steps, device = _phase(run, phase, watcher)
+    kernels = sorted(_kernel_times(watcher, device, steps), key=lambda kernel: -kernel.time_us)
+    return StepProfile(phase, device, run.batch, steps, wall / steps, tuple(kernels))
+
+
+def _phase(run: _Run, phase: Phase, watcher: Any) -> tuple[float, int, Literal["cpu", "cuda"]]:
+    """Runs both phases, watching one. Returns its microseconds, its steps, and where its kernels ran."""
+    if phase == "prefill":
+        elapsed, steps = _timed(run.prefill, watcher)
+        run.decode()
+    else:
+        run.prefill()
+        elapsed, steps = _timed(run.decode, watcher)
+    on_gpu = watcher is not None and any(_on_gpu(event) for event in watcher.key_averages())
+    return elapsed, steps, "cuda" if on_gpu else "cpu"
+
+
+def _timed(work: Any, watcher: Any) -> tuple[float, int]:
+    if watcher is not None:
+        watcher.start()
+    _synchronize()
+    start = time.perf_counter()
+    steps = work()
+    _synchronize()
+    elapsed = (time.perf_counter() - start) * 1e6
+    if watcher is not None:
+        watcher.stop()
+    return elapsed, steps
+
+
+def _kernel_times(watcher: Any, device: str, steps: int) -> Iterator[KernelTime]:
+    for event in watcher.key_averages():
+        if device == "cuda" and _on_gpu(event):
+            yield KernelTime(event.key, event.count / steps, event.self_device_time_total / steps)
+        elif device == "cpu" and not _on_gpu(event) and event.self_cpu_time_total > 0:
+            yield KernelTime(event.key, event.count / steps, event.self_cpu_time_total / steps)
+
+
+def _on_gpu(event: Any) -> bool:
+    return bool(event.device_type.name == "CUDA")
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

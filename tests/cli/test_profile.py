@@ -1,0 +1,69 @@
+"""`trtc profile`. Oracle: an operator of torch that the test itself puts into every step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from trtc.cli.main import main
+from trtc.runtime.cpu_executor import CpuExecutor
+from trtc.runtime.step_input import StepInput
+
+TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("profile") / "engine"
+    command = f"build --model-dir {TINY_OPT} --output-dir {folder} --dtype float32 --max-batch-size 2"
+    assert main(command.split()) == 0
+    return folder
+
+
+def test_every_kernel_of_a_step_is_counted(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    execute = CpuExecutor.execute
+
+    def with_more(self: CpuExecutor, step: StepInput) -> torch.Tensor:
+        torch.cumprod(torch.ones(1 << 18), 0)
+        return execute(self, step)
+
+    monkeypatch.setattr(CpuExecutor, "execute", with_more)
+    report = tmp_path / "profile.json"
+    command = f"profile --engine-dir {engine} --batch 2 --input-len 16 --steps 3 --top 4 --json {report}"
+    assert main(command.split()) == 0
+    prefill, decode = json.loads(report.read_text())
+    assert (prefill["phase"], prefill["steps"]) == ("prefill", 1)
+    assert (decode["phase"], decode["steps"]) == ("decode", 3)
+    for found in (prefill, decode):
+        times = [kernel["time_us"] for kernel in found["kernels"]]
+        assert times == sorted(times, reverse=True) and times[-1] > 0
+        (ours,) = [kernel for kernel in found["kernels"] if kernel["name"] == "aten::cumprod"]
+        assert ours["calls"] == 1
+        assert 0 < ours["time_us"] < sum(times)
+        assert found["wall_us"] > 0
+    printed = capsys.readouterr().out
+    assert printed.count("others") == 2
+    assert "decode, batch 2: " in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--batch 0", "batch is 0; accepted: 1 to the engine's max_batch_size, 2"),
+        ("--batch 3", "batch is 3; accepted: 1 to the engine's max_batch_size, 2"),
+        ("--steps 0", "steps is 0; accepted: at least 1"),
+        ("--input-len 5000", "the prompt has 5000 tokens"),
+    ],
+)
+def test_what_cannot_be_profiled(
+    engine: Path, options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the limits in the message."""
+    assert main(["profile", "--engine-dir", str(engine), *options.split()]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert message in err
