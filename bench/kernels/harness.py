@@ -128,15 +128,16 @@ def environment() -> dict[str, Any]:
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
         "dirty": bool(_output("git", "status", "--porcelain")),
         "device": torch.cuda.get_device_name(),
-        "driver": _nvidia_smi("driver_version"),
-        "sm_clock_mhz": _nvidia_smi("clocks.sm"),
+        "driver": nvidia_smi("driver_version"),
+        "sm_clock_mhz": nvidia_smi("clocks.sm"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "limit_tbps": COPY_BANDWIDTH_TBPS,
     }
 
 
-def _nvidia_smi(query: str) -> str:
+def nvidia_smi(query: str) -> str:
+    """What nvidia-smi says of the first field of `query`; "unknown" where there is none."""
     return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from trtc.bench import opt_sizes
 from trtc.core import layers
 from trtc.core.build import plan
 from trtc.core.config import BuildConfig
@@ -178,40 +179,21 @@ def test_activation_names(activation: str) -> None:
     assert max_error(ours, ACT2FN[activation](x)) < 1e-12
 
 
-SIZES: dict[str, dict[str, Any]] = {
-    "125M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072},
-    "350M": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "ffn_dim": 4096,
-                 "word_embed_proj_dim": 512, "do_layer_norm_before": False},
-    "1.3B": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "ffn_dim": 8192},
-    "2.7B": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "ffn_dim": 10240},
-    "6.7B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "ffn_dim": 16384},
-    "13B": {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "ffn_dim": 20480},
-    "30B": {"hidden_size": 7168, "num_hidden_layers": 48, "num_attention_heads": 56, "ffn_dim": 28672},
-    "66B": {"hidden_size": 9216, "num_hidden_layers": 64, "num_attention_heads": 72, "ffn_dim": 36864},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", opt_sizes.SIZES)
 def test_the_published_sizes_compose(size: str) -> None:
     """Graphs only. Oracles: transformers' model of the same config on the meta device has as many parameters, and so
     has about the model's name; the passes leave a graph that verifies, alone and shared by two ranks."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    fields = {
-        "vocab_size": 50272,
-        "max_position_embeddings": 2048,
-        "word_embed_proj_dim": None,
-        **SIZES[size],
-    }
-    fields["word_embed_proj_dim"] = fields["word_embed_proj_dim"] or fields["hidden_size"]
+    fields = opt_sizes.opt_config(size)
     with torch.device("meta"):
         model: Any = OPTForCausalLM(OPTConfig(**fields))
     theirs = sum(p.numel() for p in model.parameters())
     family = plugins().family("opt")
-    config = family.config({**fields, "architectures": ["OPTForCausalLM"]})
+    config = family.config(fields)
     weights = family.weight_table(config).expand(config)
     assert sum(int(np.prod(w.shape)) for w in weights if w.tied_to is None) == theirs
-    named = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
+    named = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
     assert 0.93 < theirs / named < 1.03
     assert family.compose(config).num_cache_layers == config.num_layers
     shallow = dataclasses.replace(config, num_layers=2)  # the passes treat every layer alike
@@ -221,7 +203,7 @@ def test_the_published_sizes_compose(size: str) -> None:
         source = DummyWeights(table, shallow, dtype=config.dtype, sharding=sharding)
         graph = plan(family, shallow, source, build, rank=tp_size - 1).graph
         # q, k, v as one, out, fc1, fc2 in every layer, and the head; 350M's projection of the output.
-        assert sum(node.op == "linear" for node in graph.nodes) == 4 * 2 + 1 + (size == "350M")
+        assert sum(node.op == "linear" for node in graph.nodes) == 4 * 2 + 1 + (size == "350m")
 
 
 @pytest.mark.parametrize(

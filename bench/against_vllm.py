@@ -1,0 +1,150 @@
+"""trtc and vLLM on one GPU in one run, for the table of the README: checks first, then times both sides in turn.
+
+    python -m trtc.bench.against_vllm --sizes 125m 1.3b --peer PEER_DIR --commit $(git rev-parse HEAD) --json FILE
+
+PEER_DIR holds `bench_vllm.py` and vLLM unpacked in `site/`; without it only trtc is timed. Both sides have random weights
+of the same config, and each is a process of its own. A side that fails is in the file as {"kind": "error", ...}, and the
+script goes on with the next: time on such a machine is short. The exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .kernels.harness import nvidia_smi
+from .opt_sizes import SIZES, write_config
+
+Record = dict[str, Any]
+BATCHES = ("1", "8", "64")
+BUILD = ("--target", "cuda", "--dtype", "float16", "--dummy-weights", "--max-batch-size", "512", "--max-seq-len", "1024",
+         "--max-num-tokens", "16384")  # fmt: skip
+"""512 sequences fit at once, as vLLM's default has it; 1,024 tokens hold 512 in and 256 out."""
+_LIMIT_S = 540
+"""A side that takes longer is ended."""
+
+
+def main() -> int:
+    args = arguments()
+    data: Record = {
+        "date": datetime.date.today().isoformat(),
+        "commit": args.commit[:12],
+        "dirty": args.dirty,
+        "driver": nvidia_smi("driver_version"),
+        "check": check(),
+        "models": {},
+    }
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory(prefix=f"trtc-{size}-") as scratch:
+            config = write_config(size, Path(scratch) / "model")
+            sides = data["models"][size] = {"trtc": list(ours(config, Path(scratch), args))}
+            if args.peer is not None:
+                sides["vllm"] = list(theirs(config, args))
+        data["device"] = next((r["device"] for r in sides["trtc"] if r["kind"] == "setup"), None)
+        args.json.write_text(json.dumps(data, indent=1) + "\n")  # after every size: what is measured is kept
+    failed = [
+        r
+        for sides in data["models"].values()
+        for side in sides.values()
+        for r in side
+        if r["kind"] == "error"
+    ]
+    for record in failed:
+        print(f"FAILED: {record['command']}: {record['message']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, required=True)
+    parser.add_argument("--peer", type=Path, help="folder with bench_vllm.py and site/")
+    parser.add_argument("--arch", default="sm_90", help="what to compile for (default: %(default)s)")
+    parser.add_argument(
+        "--mixed", type=int, default=512, help="requests of the mixed load (default: %(default)s)"
+    )
+    parser.add_argument("--commit", required=True, help="the commit that is measured")
+    parser.add_argument("--dirty", action="store_true", help="there are changes on top of it")
+    parser.add_argument("--json", type=Path, required=True)
+    return parser.parse_args()
+
+
+def check() -> str:
+    """Runs the engine tests on the GPU; what is timed has to be right first."""
+    tests = Path(__file__).parent.parent / "tests" / "gpu"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", str(tests)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"the checks failed, nothing was timed:\n{result.stdout[-3000:]}")
+    return f"tests/gpu: {result.stdout.strip().splitlines()[-1]}"
+
+
+def ours(config: Path, scratch: Path, args: argparse.Namespace) -> Iterator[Record]:
+    engine, report = scratch / "engine", scratch / "trtc.json"
+    trtc = [sys.executable, "-m", "trtc.cli"]
+    built = run([*trtc, "build", "--model-dir", str(config), "--output-dir", str(engine), *BUILD,
+                 "--cuda-arch", args.arch])  # fmt: skip
+    if built:
+        yield built
+        return
+    yield from first_token(
+        [*trtc, "run", "--engine-dir", str(engine), "--input-ids", "5,6,7", "--max-output-len", "1"]
+    )
+    timed = run([*trtc, "bench", "--engine-dir", str(engine), "--batch", *BATCHES, "--mixed", str(args.mixed),
+                 "--json", str(report)])  # fmt: skip
+    yield from [timed] if timed else json.loads(report.read_text())
+
+
+def first_token(command: Sequence[str]) -> Iterator[Record]:
+    """From the start of a process to its end, one token later."""
+    start = time.perf_counter()
+    failed = run(command)
+    yield failed or {"kind": "process", "start_to_first_token_s": round(time.perf_counter() - start, 2)}
+
+
+def theirs(config: Path, args: argparse.Namespace) -> Iterator[Record]:
+    """The records of the peer's script; `process` is its import and start, to which its first token would come."""
+    path = os.pathsep.join([str(args.peer / "site"), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+                   "VLLM_HOST_IP": "127.0.0.1", "VLLM_CACHE_ROOT": "/tmp/vllm_cache"}  # fmt: skip
+    log = args.json.with_suffix(".vllm.log")
+    command = [sys.executable, str(args.peer / "bench_vllm.py"), "--config-dir", str(config), "--batch", *BATCHES,
+               "--in-len", "512", "--out-len", "128", "--continuous", "--requests", str(args.mixed)]  # fmt: skip
+    with log.open("w") as sink:
+        failed = run(command, environment, stdout=sink)
+    if failed:
+        yield failed
+    for line in log.read_text().splitlines():
+        if line.startswith('{"kind"'):
+            record = json.loads(line)
+            yield record
+            if record["kind"] == "setup":
+                yield {"kind": "process", "start_s": record["import_s"] + record["init_s"]}
+
+
+def run(
+    command: Sequence[str], environment: Mapping[str, str] | None = None, stdout: Any = None
+) -> Record | None:
+    """None when the command went well, otherwise a record of what it said."""
+    shown = " ".join(command[1:])
+    print(f"$ {shown}", flush=True)
+    try:
+        result = subprocess.run(command, env={**os.environ, **(environment or {})}, stdout=stdout,
+                                stderr=subprocess.PIPE, text=True, timeout=_LIMIT_S)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"kind": "error", "command": shown, "message": f"not done after {_LIMIT_S} s"}
+    if result.returncode:
+        return {"kind": "error", "command": shown, "message": result.stderr[-2000:].strip()}
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

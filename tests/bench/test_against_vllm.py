@@ -1,0 +1,77 @@
+"""The script that times trtc beside a peer. Oracle: a peer made by the test, and an engine of target cpu."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from trtc.bench import against_vllm, opt_sizes, table
+
+PEER = """
+import json, os, sys
+assert os.environ["PYTHONPATH"].split(os.pathsep)[0].endswith("site")
+print("a line of a log")
+print(json.dumps({"kind": "setup", "vllm": "0", "import_s": 1.5, "init_s": 2.0}))
+print(json.dumps({"kind": "batch", "batch": 1, "arguments": sys.argv[1:]}))
+"""
+TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 64, "vocab_size": 100,
+        "word_embed_proj_dim": 32, "max_position_embeddings": 1024}  # fmt: skip
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> argparse.Namespace:
+    peer = tmp_path / "peer"
+    peer.mkdir()
+    (peer / "bench_vllm.py").write_text(PEER)
+    return argparse.Namespace(peer=peer, arch="sm_90", mixed=2, json=tmp_path / "result.json")
+
+
+def test_both_sides_are_timed(
+    tmp_path: Path, args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(opt_sizes.SIZES, "125m", TINY)  # type: ignore[misc]
+    config = opt_sizes.write_config("125m", tmp_path / "model")
+    build = [word if word != "cuda" else "cpu" for word in against_vllm.BUILD]
+    monkeypatch.setattr(against_vllm, "BUILD", build)
+    monkeypatch.setattr(against_vllm, "BATCHES", ("1", "2"))
+    run = against_vllm.run
+    monkeypatch.setattr(
+        against_vllm, "run", lambda command, *rest, **more: run(for_cpu(command), *rest, **more)
+    )
+    ours = list(against_vllm.ours(config, tmp_path, args))
+    kinds = [record["kind"] for record in ours]
+    assert kinds == ["process", "start", "setup", "batch", "batch", "continuous", "continuous"], ours
+    assert ours[0]["start_to_first_token_s"] > 0
+    theirs = list(against_vllm.theirs(config, args))
+    assert [record["kind"] for record in theirs] == ["setup", "process", "batch"]
+    assert theirs[1]["start_s"] == 3.5
+    assert theirs[2]["arguments"][:2] == ["--config-dir", str(config)]
+
+
+def for_cpu(command: list[str]) -> list[str]:
+    """Without what only target cuda knows, and with short prompts."""
+    if "--cuda-arch" in command:
+        command = command[: command.index("--cuda-arch")]
+    if "bench" in command:
+        command = [*command, "--input-len", "8", "--output-len", "2", "--repeat", "1"]
+    return command
+
+
+def test_a_side_that_fails_is_on_record(tmp_path: Path, args: argparse.Namespace) -> None:
+    """Oracle: what the command said."""
+    (config := tmp_path / "model").mkdir()
+    (failed,) = against_vllm.ours(config, tmp_path, args)
+    assert failed["kind"] == "error" and f"{config}: is empty" in failed["message"]
+    (args.peer / "bench_vllm.py").write_text("raise SystemExit('no GPU')")
+    (failed,) = against_vllm.theirs(config, args)
+    assert failed["kind"] == "error" and failed["message"] == "no GPU"
+
+
+def test_the_table_marks_what_falls_short() -> None:
+    """Oracle: the bars."""
+    short = table.row("6.7b", "decode", 1, "4 ms", "5 ms", 1.25, 90.0)
+    reached = table.row("6.7b", "process", 1, "5 s", "49 s", 9.8, None)
+    assert short[5] == "1.3 (short)" and reached[5] == "8.0"
+    assert json.dumps(reached[1]) == '"process start to first token, batch 1"'
