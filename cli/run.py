@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from .ranks import add_nproc, enter_job
 
 if TYPE_CHECKING:
     from ..runtime.llm import Prompt
-    from ..runtime.outputs import RequestOutput
+    from ..runtime.outputs import CompletionOutput, Logprob, RequestOutput
 
 NAME = "run"
 HELP = "generate text with an engine"
@@ -42,13 +43,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="default: %(default)s")
     sampling.add_argument("--presence-penalty", type=float, default=0.0, help="default: %(default)s")
     sampling.add_argument("--frequency-penalty", type=float, default=0.0, help="default: %(default)s")
+    sampling.add_argument("--logit-bias", nargs="+", default=[], metavar="ID=BIAS",
+                          help="added to the logits of tokens: -100 never, 100 always")  # fmt: skip
+    sampling.add_argument(
+        "--bad-words", nargs="+", default=[], metavar="TEXT", help="texts that must not come"
+    )
+    sampling.add_argument("--bad-words-ids", nargs="+", default=[], metavar="ID,ID,...",
+                          help="sequences of token ids that must not come")  # fmt: skip
+    sampling.add_argument("--min-tokens", type=int, default=0, metavar="N",
+                          help="tokens before --stop or the like may end it (default: %(default)s)")  # fmt: skip
     sampling.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end the output")
     sampling.add_argument("--stop-token-ids", nargs="+", type=int, default=[], metavar="ID")
+    sampling.add_argument(
+        "--include-stop-str-in-output", action="store_true", help="keep the --stop that ended it"
+    )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    sampling.add_argument(
+        "--show-special-tokens", action="store_true", help="such as </s>, as part of the text"
+    )
+    sampling.add_argument(
+        "-n", type=int, default=1, metavar="N", help="outputs per prompt (default: %(default)s)"
+    )
+    sampling.add_argument("--best-of", type=int, metavar="N",
+                          help="outputs to make, of which the -n most probable are shown (default: as many as -n)")  # fmt: skip
     sampling.add_argument("--seed", type=int, help="same seed, same text, whatever else is in the batch")
     sampling.add_argument(
         "--logprobs", type=int, metavar="K", help="put the K best tokens of each step into --output-json"
     )
+    sampling.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same of each prompt token")
     add_nproc(parser)
     cache = parser.add_argument_group("KV cache")
     cache.add_argument("--kv-cache-memory-bytes", type=int, metavar="N",
@@ -66,10 +88,15 @@ def main(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     if args.stream and len(prompts) != 1:
         raise ConfigError(f"--stream shows one prompt, found {len(prompts)}; leave it out for several")
+    if args.stream and args.n != 1:
+        raise ConfigError(f"--stream shows one output, -n is {args.n}; leave it out for several")
     if args.output_json is not None and not args.output_json.resolve().parent.is_dir():
         raise ConfigError(f"--output-json: {args.output_json.resolve().parent} is not a folder")
     params = SamplingParams(
+        n=args.n,
+        best_of=args.best_of,
         max_tokens=args.max_output_len,
+        min_tokens=args.min_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -77,14 +104,22 @@ def main(args: argparse.Namespace) -> int:
         repetition_penalty=args.repetition_penalty,
         presence_penalty=args.presence_penalty,
         frequency_penalty=args.frequency_penalty,
+        logit_bias=dict(map(_parse_bias, args.logit_bias)),
+        bad_words=args.bad_words,
+        bad_words_ids=[_parse_ids(text, "--bad-words-ids") for text in args.bad_words_ids],
         stop=args.stop,
         stop_token_ids=args.stop_token_ids,
+        include_stop_str_in_output=args.include_stop_str_in_output,
         ignore_eos=args.ignore_eos,
+        skip_special_tokens=not args.show_special_tokens,
         seed=args.seed,
         logprobs=args.logprobs,
+        prompt_logprobs=args.prompt_logprobs,
     )
     with LLM(args.engine_dir, **load_options) as llm:
-        if llm.tokenizer is None and (args.stop or any(isinstance(p, str) for p in prompts)):
+        if llm.tokenizer is None and (
+            args.stop or args.bad_words or any(isinstance(p, str) for p in prompts)
+        ):
             raise RequestError(
                 f"{args.engine_dir}: the engine has no tokenizer files; use --input-ids and --stop-token-ids"
             )
@@ -94,7 +129,7 @@ def main(args: argparse.Namespace) -> int:
         seconds = time.perf_counter() - start
     if printer is None:
         _print_outputs(outputs)
-    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
     if args.output_json is not None:
         write_json(args.output_json, [result_json(output) for output in outputs])
@@ -118,12 +153,13 @@ class _StreamPrinter:
 
 def _print_outputs(outputs: list[RequestOutput]) -> None:
     for i, output in enumerate(outputs):
-        completion = output.outputs[0]
         shown_prompt = output.prompt if output.prompt is not None else list(output.prompt_token_ids)
-        shown = (
-            completion.text if output.prompt is not None or completion.text else list(completion.token_ids)
-        )
-        print(f"Input [{i}]: {shown_prompt!r}\nOutput [{i}]: {shown!r} ({completion.finish_reason})")
+        print(f"Input [{i}]: {shown_prompt!r}")
+        for completion in output.outputs:
+            text = completion.text
+            shown = text if output.prompt is not None or text else list(completion.token_ids)
+            place = f"{i}" if len(output.outputs) == 1 else f"{i}.{completion.index}"
+            print(f"Output [{place}]: {shown!r} ({completion.finish_reason})")
 
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -131,15 +167,23 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     if args.input_text is not None:
         return list(args.input_text)
     if args.input_ids is not None:
-        return [_parse_ids(text) for text in args.input_ids]
+        return [_parse_ids(text, "--input-ids") for text in args.input_ids]
     return _read_prompt_file(args.input_file)
 
 
-def _parse_ids(text: str) -> list[int]:
+def _parse_ids(text: str, flag: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--input-ids: {text!r} is not a comma-separated list of token ids") from None
+        raise ConfigError(f"{flag}: {text!r} is not a comma-separated list of token ids") from None
+
+
+def _parse_bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise ConfigError(f"--logit-bias: {text!r}; accepted: ID=BIAS, such as 2=-100") from None
 
 
 def _read_prompt_file(path: Path) -> list[Prompt]:
@@ -185,24 +229,35 @@ def _prompt_of_json(value: Any, where: str) -> Prompt:
 
 
 def result_json(output: RequestOutput) -> dict[str, Any]:
-    """One result as JSON: prompt, text, token ids, finish reason and, where asked for, logprobs."""
-    completion = output.outputs[0]
+    """One result as JSON: prompt, text, token ids, finish reason and, where asked for, logprobs.
+
+    Completions after the first stand under `more`.
+    """
+    first, *others = map(_completion_json, output.outputs)
+    data = {"prompt": output.prompt, "prompt_token_ids": list(output.prompt_token_ids), **first}
+    if output.prompt_logprobs is not None:
+        data["prompt_logprobs"] = [entry and _logprobs_json(entry) for entry in output.prompt_logprobs]
+    if others:
+        data["more"] = others
+    return data
+
+
+def _completion_json(completion: CompletionOutput) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "prompt": output.prompt,
-        "prompt_token_ids": list(output.prompt_token_ids),
         "text": completion.text,
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
     }
     if completion.logprobs is not None:
-        data["logprobs"] = [
-            {
-                str(token): {"logprob": lp.logprob, "rank": lp.rank, "token": lp.decoded_token}
-                for token, lp in step.items()
-            }
-            for step in completion.logprobs
-        ]
+        data["logprobs"] = [_logprobs_json(step) for step in completion.logprobs]
     return data
+
+
+def _logprobs_json(entries: Mapping[int, Logprob]) -> dict[str, Any]:
+    return {
+        str(token): {"logprob": lp.logprob, "rank": lp.rank, "token": lp.decoded_token}
+        for token, lp in entries.items()
+    }
 
 
 def write_json(path: Path, value: Any) -> None:

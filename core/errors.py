@@ -43,7 +43,11 @@ class PluginError(TrtcError):
 
 
 class RequestError(TrtcError):
-    """A generation request asks for something this engine cannot do."""
+    """A generation request asks for something this engine cannot do. `field`: of `SamplingParams`, where it is one."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class TargetError(TrtcError):

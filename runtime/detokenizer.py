@@ -29,6 +29,7 @@ class Detokenizer:
         self._text = ""
         self._stops = params.stop_strings
         self._max_stop_len = max(map(len, self._stops), default=0)
+        self._keeps_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
         self._finished = False
@@ -40,7 +41,7 @@ class Detokenizer:
         return self._text[: len(self._text) - held]
 
     def append(self, token_id: int) -> str | None:
-        """Takes the next output token. Returns the stop string it completes, with the text cut before it."""
+        """Takes the next output token. Returns the stop string it completes, at which the text is cut."""
         assert not self._finished, "the text is finished"
         self._ids.append(token_id)
         self._num_tokens += 1
@@ -80,12 +81,14 @@ class Detokenizer:
                 found = (at, stop)
         if found is None:
             return None
-        self._text = self._text[: found[0]]
+        self._text = self._text[: found[0] + (len(found[1]) if self._keeps_stop else 0)]
         self._finished = True
         return found[1]
 
     def _num_held_chars(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest end of the text that begins a stop string, unless that is shown in any case."""
+        if self._keeps_stop:
+            return 0
         for length in range(min(self._max_stop_len - 1, len(self._text)), 0, -1):
             tail = self._text[-length:]
             if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):

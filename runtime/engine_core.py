@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import RequestError
+from .bad_words import bad_words
 from .decode_ahead import DecodeAhead
 from .detokenizer import Detokenizer
 from .executor import DecodeLoop, Executor
 from .outputs import CompletionOutput, Logprob, RequestOutput
 from .request import Request
+from .request_check import check_params, check_token_ids
 from .sampler import SampledToken, sample, top_logprobs
 from .sampling_params import SamplingParams
 from .scheduler import Batch, Scheduler, SchedulerConfig
@@ -35,10 +37,11 @@ class _Sequence:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The n completions of one prompt. `stream`: report every step, not only the end."""
+    """The completions of one prompt. `stream`: report every step, not only the end."""
 
     request_id: str
     prompt: str | None
+    params: SamplingParams
     stream: bool
     sequences: tuple[_Sequence, ...]
 
@@ -80,23 +83,8 @@ class EngineCore:
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises RequestError, naming value and limit, when this engine cannot serve the request."""
         self.scheduler.check_lengths(len(prompt_token_ids), params.max_tokens)
-        vocab_size = self.executor.vocab_size
-        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab_size:
-            position, token_id = next(
-                (i, t) for i, t in enumerate(prompt_token_ids) if not 0 <= t < vocab_size
-            )
-            raise RequestError(
-                f"token id {token_id} at position {position} is outside the vocabulary; "
-                f"accepted: 0 to {vocab_size - 1}"
-            )
-        for token_id in params.stop_token_ids or ():
-            if token_id >= vocab_size:
-                raise RequestError(f"stop_token_ids has {token_id}; accepted: 0 to {vocab_size - 1}")
-        for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
-            if count is not None and count > vocab_size:
-                raise RequestError(f"{name} is {count}; accepted: 0 to the vocabulary's {vocab_size}")
-        if params.stop_strings and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer and this engine has none; use stop_token_ids")
+        check_token_ids(prompt_token_ids, self.executor.vocab_size)
+        check_params(params, self.executor.vocab_size, self.tokenizer, self._eos_token_ids)
 
     def add_request(
         self,
@@ -110,7 +98,7 @@ class EngineCore:
         """Puts a request in line.
 
         prompt: the text the ids come from, given back in the outputs
-        stream: report every new token; otherwise only the finished request
+        stream: report every new token, unless only the best completions are wanted; otherwise only the finished request
         Raises RequestError as `check_request` does, or when an unfinished request has the same id.
         """
         self.check_request(prompt_token_ids, params)
@@ -121,9 +109,10 @@ class EngineCore:
             seed = int(self._seeds.integers(0, 2**64, dtype=np.uint64))
         sequences = [
             self._sequence(request_id, list(prompt_token_ids), params, seed, index)
-            for index in range(params.n)
+            for index in range(params.num_sequences)
         ]
-        self._groups[request_id] = _Group(request_id, prompt, stream, tuple(sequences))
+        stream = stream and params.num_sequences == params.n
+        self._groups[request_id] = _Group(request_id, prompt, params, stream, tuple(sequences))
         for sequence in sequences:
             self._sequences[sequence.request] = sequence
             self.scheduler.add(sequence.request)
@@ -175,10 +164,13 @@ class EngineCore:
     def _sequence(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, seed: int, index: int
     ) -> _Sequence:
+        name = request_id if params.num_sequences == 1 else f"{request_id}/{index}"
+        words = bad_words(params, self.tokenizer)
         if index > 0:  # the prompt is scored once
             params = replace(params, prompt_logprobs=None)
-        name = request_id if params.n == 1 else f"{request_id}/{index}"
-        request = Request(name, prompt_token_ids, params, self._eos_token_ids, seed, index)
+        if params.num_sequences > params.n:  # which are the best, their log probabilities tell
+            params = replace(params, logprobs=params.logprobs or 0)
+        request = Request(name, prompt_token_ids, params, self._eos_token_ids, seed, index, words)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params) if self.tokenizer else None
         return _Sequence(request_id, request, detokenizer)
 
@@ -214,7 +206,10 @@ class EngineCore:
             detokenizer = self._sequences[request].detokenizer
             if detokenizer is None:
                 continue
-            if request.finish_reason != "stop":  # the token that ends a request is no part of its text
+            shown = request.params.include_stop_str_in_output
+            if (
+                shown or request.finish_reason != "stop"
+            ):  # the token that ends a request is no part of its text
                 stop = detokenizer.append(token.token_id)
                 if stop is not None:
                     self.scheduler.finish(request, "stop", stop)
@@ -256,9 +251,27 @@ def _request_output(group: _Group) -> RequestOutput:
         prompt=group.prompt,
         prompt_token_ids=list(first.prompt_token_ids),
         prompt_logprobs=None if first.params.prompt_logprobs is None else list(first.prompt_logprobs),
-        outputs=[_completion(index, sequence) for index, sequence in enumerate(group.sequences)],
+        outputs=_completions(group),
         finished=group.finished,
     )
+
+
+def _completions(group: _Group) -> list[CompletionOutput]:
+    """All of a group, or the best of them, as soon as all have ended."""
+    completions = [_completion(index, sequence) for index, sequence in enumerate(group.sequences)]
+    if len(completions) == group.params.n:
+        return completions
+    best = sorted(completions, key=_mean_logprob, reverse=True)[: group.params.n]
+    logprobs = group.params.logprobs
+    return [
+        replace(completion, index=index, logprobs=completion.logprobs if logprobs is not None else None)
+        for index, completion in enumerate(best)
+    ]
+
+
+def _mean_logprob(completion: CompletionOutput) -> float:
+    assert completion.cumulative_logprob is not None, "nothing tells how good the completions are"
+    return completion.cumulative_logprob / len(completion.token_ids)
 
 
 def _completion(index: int, sequence: _Sequence) -> CompletionOutput:

@@ -211,7 +211,7 @@ class EngineThread:
             prompt=submission.prompt,
             stream=submission.report_steps,
         )
-        names = {name, *(f"{name}/{index}" for index in range(submission.params.n))}
+        names = {name, *(f"{name}/{index}" for index in range(submission.params.num_sequences))}
         submission.requests = [r for r in self._core.scheduler.waiting if r.request_id in names]
         self._awaiting_first_token.add(submission)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from .bad_words import NONE, BadWords
 from .outputs import FinishReason, Logprob
 from .sampling_params import SamplingParams
 
@@ -22,6 +23,7 @@ class Request:
     request_id:          unique among unfinished requests
     prompt_token_ids:    at least one
     eos_token_ids:       the model's end-of-sequence ids; they count for nothing under `params.ignore_eos`
+    bad_words:           what must not come about in token_ids
     seed, sample_index:  key of its random stream; sample_index tells the n completions of one prompt apart
     token_ids:           prompt and output, one list
     logprobs:            per output token, filled when `params.logprobs` is set
@@ -37,6 +39,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     seed: int = 0
     sample_index: int = 0
+    bad_words: BadWords = NONE
 
     token_ids: list[int] = field(init=False)
     output_token_ids: list[int] = field(init=False, default_factory=list)

@@ -1,7 +1,7 @@
 """From logits to tokens.
 
-The order is vLLM's: minimum length, then repetition, frequency and presence penalties, temperature, min_p,
-top_k, top_p. Each filter works on what the one before it has left, as transformers' logits processors do.
+The order is vLLM's: logit bias, bad words, minimum length, then repetition, frequency and presence penalties,
+temperature, min_p, top_k, top_p. Each filter works on what the one before it has left, as transformers' logits processors do.
 
 Randomness is counter-based: the token at output position i of a request is chosen by one uniform number,
 Philox(key=(seed, sample index), counter=i) (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
@@ -39,7 +39,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[SampledTok
     assert logits.shape[0] == len(requests), f"{logits.shape[0]} logits rows for {len(requests)} requests"
     if not requests:
         return []
-    scores = apply_penalties(logits, requests)
+    scores = adjusted(logits, requests)
     best, chosen = scores.max(dim=-1)
     if not bool(best.isfinite().all()):
         bad = requests[int((~best.isfinite()).nonzero()[0])].request_id
@@ -53,15 +53,18 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[SampledTok
     return _with_logprobs(logits, requests, token_ids)
 
 
-def apply_penalties(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-    """Minimum length and the three penalties on logits [S, V]; returns `logits` itself when none is set."""
+def adjusted(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """Bias, bad words, minimum length and penalties on logits [S, V]; returns `logits` itself when none is set."""
     banned = {
         row: ids for row, request in enumerate(requests) if (ids := _banned_ids(request, logits.shape[1]))
     }
+    biased = {row: bias for row, request in enumerate(requests) if (bias := request.params.logit_bias)}
     rows = [row for row, request in enumerate(requests) if request.params.has_penalties]
-    if not banned and not rows:
+    if not (banned or biased or rows):
         return logits
     scores = logits.clone()
+    for row, bias in biased.items():
+        scores[row, list(bias)] += scores.new_tensor(list(bias.values()))
     for row, token_ids in banned.items():
         scores[row, token_ids] = -torch.inf
     if rows:
@@ -114,9 +117,9 @@ def top_logprobs(
 
 def _banned_ids(request: Request, vocab_size: int) -> list[int]:
     params = request.params
-    if len(request.output_token_ids) >= params.min_tokens:
-        return []
-    ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else request.eos_token_ids)}
+    ids = request.bad_words.forbidden_after(request.token_ids)
+    if len(request.output_token_ids) < params.min_tokens:
+        ids.update(params.stop_token_ids or (), () if params.ignore_eos else request.eos_token_ids)
     return [token_id for token_id in ids if token_id < vocab_size]
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import RequestError
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy, as in vLLM: dividing logits by less says nothing more."""
+
+MAX_LOGIT_BIAS = 100.0
+"""OpenAI's limit: a hundred is more than any model's logits differ by."""
 
 _MAX_SEED = 2**64 - 1
 
@@ -19,6 +22,8 @@ class SamplingParams:
     """How the tokens of one request are chosen and when it ends. Checked when built: raises RequestError.
 
     n:                  completions per prompt, each with its own random stream
+    best_of:            completions to make, of which the n with the best mean log probability per token are given,
+                        best first; None: n. Nothing can be streamed before the last of them has ended
     max_tokens:         output tokens at most; None: as many as the engine's max_seq_len leaves
     min_tokens:         output tokens before an end-of-sequence token, stop token or stop string may end it
     temperature:        divides the logits; 0 is greedy
@@ -28,7 +33,12 @@ class SamplingParams:
     repetition_penalty: divides positive, multiplies negative logits of tokens in prompt or output (CTRL)
     presence_penalty:   subtracted once from the logit of each token in the output (OpenAI)
     frequency_penalty:  subtracted from the logit of a token once per occurrence in the output (OpenAI)
+    logit_bias:         added to the logits of token ids, from -100 (never) to 100 (always)
+    bad_words:          texts that the output shall not contain, at the beginning or after a space, in the tokens that
+                        the tokenizer makes of them; other ways to spell them in tokens are not found
+    bad_words_ids:      sequences of token ids that prompt and output together shall not come to contain
     stop:               strings that end the request; the text is cut before the match
+    include_stop_str_in_output: the text is cut after the match; stop tokens are part of it
     stop_token_ids:     token ids that end the request; kept in token_ids, left out of the text
     ignore_eos:         do not end at the model's end-of-sequence tokens
     seed:               of this request's random stream; None: the engine draws one
@@ -38,6 +48,7 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
     temperature: float = 1.0
@@ -47,7 +58,11 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
     stop: str | Sequence[str] | None = None
+    include_stop_str_in_output: bool = False
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     seed: int | None = None
@@ -57,6 +72,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1)
+        if self.best_of is not None:
+            _check_int("best_of", self.best_of, 1)
+            if self.best_of < self.n:
+                raise _refusal("best_of", self.best_of, f"at least n ({self.n})")
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1)
         _check_int("min_tokens", self.min_tokens, 0)
@@ -71,6 +90,11 @@ class SamplingParams:
         )
         for name in ("presence_penalty", "frequency_penalty"):
             _check_float(name, getattr(self, name), "a number from -2 to 2", low=-2.0, high=2.0)
+        _check_logit_bias(self.logit_bias)
+        if self.bad_words is not None and not isinstance(self.bad_words, list | tuple):
+            raise _refusal("bad_words", self.bad_words, "a list of non-empty strings")
+        _check_strings("bad_words", self.bad_words)
+        _check_sequences("bad_words_ids", self.bad_words_ids)
         _check_strings("stop", self.stop)
         _check_token_ids("stop_token_ids", self.stop_token_ids)
         if self.seed is not None:
@@ -78,7 +102,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0)
-        for name in ("ignore_eos", "skip_special_tokens"):
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise _refusal(name, getattr(self, name), "True or False")
 
@@ -89,7 +113,13 @@ class SamplingParams:
     @property
     def plain_greedy(self) -> bool:
         """Whether the next token is the largest logit, whatever came before, and nothing else is asked of the logits."""
-        return self.greedy and not self.has_penalties and self.logprobs is None and not self.min_tokens
+        plain = not (self.has_penalties or self.min_tokens or self.logit_bias)
+        return self.greedy and plain and self.logprobs is None and not (self.bad_words or self.bad_words_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        """Completions that are made of one prompt."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -103,7 +133,7 @@ class SamplingParams:
 
 
 def _refusal(name: str, value: object, accepted: str) -> RequestError:
-    return RequestError(f"{name} is {value!r}; accepted: {accepted}")
+    return RequestError(f"{name} is {value!r}; accepted: {accepted}", name)
 
 
 def _is_int(value: object) -> bool:
@@ -137,7 +167,26 @@ def _check_strings(name: str, value: object) -> None:
 
 
 def _check_token_ids(name: str, value: object) -> None:
-    accepted = "a list of token ids of at least 0"
-    ids = [] if value is None else value
-    if not isinstance(ids, list | tuple) or not all(_is_int(item) and item >= 0 for item in ids):
-        raise _refusal(name, value, accepted)
+    if value is not None and not _are_token_ids(value):
+        raise _refusal(name, value, "a list of token ids of at least 0")
+
+
+def _check_sequences(name: str, value: object) -> None:
+    sequences = [] if value is None else value
+    if not isinstance(sequences, list | tuple) or not all(ids and _are_token_ids(ids) for ids in sequences):
+        raise _refusal(name, value, "a list of non-empty lists of token ids of at least 0")
+
+
+def _check_logit_bias(value: object) -> None:
+    accepted = f"token ids of at least 0 with numbers from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}"
+    entries = {} if value is None else value
+    if not isinstance(entries, Mapping) or not _are_token_ids(list(entries)):
+        raise _refusal("logit_bias", value, accepted)
+    for bias in entries.values():
+        number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not number or not abs(bias) <= MAX_LOGIT_BIAS:
+            raise _refusal("logit_bias", value, accepted)
+
+
+def _are_token_ids(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(_is_int(item) and item >= 0 for item in value)

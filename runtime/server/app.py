@@ -63,6 +63,8 @@ class Service:
             wanted.params.n,
             wanted.echo,
             wanted.return_token_ids,
+            wanted.params.logprobs,
+            wanted.prompt_logprobs,
         )
         return await self._respond(request, wanted, prompt_ids, form)
 
@@ -80,7 +82,7 @@ class Service:
             (ids,), chat.params, chat.stream, chat.include_usage, chat.return_token_ids
         )
         self._check(ids, wanted, "messages")
-        form = ChatFormat(chat.params.logprobs or 0, chat.return_token_ids)
+        form = ChatFormat(chat.params.logprobs or 0, chat.return_token_ids, chat.params.prompt_logprobs)
         return await self._respond(request, wanted, [ids], form)
 
     async def tokenize(self, request: Request) -> Response:
@@ -132,8 +134,8 @@ class Service:
         try:
             self.llm.check_request(ids, wanted.params)
         except RequestError as error:
-            if wanted.params.stop_strings and self.llm.tokenizer is None:
-                field = "stop"
+            if error.field is not None:
+                raise bad_field(error.field, str(error)) from None
             too_long = len(ids) >= min(self.llm.executor.max_input_len + 1, self.llm.executor.max_seq_len)
             code = "context_length_exceeded" if too_long else "invalid_value"
             raise bad_field(field, f"{field}: {error}", code=code) from None

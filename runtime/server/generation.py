@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...core.errors import EngineError
@@ -55,7 +55,8 @@ class Generation:
             for completion in output.outputs
         ]
         counts = self._count(ordered)
-        return {**self._head(self.form.object_name), "choices": choices, "usage": counts}
+        more = self.form.more_fields(ordered)
+        return {**self._head(self.form.object_name), "choices": choices, "usage": counts, **more}
 
     async def events(self) -> AsyncGenerator[str, None]:
         """Server-sent events: chunks with what is new, then usage where asked for, then [DONE].
@@ -100,7 +101,7 @@ class Generation:
 
     def _outputs(self, *, stream: bool) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Outputs of all prompts as they come, each with the index of its prompt."""
-        return merged(
+        pairs = merged(
             self.llm.generate(
                 {"prompt_token_ids": ids},
                 self.request.params,
@@ -109,6 +110,7 @@ class Generation:
             )
             for index, ids in enumerate(self.prompt_ids)
         )
+        return _without_output(pairs) if self.request.prompt_only else pairs
 
     def _event(self, **fields: Any) -> str:
         chunk = {**self._head(self.form.chunk_name), **fields}
@@ -159,6 +161,25 @@ async def merged(
         await asyncio.gather(*pending, return_exceptions=True)
         for generator in generators:
             await generator.aclose()
+
+
+async def _without_output(
+    pairs: AsyncGenerator[tuple[int, RequestOutput], None],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """The outputs as if no token had been asked for."""
+    async with aclosing(pairs):
+        async for index, output in pairs:
+            nothing = [
+                replace(
+                    each,
+                    text="",
+                    token_ids=[],
+                    logprobs=None if each.logprobs is None else [],
+                    finish_reason=each.finish_reason and "length",
+                )
+                for each in output.outputs
+            ]
+            yield index, replace(output, outputs=nothing)
 
 
 async def _next(generator: AsyncGenerator[RequestOutput, None]) -> RequestOutput:

@@ -15,11 +15,12 @@ from .errors import ApiError, bad_field, not_accepted
 
 Json = Mapping[str, Any]
 
-_MAX_STOPS = {"stop": 16, "stop_token_ids": 64}
-"""Each is compared with every token."""
+_MAX_ITEMS = {"stop": 16, "stop_token_ids": 64, "bad_words": 1024, "bad_words_ids": 1024, "logit_bias": 1024}
+"""Stop strings are compared with every token, the others looked up or tokenized."""
 
 _SAMPLING_FIELDS = (
     "n",
+    "best_of",
     "max_tokens",
     "temperature",
     "top_p",
@@ -27,14 +28,19 @@ _SAMPLING_FIELDS = (
     "frequency_penalty",
     "stop",
     "seed",
+    "logit_bias",
     # beyond OpenAI's
     "min_tokens",
     "top_k",
     "min_p",
     "repetition_penalty",
     "stop_token_ids",
+    "include_stop_str_in_output",
     "ignore_eos",
     "skip_special_tokens",
+    "bad_words",
+    "bad_words_ids",
+    "prompt_logprobs",
 )
 _COMMON_FIELDS = ("model", "stream", "stream_options", "return_token_ids", *_SAMPLING_FIELDS)
 _COMPLETION_FIELDS = (*_COMMON_FIELDS, "prompt", "echo", "logprobs")
@@ -43,9 +49,8 @@ _CHAT_FIELDS = (*_COMMON_FIELDS, "messages", "max_completion_tokens", "logprobs"
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 """OpenAI's fields that ask for nothing about the text."""
 
-_COMPLETION_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"best_of": (1,), "logit_bias": ({},), "suffix": ("",)}
+_COMPLETION_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"suffix": ("",)}
 _CHAT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -70,6 +75,8 @@ class GenerationRequest:
 
     prompts: texts or token ids; for a chat, the ids that its template gives
     echo:    the prompt stands before the completion, with its logprobs if these are asked for
+    prompt_logprobs: candidates per prompt token, in a field of their own; None: no such field
+    prompt_only:     `max_tokens` is 0: the one token that the engine makes is not shown
     """
 
     prompts: tuple[str | list[int], ...]
@@ -78,10 +85,12 @@ class GenerationRequest:
     include_usage: bool
     return_token_ids: bool
     echo: bool = False
+    prompt_logprobs: int | None = None
+    prompt_only: bool = False
 
     @property
     def num_sequences(self) -> int:
-        return len(self.prompts) * self.params.n
+        return len(self.prompts) * self.params.num_sequences
 
 
 @dataclass(frozen=True)
@@ -113,16 +122,28 @@ def parse_json(raw: bytes) -> Json:
 
 def parse_completion(body: Json, config: ServerConfig, vocab_size: int) -> GenerationRequest:
     """The body of /v1/completions. Raises ApiError."""
-    body = _known(body, _COMPLETION_FIELDS, _COMPLETION_NEUTRAL)
+    body = dict(_known(body, _COMPLETION_FIELDS, _COMPLETION_NEUTRAL))
     _check_model(body, config)
     prompts = _prompts(body, config)
     echo = _flag(body, "echo")
+    prompt_only = echo and type(body.get("max_tokens")) is int and body["max_tokens"] == 0
+    if prompt_only:
+        body["max_tokens"] = 1
     logprobs = _count(body, "logprobs", min(config.max_logprobs, vocab_size))
     params = _sampling_params(body, config, vocab_size, default_max_tokens=16)
-    params = replace(params, logprobs=logprobs, prompt_logprobs=logprobs if echo else None)
-    stream, include_usage = _streaming(body)
+    prompt_logprobs = params.prompt_logprobs
+    if echo and logprobs is not None:  # whoever wants more of the prompt has them in the other field
+        params = replace(params, prompt_logprobs=max(logprobs, prompt_logprobs or 0))
+    stream, include_usage = _streaming(body, params)
     return GenerationRequest(
-        prompts, params, stream, include_usage, _flag(body, "return_token_ids"), echo=echo
+        prompts,
+        replace(params, logprobs=logprobs),
+        stream,
+        include_usage,
+        _flag(body, "return_token_ids"),
+        echo=echo,
+        prompt_logprobs=prompt_logprobs,
+        prompt_only=prompt_only,
     )
 
 
@@ -141,8 +162,8 @@ def parse_chat(body: Json, config: ServerConfig, vocab_size: int) -> ChatRequest
     if top is not None and not wanted:
         raise bad_field("top_logprobs", "top_logprobs is set without logprobs; accepted: with logprobs true")
     params = _sampling_params(body, config, vocab_size, default_max_tokens=None)
+    stream, include_usage = _streaming(body, params)
     params = replace(params, logprobs=(top or 0) if wanted else None)
-    stream, include_usage = _streaming(body)
     return ChatRequest(messages, params, stream, include_usage, _flag(body, "return_token_ids"))
 
 
@@ -170,16 +191,14 @@ def _known(body: Json, fields: Iterable[str], neutral: Mapping[str, tuple[Any, .
             hint = f" (did you mean {near[0]}?)" if near else ""
             message = f"unknown field {name!r}{hint}; accepted: {', '.join(sorted(fields))}"
             raise bad_field(name[:64], message, code="unknown_parameter")
-        if name in neutral and value is not None and not _among(value, neutral[name], body, name):
+        if name in neutral and value is not None and not _among(value, neutral[name]):
             accepted = " or ".join(["null", *(json.dumps(entry) for entry in neutral[name])])
             message = f"{name} is not supported by this server; accepted: {accepted}"
             raise bad_field(name, message, code="unsupported_parameter")
     return {name: value for name, value in body.items() if value is not None}
 
 
-def _among(value: object, accepted: tuple[Any, ...], body: Json, name: str) -> bool:
-    if name == "best_of" and value == body.get("n"):  # all that were made are wanted
-        return True
+def _among(value: object, accepted: tuple[Any, ...]) -> bool:
     return any(type(value) is type(entry) and value == entry for entry in accepted)
 
 
@@ -264,22 +283,28 @@ def _sampling_params(
     body: Json, config: ServerConfig, vocab_size: int, *, default_max_tokens: int | None
 ) -> SamplingParams:
     given = {name: body[name] for name in _SAMPLING_FIELDS if name in body}
-    for name in given:
-        _sampling_value(body, name, name)
-    if given.get("n", 1) > config.max_n:
-        raise not_accepted("n", given["n"], f"an integer from 1 to {config.max_n}")
-    for name, limit in _MAX_STOPS.items():
-        if isinstance(given.get(name), list) and len(given[name]) > limit:
+    for name, limit in _MAX_ITEMS.items():
+        if isinstance(given.get(name), list | dict) and len(given[name]) > limit:
             raise bad_field(name, f"{name} has {len(given[name])} items; accepted: at most {limit}")
-    for token_id in given.get("stop_token_ids", ()):
-        if token_id >= vocab_size:
-            raise bad_field(
-                "stop_token_ids", f"stop_token_ids has {token_id}; accepted: 0 to {vocab_size - 1}"
-            )
+    if "logit_bias" in given:
+        given["logit_bias"] = _by_token_id("logit_bias", given["logit_bias"])
+    for name in given:
+        _sampling_value(given, name, name)
+    for name in ("n", "best_of"):
+        if given.get(name, 1) > config.max_n:
+            raise not_accepted(name, given[name], f"an integer from 1 to {config.max_n}")
+    _count(body, "prompt_logprobs", min(config.max_logprobs, vocab_size))
     try:
         return SamplingParams(**{"max_tokens": default_max_tokens, **given})
-    except RequestError as error:  # each value is fine, so min_tokens does not fit max_tokens
-        raise bad_field("min_tokens", str(error)) from None
+    except RequestError as error:  # each value is fine, but one does not fit another
+        raise bad_field(error.field or "max_tokens", str(error)) from None
+
+
+def _by_token_id(name: str, value: object) -> dict[int, Any]:
+    """JSON has strings for keys."""
+    if not isinstance(value, dict) or not all(key.isascii() and key.isdecimal() for key in value):
+        raise not_accepted(name, value, 'an object such as {"50256": -100}: token ids with numbers')
+    return {int(key[:20]): number for key, number in value.items()}
 
 
 def _sampling_value(body: Json, name: str, parameter: str) -> None:
@@ -290,9 +315,17 @@ def _sampling_value(body: Json, name: str, parameter: str) -> None:
         raise bad_field(name, str(error).replace(parameter, name, 1)) from None
 
 
-def _streaming(body: Json) -> tuple[bool, bool]:
+def _streaming(body: Json, params: SamplingParams) -> tuple[bool, bool]:
     """Whether to stream, and whether to end with a chunk about usage."""
     stream = _flag(body, "stream")
+    if stream and params.num_sequences > params.n:
+        raise bad_field(
+            "best_of", "best_of is above n in a stream; accepted: without stream, as the best come last"
+        )
+    if stream and "prompt_logprobs" in body:
+        raise bad_field(
+            "prompt_logprobs", "prompt_logprobs in a stream; accepted: without stream, or echo with logprobs"
+        )
     options = body.get("stream_options", {})
     accepted = 'an object with include_usage true or false, together with "stream": true'
     if not isinstance(options, dict) or not options.keys() <= {"include_usage", "include_obfuscation"}:

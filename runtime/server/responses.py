@@ -57,16 +57,26 @@ class Format(Protocol):
     ) -> dict[str, Any] | None:
         """What is new since `sent`, which is brought up to date; None when nothing is."""
 
+    def more_fields(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """What a whole answer has beside its choices."""
+
 
 @dataclass(frozen=True)
 class CompletionFormat:
-    """/v1/completions. prompt_texts: of each prompt, for `echo` and for offsets."""
+    """/v1/completions.
+
+    prompt_texts:    of each prompt, for `echo` and for offsets
+    num_top:         candidates shown per position, beside the token that is there
+    prompt_logprobs: candidates shown per prompt token in the field of that name; None: no such field
+    """
 
     tokenizer: Tokenizer | None
     prompt_texts: Sequence[str]
     num_choices: int
     echo: bool
     return_token_ids: bool
+    num_top: int | None = None
+    prompt_logprobs: int | None = None
     id_prefix: ClassVar[str] = "cmpl-"
     object_name: ClassVar[str] = "text_completion"
     chunk_name: ClassVar[str] = "text_completion"
@@ -74,7 +84,12 @@ class CompletionFormat:
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         piece = self.delta(index, output, completion, Sent())
         assert piece is not None, "a finished completion has at least its reason"
+        if self.prompt_logprobs is not None:
+            piece["prompt_logprobs"] = _prompt_logprobs(output, self.prompt_logprobs)
         return piece
+
+    def more_fields(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        return {}
 
     def delta(
         self, index: int, output: RequestOutput, completion: CompletionOutput, sent: Sent
@@ -113,7 +128,10 @@ class CompletionFormat:
         return prompt + _positions(completion.token_ids, completion.logprobs, done)
 
     def _prompt_positions(self, output: RequestOutput, prompt_text: str) -> list[Position]:
-        first, *others = _positions(output.prompt_token_ids, output.prompt_logprobs)
+        shown = output.prompt_logprobs
+        if shown is not None:  # there may be more of them for the field prompt_logprobs
+            shown = _limited(output.prompt_token_ids, shown, self.num_top)
+        first, *others = _positions(output.prompt_token_ids, shown)
         if self.tokenizer is not None:
             text = self.tokenizer.decode([first.token_id], skip_special_tokens=False)
             # a token that the tokenizer puts before the text is no part of it
@@ -123,10 +141,11 @@ class CompletionFormat:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """/v1/chat/completions. num_top: candidates shown per position."""
+    """/v1/chat/completions. num_top: candidates shown per position; prompt_logprobs: as `CompletionFormat` has it."""
 
     num_top: int
     return_token_ids: bool
+    prompt_logprobs: int | None = None
     id_prefix: ClassVar[str] = "chatcmpl-"
     object_name: ClassVar[str] = "chat.completion"
     chunk_name: ClassVar[str] = "chat.completion.chunk"
@@ -141,6 +160,12 @@ class ChatFormat:
         if self.return_token_ids:
             choice["token_ids"] = completion.token_ids
         return choice
+
+    def more_fields(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        if self.prompt_logprobs is None:
+            return {}
+        (output,) = outputs
+        return {"prompt_logprobs": _prompt_logprobs(output, self.prompt_logprobs)}
 
     def delta(
         self, index: int, output: RequestOutput, completion: CompletionOutput, sent: Sent
@@ -184,6 +209,31 @@ def _positions(
 def _position(token_id: int, logprobs: Mapping[int, Logprob] | None) -> Position:
     text = "" if logprobs is None else _text(token_id, logprobs[token_id])
     return Position(token_id, text, len(text), logprobs)
+
+
+def _limited(
+    token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob] | None], count: int | None
+) -> list[dict[int, Logprob] | None]:
+    """Of each position the token that is there and the `count` most probable ones."""
+
+    def limited(token_id: int, entry: Mapping[int, Logprob]) -> dict[int, Logprob]:
+        return {key: value for key, value in entry.items() if key == token_id or value.rank <= (count or 0)}
+
+    pairs = zip(token_ids, logprobs, strict=True)
+    return [None if entry is None else limited(token_id, entry) for token_id, entry in pairs]
+
+
+def _prompt_logprobs(output: RequestOutput, count: int) -> list[dict[str, Any] | None]:
+    """As vLLM shows them: a list over the prompt's tokens, null for the first."""
+
+    def shown(token_id: int, entry: Logprob) -> dict[str, Any]:
+        return {"logprob": _value(entry), "rank": entry.rank, "decoded_token": _text(token_id, entry)}
+
+    assert output.prompt_logprobs is not None, "they were asked for"
+    return [
+        None if entry is None else {str(token_id): shown(token_id, each) for token_id, each in entry.items()}
+        for entry in _limited(output.prompt_token_ids, output.prompt_logprobs, count)
+    ]
 
 
 def _text(token_id: int, entry: Logprob) -> str:

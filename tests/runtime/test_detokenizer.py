@@ -146,6 +146,35 @@ def test_stop_strings_do_not_depend_on_how_text_is_cut_into_tokens(
     assert all(expected.startswith(part) for part in shown)
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=12), how=st.sampled_from(["bpe", "bytes"]), data=st.data())
+def test_random_unicode_is_shown_by_whole_characters(
+    byte_level: Tokenizer, text: str, how: str, data: st.DataObject
+) -> None:
+    """Any character of Unicode, in tokens that split it or do not, with and without stop strings cut out of it."""
+    ids = bytes_of(byte_level, text) if how == "bytes" else byte_level.encode(text)[1:]
+    whole = byte_level.decode(ids)
+    assert whole == text
+    start = data.draw(st.integers(0, len(text)))
+    stop = text[start : start + data.draw(st.integers(0, 3))]
+    expected, _ = first_stop(text, [stop]) if stop else (text, None)
+    shown, final, _ = stream(byte_level, ids, stop=[stop] if stop else None)
+    assert final == expected
+    assert all(expected.startswith(part) for part in shown), "half a character, or a part of the stop string"
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text("abé🙂 ", max_size=12), stop=st.text("abé🙂 ", min_size=1, max_size=3))
+def test_a_stop_string_stays_where_asked_for(byte_level: Tokenizer, text: str, stop: str) -> None:
+    """Nothing has to be held back then; what follows the match in its token is cut."""
+    for ids in (bytes_of(byte_level, text), byte_level.encode(text)[1:]):
+        shown, final, found = stream(byte_level, ids, stop=[stop], include_stop_str_in_output=True)
+        before, _ = first_stop(text, [stop])
+        assert final == (before + stop if found else text)
+        assert (found == stop) == (stop in text)
+        assert all(final.startswith(part) for part in shown)
+
+
 def test_min_tokens_lets_earlier_stop_strings_pass(byte_level: Tokenizer) -> None:
     ids = bytes_of(byte_level, "ab ab ab")
     assert stream(byte_level, ids, stop="ab", min_tokens=2)[1:] == ("ab ", "ab")

@@ -7,17 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from trtc.core.errors import EngineError
+from trtc.runtime.bad_words import BadWords
 from trtc.runtime.request import Request
-from trtc.runtime.sampler import apply_penalties, filtered_weights, sample, top_logprobs, uniform
+from trtc.runtime.sampler import adjusted, filtered_weights, sample, top_logprobs, uniform
 from trtc.runtime.sampling_params import SamplingParams
 
 VOCAB = 200
@@ -118,7 +123,39 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     expected = [
         processor(torch.tensor([r.token_ids]), logits[i : i + 1].clone())[0] for i, r in enumerate(requests)
     ]
-    assert torch.equal(apply_penalties(logits, requests), torch.stack(expected))
+    assert torch.equal(adjusted(logits, requests), torch.stack(expected))
+
+
+def test_logit_bias_is_that_of_transformers_and_comes_first() -> None:
+    """Also together with a penalty: the biased logit is what it divides or multiplies."""
+    bias = {5: 2.5, 9: -100.0, 100: 100}
+    plain, penalized = (request([5, 7], logit_bias=bias, repetition_penalty=p) for p in (1.0, 1.5))
+    logits = random_logits(3)
+    biased = SequenceBiasLogitsProcessor([[[token], float(value)] for token, value in bias.items()])(
+        torch.tensor([[5, 7]]), logits[:1].clone()
+    )
+    scores = adjusted(logits[:1].expand(2, -1).contiguous(), [plain, penalized])
+    torch.testing.assert_close(scores[:1], biased)
+    expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([[5, 7]]), biased)
+    torch.testing.assert_close(scores[1:], expected)
+    ever = [request(logit_bias={100: 100}, temperature=t, seed=3) for t in (0, 1)]
+    assert [token.token_id for token in sample(logits[:2], ever)] == [100, 100]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_bad_words_are_those_of_transformers(data: st.DataObject) -> None:
+    """Sequences of which prompt and output together may hold the beginning."""
+    ids = st.integers(1, 4)
+    words = data.draw(st.lists(st.lists(ids, min_size=1, max_size=4), min_size=1, max_size=5))
+    prompt = data.draw(st.lists(ids, min_size=1, max_size=3))
+    output = data.draw(st.lists(ids, max_size=3))
+    r = request(prompt, output)
+    r.bad_words = BadWords(words)
+    logits = random_logits(1, vocab=10)
+    processor = NoBadWordsLogitsProcessor(words, eos_token_id=torch.tensor([0]))
+    expected = processor(torch.tensor([r.token_ids]), logits.clone())
+    assert torch.equal(adjusted(logits, [r]), expected)
 
 
 def test_presence_and_frequency_count_output_tokens_only() -> None:
@@ -131,20 +168,20 @@ def test_presence_and_frequency_count_output_tokens_only() -> None:
     expected = logits.clone()
     expected[0, 7] -= 2 * 0.25 + 0.5
     expected[0, 8] -= 0.25 + 0.5
-    torch.testing.assert_close(apply_penalties(logits, requests), expected)
+    torch.testing.assert_close(adjusted(logits, requests), expected)
 
 
 def test_min_tokens_bans_what_would_end_the_request() -> None:
     early = request(min_tokens=2, stop_token_ids=[4, VOCAB + 1], output=[9])
     late = request(min_tokens=2, stop_token_ids=[4], output=[9, 9])
     ignoring = request(min_tokens=2, ignore_eos=True)
-    scores = apply_penalties(random_logits(3), [early, late, ignoring])
+    scores = adjusted(random_logits(3), [early, late, ignoring])
     assert (scores == -torch.inf).nonzero().tolist() == [[0, 0], [0, 4]]
 
 
 def test_without_adjustments_logits_pass_untouched() -> None:
     logits = random_logits(1)
-    assert apply_penalties(logits, [request(temperature=0)]) is logits
+    assert adjusted(logits, [request(temperature=0)]) is logits
 
 
 def test_greedy_rows_take_the_first_maximum_whatever_the_others_do() -> None:

@@ -17,6 +17,23 @@ REFUSED: list[tuple[str, Any]] = [
     ("max_tokens", True),
     ("min_tokens", -1),
     ("min_tokens", 17),
+    ("best_of", 0),
+    ("best_of", 2.0),
+    ("logit_bias", {5: 100.5}),
+    ("logit_bias", {5: math.nan}),
+    ("logit_bias", {5: "1"}),
+    ("logit_bias", {5: True}),
+    ("logit_bias", {"5": 1}),
+    ("logit_bias", {-1: 1}),
+    ("logit_bias", [5]),
+    ("bad_words", "word"),
+    ("bad_words", [""]),
+    ("bad_words", [5]),
+    ("bad_words_ids", [5]),
+    ("bad_words_ids", [[]]),
+    ("bad_words_ids", [[-1]]),
+    ("bad_words_ids", "5"),
+    ("include_stop_str_in_output", 1),
     ("temperature", -0.1),
     ("temperature", math.nan),
     ("temperature", math.inf),
@@ -67,6 +84,27 @@ def test_edges_are_accepted() -> None:
     SamplingParams(temperature=0, top_k=-1, top_p=1, min_p=1, presence_penalty=-2, frequency_penalty=2)
     SamplingParams(max_tokens=None, min_tokens=10_000, seed=2**64 - 1, logprobs=0, top_p=1e-9)
     SamplingParams(min_tokens=16, stop=("a", "b"), stop_token_ids=[], repetition_penalty=1e-3)
+
+
+def test_values_that_do_not_fit_each_other_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"best_of is 2; accepted: at least n \(3\)") as error:
+        SamplingParams(n=3, best_of=2)
+    assert error.value.field == "best_of"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"logit_bias": {5: -100, 6: 100.0}},
+        {"bad_words": ["a"]},
+        {"bad_words_ids": [(1, 2)]},
+        {"min_tokens": 1},
+    ],
+    ids=str,
+)
+def test_what_changes_the_choice_is_not_left_to_the_device(value: dict[str, Any]) -> None:
+    assert SamplingParams(temperature=0).plain_greedy
+    assert not SamplingParams(temperature=0, **value).plain_greedy
 
 
 def test_the_defaults_are_vllms() -> None:
