@@ -53,6 +53,7 @@ setup(
         "trtc": ["py.typed"],
         "trtc.kernels": ["**/*.cu", "**/*.cuh"],
         "trtc.cli": ["templates/**/*"],
+        "trtc.runtime.server": ["*.html"],
     },
     install_requires=[
         "torch>=2.11,<2.14",

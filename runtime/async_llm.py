@@ -123,7 +123,11 @@ class AsyncLLM:
         scheduler = self._core.scheduler
         pool = scheduler.pool
         return EngineStats(
-            len(scheduler.running), len(scheduler.waiting), pool.num_used, self.executor.num_pages
+            len(scheduler.running),
+            len(scheduler.waiting),
+            pool.num_used,
+            self.executor.num_pages,
+            *self._engine.token_counts(),
         )
 
     @property

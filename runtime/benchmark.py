@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .. import __version__
@@ -80,9 +81,7 @@ def run(llm: LLM, engine: Engine, load: Load) -> Iterator[dict[str, Any]]:
 
 def mixed(llm: LLM, load: Load, prompts: Any) -> Iterator[dict[str, Any]]:
     """The mixed load, submitted at once."""
-    rng = np.random.default_rng(load.seed)
-    inputs = rng.integers(64, 513, load.mixed)
-    outputs = rng.integers(32, 257, load.mixed)
+    inputs, outputs = mixed_lengths(load.mixed, load.seed)
     timed(llm, prompts(inputs[:64]), outputs[:64].tolist())
     for number in range(2):
         seconds = timed(llm, prompts(inputs), outputs.tolist())
@@ -95,6 +94,12 @@ def mixed(llm: LLM, load: Load, prompts: Any) -> Iterator[dict[str, Any]]:
             "total_s": round(seconds, 5),
             "output_tok_s": round(int(outputs.sum()) / seconds, 1),
         }
+
+
+def mixed_lengths(count: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tokens in, 64 to 512, and out, 32 to 256, of `count` requests."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(64, 513, count), rng.integers(32, 257, count)
 
 
 def timed(llm: LLM, prompts: list[list[int]], output_lens: Sequence[int]) -> float:

@@ -29,12 +29,19 @@ Outcome = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine holds at one moment. num_running, num_waiting: sequences; num_pages: of the KV cache."""
+    """What the engine holds at one moment.
+
+    num_running, num_waiting:            sequences
+    num_used_pages, num_pages:           of the KV cache
+    num_prompt_tokens, num_output_tokens: computed and chosen since the start, those of unfinished requests included
+    """
 
     num_running: int
     num_waiting: int
     num_used_pages: int
     num_pages: int
+    num_prompt_tokens: int
+    num_output_tokens: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,11 @@ class Submission:
     def has_token(self) -> bool:
         return any(request.output_token_ids for request in self.requests)
 
+    def token_counts(self) -> tuple[int, int]:
+        """Prompt tokens computed and output tokens chosen so far, over all its sequences."""
+        prompt = sum(min(r.num_computed_tokens, r.num_prompt_tokens) for r in self.requests)
+        return prompt, sum(len(request.output_token_ids) for request in self.requests)
+
     def stats(self, outcome: Outcome) -> RequestStats:
         now = time.perf_counter()
         counts = [len(request.output_token_ids) for request in self.requests]
@@ -144,6 +156,7 @@ class EngineThread:
         self._idle = threading.Condition(self._lock)
         self._submissions: dict[str, Submission] = {}
         self._awaiting_first_token: set[Submission] = set()
+        self._ended_tokens = (0, 0)
         self._refusal: str | None = None
         self.failure: str | None = None
         """Why the engine cannot run any more; None while it can."""
@@ -177,6 +190,13 @@ class EngineThread:
         """Blocks until no request is left. False when that took longer than `timeout_s`."""
         with self._idle:
             return self._idle.wait_for(lambda: not self._submissions, timeout_s)
+
+    def token_counts(self) -> tuple[int, int]:
+        """Prompt tokens computed and output tokens chosen since the start. For any thread."""
+        with self._lock:
+            counts = [self._ended_tokens, *(each.token_counts() for each in self._submissions.values())]
+        prompt, output = zip(*counts, strict=True)
+        return sum(prompt), sum(output)
 
     def stop(self) -> None:
         """Ends the thread after the step under way; requests that are left get an EngineError."""
@@ -243,7 +263,9 @@ class EngineThread:
         self._awaiting_first_token.discard(submission)
         if self._on_finished is not None:
             self._on_finished(submission.stats(outcome))
+        prompt, output = submission.token_counts()
         with self._idle:
+            self._ended_tokens = (self._ended_tokens[0] + prompt, self._ended_tokens[1] + output)
             del self._submissions[submission.request_id]
             self._idle.notify_all()
 

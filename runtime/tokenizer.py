@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 _NAME_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""What tokenizers with byte fallback call the token of one byte."""
 
 
 class Tokenizer:
@@ -59,6 +63,26 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, which need not be whole characters."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        name = self._tokenizer.id_to_token(token_id) or ""
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            if found := _BYTE_TOKEN.fullmatch(name):
+                return bytes([int(found[1], 16)])
+            if all(character in _byte_of() for character in name):
+                return bytes(_byte_of()[character] for character in name)
+        return text.encode()
+
+
+@cache
+def _byte_of() -> Mapping[str, int]:
+    """Byte-level tokenizers write bytes as characters: printable ones as themselves, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
 def _special_token_names(path: Path) -> dict[str, str]:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp
 
+from ... import __version__
 from ...core.errors import RequestError
 from ..async_llm import AsyncLLM
 from .admission import Admission
 from .chat_template import ChatTemplate
 from .config import ServerConfig
-from .errors import ApiError, bad_field
+from .errors import ApiError, bad_field, not_accepted
 from .generation import Generation
+from .history import History
 from .http import CLIENT_GONE, ClientGoneError, EventStream, Front, read_body, until_disconnect
 from .metrics import Metrics
 from .protocol import (
@@ -33,15 +38,28 @@ from .protocol import (
 )
 from .responses import ChatFormat, CompletionFormat, Format
 
+_PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'",
+}
+"""The page loads nothing, and asks nobody but this server."""
+
 
 @dataclass(eq=False)
 class Service:
-    """One engine behind the routes. `draining`: nothing new is expected, what runs is finished."""
+    """One engine behind the routes.
+
+    facts:    name -> text, what the status page says about the engine
+    draining: nothing new is expected, what runs is finished
+    """
 
     llm: AsyncLLM
     chat_template: ChatTemplate | None
     config: ServerConfig
     metrics: Metrics
+    history: History = field(default_factory=History)
+    facts: Mapping[str, str] = field(default_factory=dict)
     draining: bool = False
 
     def __post_init__(self) -> None:
@@ -82,7 +100,12 @@ class Service:
             (ids,), chat.params, chat.stream, chat.include_usage, chat.return_token_ids
         )
         self._check(ids, wanted, "messages")
-        form = ChatFormat(chat.params.logprobs or 0, chat.return_token_ids, chat.params.prompt_logprobs)
+        form = ChatFormat(
+            self.llm.tokenizer,
+            chat.params.logprobs or 0,
+            chat.return_token_ids,
+            chat.params.prompt_logprobs,
+        )
         return await self._respond(request, wanted, [ids], form)
 
     async def tokenize(self, request: Request) -> Response:
@@ -114,6 +137,52 @@ class Service:
 
     async def show_metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page(self, request: Request) -> Response:
+        """The status page, which fetches its numbers from /status."""
+        return HTMLResponse(_page(), headers=_PAGE_HEADERS)
+
+    async def status(self, request: Request) -> Response:
+        """What the status page shows: the present, the totals, and the samples after `since`."""
+        since = request.query_params.get("since", "0")
+        try:
+            after = float(since)
+        except ValueError:
+            after = math.nan
+        if not math.isfinite(after):
+            raise not_accepted("since", since, "seconds since the epoch")
+        executor, stats = self.llm.executor, self.llm.stats()
+        body = {
+            "time": time.time(),
+            "started": self.created,
+            "state": "failed" if self.llm.failure else "draining" if self.draining else "ready",
+            "reason": self.unavailable,
+            "model": self.config.model_name,
+            "version": __version__,
+            "facts": dict(self.facts),
+            "limits": {
+                "running": executor.max_batch_size,
+                "waiting": self.config.max_queue,
+                "pages": executor.num_pages,
+                "page_size": executor.page_size,
+                "tokens": executor.max_seq_len,
+            },
+            "now": {
+                "running": stats.num_running,
+                "waiting": stats.num_waiting,
+                "pages": stats.num_used_pages,
+            },
+            "totals": {
+                "prompt_tokens": stats.num_prompt_tokens,
+                "output_tokens": stats.num_output_tokens,
+                "requests": dict(self.history.outcomes),
+                "responses": self.metrics.responses_by_status(),
+            },
+            "interval": self.history.interval_s,
+            "history": self.history.columns(after),
+            "recent": self.history.recent(),
+        }
+        return JSONResponse(body, headers={"Cache-Control": "no-store"})
 
     async def _json(self, request: Request) -> Json:
         return parse_json(await read_body(request, self.config))
@@ -188,6 +257,8 @@ def create_app(service: Service) -> ASGIApp:
         ("GET", "/health"): service.health,
         ("GET", "/ready"): service.ready,
         ("GET", "/metrics"): service.show_metrics,
+        ("GET", "/status"): service.status,
+        ("GET", "/"): service.page,
     }
     for (method, path), handler in routes.items():
         app.add_route(path, handler, methods=[method])
@@ -198,6 +269,11 @@ def create_app(service: Service) -> ASGIApp:
     app.add_exception_handler(Exception, _internal_error)
     paths = frozenset(path for _, path in routes)
     return Front(app, service.config, service.metrics, paths)
+
+
+@cache
+def _page() -> str:
+    return (resources.files(__package__) / "status.html").read_text(encoding="utf-8")
 
 
 def _status(problem: str | None) -> Response:

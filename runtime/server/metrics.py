@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..engine_thread import EngineStats, RequestStats
@@ -19,8 +19,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._prompt_tokens = self._counter("trtc_prompt_tokens", "Prompt tokens of ended requests")
-        self._output_tokens = self._counter("trtc_generation_tokens", "Output tokens of ended requests")
         self._requests = self._counter(
             "trtc_requests", "Ended engine requests: stop, length, abort (cancelled), error", "outcome"
         )
@@ -35,12 +33,10 @@ class Metrics:
 
     def watch(self, stats: Callable[[], EngineStats]) -> None:
         """Reports what `stats` returns whenever somebody asks."""
-        self.registry.register(_EngineGauges(stats))
+        self.registry.register(_EngineNumbers(stats))
 
     def request_ended(self, stats: RequestStats) -> None:
         self._requests.labels(stats.outcome).inc()
-        self._prompt_tokens.inc(stats.num_prompt_tokens)
-        self._output_tokens.inc(stats.num_output_tokens)
         if stats.ttft_s is not None:
             self._ttft.observe(stats.ttft_s)
         if stats.outcome in ("stop", "length"):
@@ -50,6 +46,16 @@ class Metrics:
 
     def responded(self, path: str, status: int) -> None:
         self._responses.labels(path, str(status)).inc()
+
+    def responses_by_status(self) -> dict[str, int]:
+        """HTTP answers since the start."""
+        counts: dict[str, int] = {}
+        for family in self._responses.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    status = sample.labels["status"]
+                    counts[status] = counts.get(status, 0) + int(sample.value)
+        return counts
 
     def text(self) -> bytes:
         """Prometheus' text format."""
@@ -62,12 +68,20 @@ class Metrics:
         return Histogram(name, help_text, buckets=buckets, registry=self.registry)
 
 
-class _EngineGauges(Collector):
+class _EngineNumbers(Collector):
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
+        self._prompt_tokens = 0
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         stats = self._stats()
+        # a preempted request computes its prompt again; a counter does not go back
+        self._prompt_tokens = max(self._prompt_tokens, stats.num_prompt_tokens)
+        for name, help_text, value in (
+            ("trtc_prompt_tokens", "Prompt tokens taken in, of every sequence", self._prompt_tokens),
+            ("trtc_generation_tokens", "Output tokens chosen", stats.num_output_tokens),
+        ):
+            yield CounterMetricFamily(name, help_text, value=value)
         for name, help_text, value in (
             ("trtc_sequences_running", "Sequences in the engine's steps", stats.num_running),
             ("trtc_sequences_waiting", "Sequences in the engine's queue", stats.num_waiting),

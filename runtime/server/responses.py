@@ -143,6 +143,7 @@ class CompletionFormat:
 class ChatFormat:
     """/v1/chat/completions. num_top: candidates shown per position; prompt_logprobs: as `CompletionFormat` has it."""
 
+    tokenizer: Tokenizer | None
     num_top: int
     return_token_ids: bool
     prompt_logprobs: int | None = None
@@ -154,7 +155,7 @@ class ChatFormat:
         choice = {
             "index": index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": _chat_logprobs(completion, 0, self.num_top),
+            "logprobs": self._logprobs(completion, 0),
             "finish_reason": completion.finish_reason,
         }
         if self.return_token_ids:
@@ -181,13 +182,30 @@ class ChatFormat:
         piece: dict[str, Any] = {
             "index": index,
             "delta": delta,
-            "logprobs": _chat_logprobs(completion, sent.tokens, self.num_top),
+            "logprobs": self._logprobs(completion, sent.tokens),
             "finish_reason": completion.finish_reason,
         }
         if self.return_token_ids:
             piece["token_ids"] = new_tokens
         sent.chars, sent.tokens, sent.started = len(completion.text), len(completion.token_ids), True
         return piece
+
+    def _logprobs(self, completion: CompletionOutput, first: int) -> dict[str, Any] | None:
+        if completion.logprobs is None:
+            return None
+        content = []
+        chosen = zip(completion.token_ids[first:], completion.logprobs[first:], strict=True)
+        for token_id, logprobs in chosen:
+            best = sorted(logprobs.items(), key=lambda item: item[1].rank)
+            top = [self._token(*item) for item in best if item[1].rank <= self.num_top]
+            content.append({**self._token(token_id, logprobs[token_id]), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, entry: Logprob) -> dict[str, Any]:
+        """`bytes` is for characters that are split over tokens: joined, they can be decoded."""
+        text = _text(token_id, entry)
+        raw = text.encode() if self.tokenizer is None else self.tokenizer.token_bytes(token_id)
+        return {"token": text, "logprob": _value(entry), "bytes": list(raw)}
 
 
 def usage(outputs: Iterable[RequestOutput]) -> dict[str, int]:
@@ -262,20 +280,3 @@ def _by_text(logprobs: Mapping[int, Logprob]) -> dict[str, float]:
     for token_id, entry in sorted(logprobs.items(), key=lambda item: item[1].rank):
         result.setdefault(_text(token_id, entry), _value(entry))
     return result
-
-
-def _chat_logprobs(completion: CompletionOutput, first: int, num_top: int) -> dict[str, Any] | None:
-    if completion.logprobs is None:
-        return None
-    content = []
-    chosen = zip(completion.token_ids[first:], completion.logprobs[first:], strict=True)
-    for token_id, logprobs in chosen:
-        best = sorted(logprobs.items(), key=lambda item: item[1].rank)
-        top = [_chat_token(*item) for item in best if item[1].rank <= num_top]
-        content.append({**_chat_token(token_id, logprobs[token_id]), "top_logprobs": top})
-    return {"content": content, "refusal": None}
-
-
-def _chat_token(token_id: int, entry: Logprob) -> dict[str, Any]:
-    text = _text(token_id, entry)
-    return {"token": text, "logprob": _value(entry), "bytes": list(text.encode())}

@@ -13,11 +13,14 @@ from types import FrameType
 
 import uvicorn
 
+from ...core.engine import Engine
 from ...core.errors import ConfigError
 from ..async_llm import AsyncLLM
+from ..engine_thread import RequestStats
 from .app import Service, create_app
 from .chat_template import ChatTemplate
 from .config import ServerConfig
+from .history import History
 from .logs import log, set_up
 from .metrics import Metrics
 
@@ -32,12 +35,16 @@ def serve(engine_dir: str | Path, config: ServerConfig, *, kv_cache_memory_bytes
     """
     with _bound_socket(config) as listener:  # before the engine: a port in use is known at once
         set_up()
-        metrics = Metrics()
-        llm = AsyncLLM(
-            engine_dir, kv_cache_memory_bytes=kv_cache_memory_bytes, on_finished=metrics.request_ended
-        )
+        metrics, history = Metrics(), History()
+
+        def request_ended(stats: RequestStats) -> None:
+            metrics.request_ended(stats)
+            history.request_ended(stats)
+
+        llm = AsyncLLM(engine_dir, kv_cache_memory_bytes=kv_cache_memory_bytes, on_finished=request_ended)
         try:
-            service = Service(llm, ChatTemplate.from_dir(engine_dir), config, metrics)
+            template = ChatTemplate.from_dir(engine_dir)
+            service = Service(llm, template, config, metrics, history, _facts(engine_dir))
             _Server(service, config).run(sockets=[listener])
         finally:
             llm.shutdown()
@@ -64,6 +71,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         assert sockets is not None, "serve() brings its own socket"
+        self._sampling = asyncio.create_task(self._service.history.run(self._service.llm.stats))
         name = self._service.config.model_name
         log("listening", url=_url(sockets[0]), model=name)
 
@@ -75,6 +83,7 @@ class _Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             alarm.cancel()
+            self._sampling.cancel()
 
     def _give_up(self) -> None:
         log("drain timeout", seconds=self._service.config.drain_timeout_s)
@@ -112,6 +121,16 @@ def _bound_socket(config: ServerConfig) -> Iterator[socket.socket]:
                 f"--host {config.host} --port {config.port}: cannot listen there: {error.strerror}"
             ) from None
         yield listener
+
+
+def _facts(engine_dir: str | Path) -> dict[str, str]:
+    engine = Engine.open(engine_dir, verify=False)  # its files were compared when it was loaded
+    model = engine.model
+    return {
+        "model": f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size}",
+        "target": engine.build.target,
+        "dtype": str(model.dtype),
+    }
 
 
 def _url(listener: socket.socket) -> str:

@@ -46,14 +46,14 @@ def chat_engine(chat_model: Path) -> Path:
     return build(chat_model, chat_model.parent / "chatty")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(engine: Path) -> Iterator[RunningServer]:
     running = RunningServer(engine)
     yield running
     assert running.stop() == 0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def strict_server(chat_engine: Path) -> Iterator[RunningServer]:
     """Eight sequences run, one may wait; the key is `secret`."""
     running = RunningServer(

@@ -26,7 +26,7 @@ def test_impossible_tokens_can_be_sent_as_json() -> None:
     form = CompletionFormat(None, [""], 1, echo=False, return_token_ids=False)
     logprobs = form.choice(0, output(done), done)["logprobs"]
     assert logprobs["top_logprobs"] == [{"a": -0.5, "b": -9999.0}], "two tokens of one text: the likelier one"
-    top = ChatFormat(2, False).choice(0, output(done), done)["logprobs"]["content"][0]["top_logprobs"]
+    top = ChatFormat(None, 2, False).choice(0, output(done), done)["logprobs"]["content"][0]["top_logprobs"]
     assert [(entry["token"], entry["logprob"]) for entry in top] == [("a", -0.5), ("b", -9999.0)]
     json.dumps([logprobs, top], allow_nan=False)
 

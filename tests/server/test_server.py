@@ -636,7 +636,7 @@ def test_sigterm_finishes_what_runs(engine: Path) -> None:
     counts = []
 
     async def one(http: httpx.AsyncClient) -> None:
-        body = completion(max_tokens=300, ignore_eos=True, stream=True, return_token_ids=True)
+        body = completion(max_tokens=200, ignore_eos=True, stream=True, return_token_ids=True)
         count = 0
         async with http.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
             async for line in answer.aiter_lines():
@@ -657,7 +657,7 @@ def test_sigterm_finishes_what_runs(engine: Path) -> None:
         asyncio.run(main())
     finally:
         code = server.wait()
-    assert (code, counts) == (0, [300] * 10)
+    assert (code, counts) == (0, [200] * 10)
     events = [entry["event"] for entry in server.log if entry.get("path") != "/ready"]
     assert "request" in events[events.index("draining") :], "all had ended before the signal could matter"
     assert events[-1] == "stopped"
