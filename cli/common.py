@@ -45,6 +45,14 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
                         help="threads that read, convert and write (default: %(default)s)")  # fmt: skip
 
 
+def add_kv_cache(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("KV cache")
+    group.add_argument("--kv-cache-memory-bytes", type=int, metavar="N",
+                       help="memory of the KV cache (default: enough for the engine's limits)")  # fmt: skip
+    group.add_argument("--enable-prefix-cache", action=argparse.BooleanOptionalAction, default=True,
+                       help="start prompts behind what earlier ones with the same beginning left (default: on)")  # fmt: skip
+
+
 def sharding_options(args: argparse.Namespace) -> ShardingOptions:
     return ShardingOptions(
         args.tp_size, args.use_parallel_embedding, args.embedding_sharding_dim, args.pp_size

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, RequestError
+from .common import add_kv_cache
 from .ranks import add_nproc, enter_job
 
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same of each prompt token")
     add_nproc(parser)
-    cache = parser.add_argument_group("KV cache")
-    cache.add_argument("--kv-cache-memory-bytes", type=int, metavar="N",
-                       help="memory of the KV cache (default: enough for the engine's limits)")  # fmt: skip
+    add_kv_cache(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -116,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
         logprobs=args.logprobs,
         prompt_logprobs=args.prompt_logprobs,
     )
-    with LLM(args.engine_dir, **load_options) as llm:
+    with LLM(args.engine_dir, **load_options, enable_prefix_cache=args.enable_prefix_cache) as llm:
         if llm.tokenizer is None and (
             args.stop or args.bad_words or any(isinstance(p, str) for p in prompts)
         ):

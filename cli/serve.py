@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core.errors import TargetError
 from ..runtime.server.config import ServerConfig
+from .common import add_kv_cache
 from .ranks import add_nproc, enter_job
 
 NAME = "serve"
@@ -46,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         limits.add_argument(f"--{name}", type=int, default=default, metavar="N",
                             help=f"{help_text} (default: %(default)s)")  # fmt: skip
     add_nproc(parser)
-    cache = parser.add_argument_group("KV cache")
-    cache.add_argument("--kv-cache-memory-bytes", type=int, metavar="N",
-                       help="memory of the KV cache (default: enough for the engine's limits)")  # fmt: skip
+    add_kv_cache(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -72,5 +71,5 @@ def main(args: argparse.Namespace) -> int:
     code = enter_job(args, drain_s=config.drain_timeout_s + _LAST_WORDS_S, **load_options)
     if code is not None:
         return code
-    serve(args.engine_dir, config, **load_options)
+    serve(args.engine_dir, config, enable_prefix_cache=args.enable_prefix_cache, **load_options)
     return 0

@@ -34,11 +34,13 @@ class AsyncLLM:
         kv_cache_memory_bytes: int | None = None,
         verify: bool = True,
         seed: int = 0,
+        enable_prefix_cache: bool = True,
         on_finished: OnFinished | None = None,
     ) -> None:
         """Loads an engine directory. `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`.
 
         seed:        of the stream from which requests without a seed draw theirs
+        enable_prefix_cache: a prompt starts behind what an earlier one with the same beginning has left in the KV cache
         on_finished: called in the engine's thread for every request that has ended
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
         machine cannot run it.
@@ -46,7 +48,7 @@ class AsyncLLM:
         executor = load_executor(
             engine_dir, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, verify=verify
         )
-        self._start(executor, Tokenizer.from_dir(engine_dir), seed, on_finished)
+        self._start(executor, Tokenizer.from_dir(engine_dir), seed, enable_prefix_cache, on_finished)
 
     @classmethod
     def from_executor(
@@ -55,19 +57,25 @@ class AsyncLLM:
         tokenizer: Tokenizer | None = None,
         *,
         seed: int = 0,
+        enable_prefix_cache: bool = True,
         on_finished: OnFinished | None = None,
     ) -> Self:
         """Runs on an executor that is loaded already, or that is not made from an engine directory."""
         llm = cls.__new__(cls)
-        llm._start(executor, tokenizer, seed, on_finished)
+        llm._start(executor, tokenizer, seed, enable_prefix_cache, on_finished)
         return llm
 
     def _start(
-        self, executor: Executor, tokenizer: Tokenizer | None, seed: int, on_finished: OnFinished | None
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        seed: int,
+        enable_prefix_cache: bool,
+        on_finished: OnFinished | None,
     ) -> None:
         self.executor = executor
         self.tokenizer = tokenizer
-        self._core = EngineCore(executor, tokenizer, seed=seed)
+        self._core = EngineCore(executor, tokenizer, seed=seed, enable_prefix_cache=enable_prefix_cache)
         self._engine = EngineThread(self._core, on_finished)
         self._request_ids = map(str, count())
 
@@ -122,12 +130,17 @@ class AsyncLLM:
         """What the engine holds now; a snapshot that another thread may already have changed."""
         scheduler = self._core.scheduler
         pool = scheduler.pool
+        num_prompt_tokens, num_output_tokens = self._engine.token_counts()
         return EngineStats(
-            len(scheduler.running),
-            len(scheduler.waiting),
-            pool.num_used,
-            self.executor.num_pages,
-            *self._engine.token_counts(),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_used_pages=pool.num_used,
+            num_pages=self.executor.num_pages,
+            num_prompt_tokens=num_prompt_tokens,
+            num_output_tokens=num_output_tokens,
+            num_cached_pages=pool.num_cached,
+            num_looked_up_pages=scheduler.num_looked_up,
+            num_found_pages=scheduler.num_found,
         )
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..core.errors import RequestError
 from .bad_words import bad_words
+from .batch import Batch
 from .decode_ahead import DecodeAhead
 from .detokenizer import Detokenizer
 from .executor import DecodeLoop, Executor
@@ -18,7 +19,7 @@ from .request import Request
 from .request_check import check_params, check_token_ids
 from .sampler import SampledToken, sample, top_logprobs
 from .sampling_params import SamplingParams
-from .scheduler import Batch, Scheduler, SchedulerConfig
+from .scheduler import Scheduler, SchedulerConfig
 from .step_input import StepInput
 from .tokenizer import Tokenizer
 
@@ -55,9 +56,17 @@ class EngineCore:
 
     tokenizer: None: requests are token ids and outputs have no text
     seed:      of the stream from which requests without a seed draw theirs, in order of arrival
+    enable_prefix_cache: use what earlier requests with the same beginning have left in the KV cache
     """
 
-    def __init__(self, executor: Executor, tokenizer: Tokenizer | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None = None,
+        *,
+        seed: int = 0,
+        enable_prefix_cache: bool = True,
+    ) -> None:
         self.executor = executor
         self.tokenizer = tokenizer
         self.scheduler = Scheduler(
@@ -68,6 +77,7 @@ class EngineCore:
                 max_input_len=executor.max_input_len,
                 page_size=executor.page_size,
                 num_pages=executor.num_pages,
+                enable_prefix_cache=enable_prefix_cache,
             )
         )
         self._ahead = DecodeAhead(executor, self.scheduler) if isinstance(executor, DecodeLoop) else None
@@ -253,6 +263,7 @@ def _request_output(group: _Group) -> RequestOutput:
         prompt_logprobs=None if first.params.prompt_logprobs is None else list(first.prompt_logprobs),
         outputs=_completions(group),
         finished=group.finished,
+        num_cached_tokens=first.num_cached_tokens or 0,
     )
 
 

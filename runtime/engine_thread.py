@@ -34,6 +34,9 @@ class EngineStats:
     num_running, num_waiting:            sequences
     num_used_pages, num_pages:           of the KV cache
     num_prompt_tokens, num_output_tokens: computed and chosen since the start, those of unfinished requests included
+    num_cached_pages:                    of the pages that nobody uses those that the prefix cache still knows
+    num_looked_up_pages, num_found_pages: full prompt pages of all requests so far that the prefix cache could have had, and
+                                         those that it had
     """
 
     num_running: int
@@ -42,6 +45,9 @@ class EngineStats:
     num_pages: int
     num_prompt_tokens: int
     num_output_tokens: int
+    num_cached_pages: int = 0
+    num_looked_up_pages: int = 0
+    num_found_pages: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class RequestStats:
     """One request that has ended. Times are in seconds.
 
     outcome:           how its last completion ended; "abort": cancelled, "error": the engine failed or was shut down
+    num_cached_tokens: prompt tokens that were not computed, because the prefix cache had them
     num_output_tokens: of all its completions
     ttft_s:            from submission to the first token; None when there was none
     tpot_s:            time per output token after the first, mean over its completions; None below two tokens
@@ -58,6 +65,7 @@ class RequestStats:
     request_id: str
     outcome: Outcome
     num_prompt_tokens: int
+    num_cached_tokens: int
     num_output_tokens: int
     ttft_s: float | None
     tpot_s: float | None
@@ -134,6 +142,7 @@ class Submission:
             request_id=self.request_id,
             outcome=outcome,
             num_prompt_tokens=len(self.prompt_token_ids),
+            num_cached_tokens=(self.requests[0].num_cached_tokens or 0) if self.requests else 0,
             num_output_tokens=sum(counts),
             ttft_s=None if self.first_token is None else self.first_token - self.submitted,
             tpot_s=tpot_s,

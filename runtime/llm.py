@@ -36,28 +36,39 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         verify: bool = True,
         seed: int = 0,
+        enable_prefix_cache: bool = True,
     ) -> None:
         """Loads an engine directory. `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`.
 
         seed: of the stream from which requests without a seed draw theirs
+        enable_prefix_cache: a prompt starts behind what an earlier one with the same beginning has left in the KV cache
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
         machine cannot run it.
         """
         executor = load_executor(
             engine_dir, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, verify=verify
         )
-        self._start(executor, Tokenizer.from_dir(engine_dir), seed)
+        self._start(executor, Tokenizer.from_dir(engine_dir), seed, enable_prefix_cache)
 
     @classmethod
-    def from_executor(cls, executor: Executor, tokenizer: Tokenizer | None = None, *, seed: int = 0) -> Self:
+    def from_executor(
+        cls,
+        executor: Executor,
+        tokenizer: Tokenizer | None = None,
+        *,
+        seed: int = 0,
+        enable_prefix_cache: bool = True,
+    ) -> Self:
         """Runs on an executor that is loaded already, or that is not made from an engine directory."""
         llm = cls.__new__(cls)
-        llm._start(executor, tokenizer, seed)
+        llm._start(executor, tokenizer, seed, enable_prefix_cache)
         return llm
 
-    def _start(self, executor: Executor, tokenizer: Tokenizer | None, seed: int) -> None:
+    def _start(
+        self, executor: Executor, tokenizer: Tokenizer | None, seed: int, enable_prefix_cache: bool
+    ) -> None:
         self.tokenizer = tokenizer
-        self.core = EngineCore(executor, tokenizer, seed=seed)
+        self.core = EngineCore(executor, tokenizer, seed=seed, enable_prefix_cache=enable_prefix_cache)
         self._request_ids = map(str, count())
         self._busy = threading.Lock()
 

@@ -56,6 +56,7 @@ class RequestOutput:
     prompt:          the text given; None when token ids were given
     prompt_logprobs: per prompt token, None for the first; None unless `prompt_logprobs` was asked for
     finished:        True when every completion has a finish_reason
+    num_cached_tokens: prompt tokens that were not computed, because an earlier request had left them in the KV cache
     """
 
     request_id: str
@@ -64,3 +65,4 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
     finished: bool
+    num_cached_tokens: int = 0

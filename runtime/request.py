@@ -6,8 +6,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from .bad_words import NONE, BadWords
+from .kv_cache import PageKey
 from .outputs import FinishReason, Logprob
 from .sampling_params import SamplingParams
+
+PRIORITY_STEP = 1024
+"""Places in line that one step of priority is worth. A waiting request is overtaken by so many newcomers at most, for each
+step that they are ahead: enough that priorities decide, and nobody waits for ever."""
 
 
 class RequestStatus(Enum):
@@ -25,12 +30,15 @@ class Request:
     eos_token_ids:       the model's end-of-sequence ids; they count for nothing under `params.ignore_eos`
     bad_words:           what must not come about in token_ids
     seed, sample_index:  key of its random stream; sample_index tells the n completions of one prompt apart
+    priority:            its place in line as if it had come so many times `PRIORITY_STEP` requests later, or earlier
     token_ids:           prompt and output, one list
     logprobs:            per output token, filled when `params.logprobs` is set
     prompt_logprobs:     per prompt token (None for the first), filled when `params.prompt_logprobs` is set
     num_computed_tokens: leading tokens whose keys and values are in the cache
     page_ids:            its cache pages, in the order of the sequence
-    arrival:             its place in line, given once
+    page_keys:           content of its leading full pages, as far as somebody wanted to know
+    num_cached_tokens:   prompt tokens that were in the cache when it first got pages; None before
+    arrival:             how many requests came before it, given once
     """
 
     request_id: str
@@ -40,6 +48,7 @@ class Request:
     seed: int = 0
     sample_index: int = 0
     bad_words: BadWords = NONE
+    priority: int = 0
 
     token_ids: list[int] = field(init=False)
     output_token_ids: list[int] = field(init=False, default_factory=list)
@@ -47,6 +56,8 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(init=False, default_factory=list)
     num_computed_tokens: int = field(init=False, default=0)
     page_ids: list[int] = field(init=False, default_factory=list)
+    page_keys: list[PageKey] = field(init=False, default_factory=list)
+    num_cached_tokens: int | None = field(init=False, default=None)
     status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
     arrival: int = field(init=False, default=-1)
     finish_reason: FinishReason | None = field(init=False, default=None)
@@ -56,6 +67,11 @@ class Request:
         self.token_ids = list(self.prompt_token_ids)
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Orders the line: lower goes first."""
+        return self.arrival + PRIORITY_STEP * self.priority, self.arrival
 
     @property
     def num_tokens(self) -> int:

@@ -1,20 +1,26 @@
 """Which tokens of which requests run in the next engine step: in-flight batching with chunked prefill.
 
-Plain Python, no tensor library. Requests stay in order of arrival: first all running, oldest first, then all
-waiting. Every step gives each running sequence that decodes one token, then continues the prefill under way,
-then admits waiting requests as long as tokens, sequences and pages last. When a decode finds no free page,
-the newest running request gives its pages back and waits; its tokens are kept and computed again later
-(preemption by recompute), so the oldest request always goes forward and every request ends.
+Plain Python, no tensor library. Requests stand in line by priority and arrival (`Request.place`). Every step gives each
+running sequence that decodes one token, then continues the prefill under way, then admits waiting requests in the order of the
+line as long as tokens, sequences and pages last. When a decode finds no free page, the running request that is last in line
+gives its pages back and waits; its tokens are kept and computed again later (preemption by recompute), so the first in line
+always goes forward and every request ends.
+
+Prefix cache: a request starts behind those of its leading pages that are still in the cache, whoever computed them. Its last
+token is always computed: its logits are wanted.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from bisect import insort
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from ..core.errors import ConfigError, RequestError
-from .kv_cache import PagePool, pages_for
+from .batch import Batch, ScheduledRequest, count_tokens, next_part
+from .kv_cache import PageKey, PagePool, extend_keys, pages_for
 from .outputs import FinishReason
 from .request import Request, RequestStatus
 
@@ -26,6 +32,7 @@ class SchedulerConfig:
     max_batch_size: sequences in one step       max_num_tokens: tokens in one step
     max_seq_len:    prompt and output tokens    max_input_len:  prompt tokens
     page_size:      tokens per page             num_pages:      pages in the cache
+    enable_prefix_cache: use pages that an earlier request with the same beginning has computed
     """
 
     max_batch_size: int
@@ -34,61 +41,34 @@ class SchedulerConfig:
     max_input_len: int
     page_size: int
     num_pages: int
+    enable_prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
+            if field.type == "bool":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"{field.name} is {value!r}; accepted: True or False")
+            elif not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field.name} is {value!r}; accepted: an integer of at least 1")
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
-    """The part of one request that runs in a step: tokens first .. first + num_tokens - 1.
-
-    num_prompt_rows: logits rows, just before the last one of `samples`, that score prompt tokens
-    samples:         the part ends at the last known token, so that its logits choose the next one
-    """
-
-    request: Request
-    first: int
-    num_tokens: int
-    num_prompt_rows: int
-    samples: bool
-
-    @property
-    def end(self) -> int:
-        return self.first + self.num_tokens
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_prompt_rows + self.samples
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One engine step: sequences that decode first, prefill after them. Empty when nothing can run."""
-
-    scheduled: tuple[ScheduledRequest, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return _num_tokens(self.scheduled)
-
-    @property
-    def sampling(self) -> list[Request]:
-        """The requests that get a token from this step, in the order of their logits rows."""
-        return [part.request for part in self.scheduled if part.samples]
+_place = attrgetter("place")
 
 
 class Scheduler:
-    """Holds every unfinished request and all cache pages."""
+    """Holds every unfinished request and all cache pages. waiting, running: each in the order of the line.
+
+    num_looked_up, num_found: full prompt pages that new requests might have found in the cache, and those they have found
+    """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.pool = PagePool(config.num_pages)
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.num_looked_up = 0
+        self.num_found = 0
         self._num_arrived = 0
 
     @property
@@ -120,12 +100,12 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
-        """Puts a new request at the end of the line. Raises RequestError as `check_lengths` does."""
+        """Puts a new request in line. Raises RequestError as `check_lengths` does."""
         self.check_lengths(request.num_prompt_tokens, request.params.max_tokens)
         assert request.status is RequestStatus.WAITING, f"request {request.request_id} was added before"
         request.arrival = self._num_arrived
         self._num_arrived += 1
-        self.waiting.append(request)
+        insort(self.waiting, request, key=_place)
 
     def cancel(self, request: Request) -> None:
         """Ends a request wherever it is; its pages are free at once. A finished request is left as it is."""
@@ -152,13 +132,17 @@ class Scheduler:
         Calling it again before `update` plans the same tokens again: a step that failed can be repeated.
         """
         scheduled = self._schedule_decodes()
-        scheduled += self._schedule_prefills(self.config.max_num_tokens - _num_tokens(scheduled))
-        scheduled += self._admit(self.config.max_num_tokens - _num_tokens(scheduled))
+        scheduled += self._schedule_prefills(self.config.max_num_tokens - count_tokens(scheduled))
+        scheduled += self._admit(self.config.max_num_tokens - count_tokens(scheduled))
         return Batch(tuple(scheduled))
 
     def only_decodes(self) -> bool:
         """Whether `schedule` would give every running sequence one token and admit nobody."""
-        return bool(self.running) and all(map(self._is_decoding, self.running)) and not self._can_admit()
+        return (
+            bool(self.running)
+            and all(map(self._is_decoding, self.running))
+            and self._pages_to_start(set()) is None
+        )
 
     def reserve(self, count: int) -> bool:
         """Gives every running sequence pages for `count` tokens beyond those it has, without preempting anyone.
@@ -186,7 +170,7 @@ class Scheduler:
 
     def decode_batch(self, requests: Iterable[Request]) -> Batch:
         """The step that computes the last token of each of `requests`, all of them decoding."""
-        return Batch(tuple(_part(request, 1) for request in requests))
+        return Batch(tuple(next_part(request, 1) for request in requests))
 
     def update(self, batch: Batch, token_ids: Sequence[int]) -> None:
         """Enters what a step has computed. Requests cancelled since `schedule` are passed over.
@@ -201,7 +185,7 @@ class Scheduler:
             token_id = next(tokens) if part.samples else None
             if part.request.status is not RequestStatus.RUNNING:
                 continue
-            part.request.num_computed_tokens = part.end
+            self._computed(part)
             if token_id is not None:
                 part.request.append_output(token_id)
                 self._finish_if_done(part.request)
@@ -223,6 +207,7 @@ class Scheduler:
             assert request.num_computed_tokens < request.num_tokens, (
                 f"request {name} has nothing left to compute"
             )
+            self._check_content(request)
         for request in self.waiting:
             assert request.status is RequestStatus.WAITING, (
                 f"waiting request {request.request_id} is {request.status}"
@@ -230,8 +215,9 @@ class Scheduler:
             assert not request.page_ids and not request.num_computed_tokens, (
                 f"{request.request_id} waits with pages"
             )
-        line = [request.arrival for request in (*self.running, *self.waiting)]
-        assert line == sorted(set(line)), f"requests are out of order of arrival: {line}"
+        for part in (self.running, self.waiting):
+            line = [request.place for request in part]
+            assert line == sorted(set(line)), f"requests are out of order: {line}"
         limit = min(self.config.max_batch_size, self.config.max_num_tokens)
         assert len(self.running) <= limit, f"{len(self.running)} requests run, a step takes {limit}"
 
@@ -241,7 +227,7 @@ class Scheduler:
         They always fit into a step: a request is admitted only when all running ones leave a token over.
         """
         decoding = [request for request in self.running if self._is_decoding(request)]
-        return [_part(request, 1) for request in decoding if self._grow(request)]
+        return [next_part(request, 1) for request in decoding if self._grow(request)]
 
     def _schedule_prefills(self, budget: int) -> list[ScheduledRequest]:
         """Continues the prompt under way, whose pages were given at admission."""
@@ -249,34 +235,115 @@ class Scheduler:
         for request in self.running:
             if not self._is_decoding(request):
                 count = min(budget, request.num_tokens - request.num_computed_tokens)
-                scheduled.append(_part(request, count))
-                budget -= count
+                if count:
+                    scheduled.append(next_part(request, count))
+                    budget -= count
         return scheduled
 
     def _admit(self, budget: int) -> list[ScheduledRequest]:
         scheduled = []
-        while budget and self._can_admit():
-            request = self.waiting.popleft()
-            self.running.append(request)
+        page_size = self.config.page_size
+        coming = {key for request in self.running for key in self._keys_to_come(request)}
+        while budget and (cached := self._pages_to_start(coming)) is not None:
+            request = self.waiting.pop(0)
+            insort(self.running, request, key=_place)
             request.status = RequestStatus.RUNNING
-            request.page_ids = self.pool.allocate(pages_for(request.num_tokens, self.config.page_size))
-            count = min(budget, request.num_tokens)
-            scheduled.append(_part(request, count))
+            self.pool.retain(cached)
+            missing = pages_for(request.num_tokens, page_size) - len(cached)
+            request.page_ids = cached + self.pool.allocate(missing)
+            request.num_computed_tokens = len(cached) * page_size
+            self._count_hits(request, len(cached))
+            coming.update(self._keys_to_come(request))
+            count = min(budget, request.num_tokens - request.num_computed_tokens)
+            scheduled.append(next_part(request, count))
             budget -= count
         return scheduled
 
-    def _can_admit(self) -> bool:
-        """Whether there is a waiting request, and a place and pages for it."""
+    def _pages_to_start(self, coming: set[PageKey]) -> list[int] | None:
+        """The pages in the cache with which the first waiting request could be admitted; None when it cannot be.
+
+        coming: what running requests are computing
+        """
         if not self.waiting or len(self.running) >= self.config.max_batch_size:
-            return False
-        needed = pages_for(self.waiting[0].num_tokens, self.config.page_size)
+            return None
+        request, page_size = self.waiting[0], self.config.page_size
+        cached = self._find_cached(request)
+        needed = pages_for(request.num_tokens, page_size) - len(cached)
+        needed += sum(self.pool.ref_count(page) == 0 for page in cached)
         # One page is left for each running sequence, or the newcomer would be preempted at their next page.
-        return self.pool.num_free - needed >= self._num_growing()
+        if self.pool.num_free - needed < self._num_growing():
+            return None
+        # When somebody is computing at least half of what it lacks, waiting for that is better than computing it twice.
+        hoped = self._cacheable_keys(request)[len(cached) :]
+        shared = next((n for n, key in enumerate(hoped) if key not in coming), len(hoped))
+        if shared and 2 * shared * page_size >= request.num_tokens - len(cached) * page_size:
+            return None
+        return cached
 
     def _num_growing(self) -> int:
         """Running sequences that may need another page; where a page holds a whole sequence, none does."""
         whole = pages_for(self.config.max_seq_len, self.config.page_size)
         return sum(len(request.page_ids) < whole for request in self.running)
+
+    def _find_cached(self, request: Request) -> list[int]:
+        pages: list[int] = []
+        for key in self._cacheable_keys(request):
+            page = self.pool.find(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def _cacheable_keys(self, request: Request) -> list[PageKey]:
+        """The keys of those leading pages that `request` need not compute itself."""
+        if not self.config.enable_prefix_cache:
+            return []
+        tokens = request.num_tokens - 1
+        if (
+            request.params.prompt_logprobs is not None
+            and len(request.prompt_logprobs) < request.num_prompt_tokens
+        ):
+            tokens = len(request.prompt_logprobs) - 1  # the logits that score the prompt are wanted, too
+        count = tokens // self.config.page_size
+        extend_keys(request.page_keys, request.token_ids, self.config.page_size, count)
+        return request.page_keys[:count]
+
+    def _keys_to_come(self, request: Request) -> list[PageKey]:
+        """The keys of the full pages that a running request has yet to compute, before it decodes."""
+        if not self.config.enable_prefix_cache or self._is_decoding(request):
+            return []
+        count = request.num_tokens // self.config.page_size
+        extend_keys(request.page_keys, request.token_ids, self.config.page_size, count)
+        return request.page_keys[request.num_computed_tokens // self.config.page_size : count]
+
+    def _count_hits(self, request: Request, found: int) -> None:
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = found * self.config.page_size
+            self.num_looked_up += len(self._cacheable_keys(request))
+            self.num_found += found
+
+    def _computed(self, part: ScheduledRequest) -> None:
+        """Notes that a part is in the cache, and makes the pages that it has filled findable."""
+        request, page_size = part.request, self.config.page_size
+        first, end = request.num_computed_tokens // page_size, part.end // page_size
+        request.num_computed_tokens = part.end
+        if self.config.enable_prefix_cache and first < end:
+            extend_keys(request.page_keys, request.token_ids, page_size, end)
+            for index in range(first, end):
+                self.pool.publish(request.page_ids[index], request.page_keys[index])
+
+    def _check_content(self, request: Request) -> None:
+        """Pages are shared, or findable, only where they are full, and with what this request has in them."""
+        keys: list[PageKey] = []
+        full = request.num_computed_tokens // self.config.page_size
+        extend_keys(keys, request.token_ids, self.config.page_size, full)
+        for index, page in enumerate(request.page_ids):
+            name = f"page {page}, number {index} of request {request.request_id},"
+            if index < full:
+                assert self.pool.key_of(page) in (None, keys[index]), f"{name} is known by other content"
+            else:
+                assert self.pool.ref_count(page) == 1, f"{name} is shared and may still be written"
+                assert self.pool.key_of(page) is None, f"{name} can be found and is not full"
 
     def _is_decoding(self, request: Request) -> bool:
         return bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens == 1
@@ -288,9 +355,9 @@ class Scheduler:
         if len(request.page_ids) >= pages_for(request.num_tokens, self.config.page_size):
             return True
         while not self.pool.num_free:
-            newest = self.running[-1]
-            self._preempt(newest)
-            if newest is request:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is request:
                 return False
         request.page_ids += self.pool.allocate(1)
         return True
@@ -300,10 +367,11 @@ class Scheduler:
         self._release_pages(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_place)
 
     def _release_pages(self, request: Request) -> None:
-        self.pool.release(request.page_ids)
+        # The last page goes first: without those before it nobody finds it.
+        self.pool.release(reversed(request.page_ids))
         request.page_ids = []
 
     def _max_total_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
@@ -319,19 +387,3 @@ class Scheduler:
             self.finish(request, "stop", token_id)
         elif request.num_tokens >= self._max_total_tokens(request.num_prompt_tokens, params.max_tokens):
             self.finish(request, "length")
-
-
-def _num_tokens(scheduled: Iterable[ScheduledRequest]) -> int:
-    return sum(part.num_tokens for part in scheduled)
-
-
-def _part(request: Request, num_tokens: int) -> ScheduledRequest:
-    """The next `num_tokens` tokens of a request, with the logits rows it wants from them."""
-    first = request.num_computed_tokens
-    end = first + num_tokens
-    num_prompt_rows = 0
-    if request.params.prompt_logprobs is not None:
-        # Row i scores token i + 1. What was reported before a preemption is not asked for again.
-        start = max(first, len(request.prompt_logprobs) - 1)
-        num_prompt_rows = max(0, min(end, request.num_prompt_tokens - 1) - start)
-    return ScheduledRequest(request, first, num_tokens, num_prompt_rows, samples=end == request.num_tokens)

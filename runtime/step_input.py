@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from .scheduler import Batch
+from .batch import Batch
 
 Int32Array = npt.NDArray[np.int32]
 

@@ -87,5 +87,19 @@ class _EngineNumbers(Collector):
             ("trtc_sequences_waiting", "Sequences in the engine's queue", stats.num_waiting),
             ("trtc_kv_cache_pages_used", "Pages of the KV cache that sequences hold", stats.num_used_pages),
             ("trtc_kv_cache_pages", "Pages of the KV cache", stats.num_pages),
+            (
+                "trtc_kv_cache_pages_cached",
+                "Free pages that the prefix cache still knows",
+                stats.num_cached_pages,
+            ),
         ):
             yield GaugeMetricFamily(name, help_text, value=value)
+        for name, help_text, value in (
+            (
+                "trtc_prefix_cache_queries",
+                "Full prompt pages looked up in the prefix cache",
+                stats.num_looked_up_pages,
+            ),
+            ("trtc_prefix_cache_hits", "Full prompt pages that the prefix cache had", stats.num_found_pages),
+        ):
+            yield CounterMetricFamily(name, help_text, value=value)

@@ -28,7 +28,13 @@ _LAST_ANSWERS_S = 5
 """For errors to reach clients after the drain timeout; then connections are cut."""
 
 
-def serve(engine_dir: str | Path, config: ServerConfig, *, kv_cache_memory_bytes: int | None = None) -> None:
+def serve(
+    engine_dir: str | Path,
+    config: ServerConfig,
+    *,
+    kv_cache_memory_bytes: int | None = None,
+    enable_prefix_cache: bool = True,
+) -> None:
     """Serves an engine until SIGTERM or SIGINT; then finishes what runs and returns. Call it in the main thread.
 
     Raises ConfigError when host and port cannot be had, EngineError and TargetError as `LLM` does.
@@ -41,7 +47,12 @@ def serve(engine_dir: str | Path, config: ServerConfig, *, kv_cache_memory_bytes
             metrics.request_ended(stats)
             history.request_ended(stats)
 
-        llm = AsyncLLM(engine_dir, kv_cache_memory_bytes=kv_cache_memory_bytes, on_finished=request_ended)
+        llm = AsyncLLM(
+            engine_dir,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            enable_prefix_cache=enable_prefix_cache,
+            on_finished=request_ended,
+        )
         try:
             template = ChatTemplate.from_dir(engine_dir)
             service = Service(llm, template, config, metrics, history, _facts(engine_dir))

@@ -26,9 +26,13 @@ def scheduler(**limits: Any) -> Scheduler:
     return Scheduler(SchedulerConfig(**{**DEFAULTS, **limits}))
 
 
-def request(name: str, prompt: int, max_tokens: int | None = 8, **params: Any) -> Request:
+def request(
+    name: str, prompt: int, max_tokens: int | None = 8, *, priority: int = 0, **params: Any
+) -> Request:
+    """Each name has tokens of its own."""
+    first = 100 * (1 + ord(name[0]))
     sampling = SamplingParams(max_tokens=max_tokens, **params)
-    return Request(name, list(range(100, 100 + prompt)), sampling, frozenset({0}))
+    return Request(name, list(range(first, first + prompt)), sampling, frozenset({0}), priority=priority)
 
 
 def step(scheduler: Scheduler, token: int = 1) -> dict[str, tuple[int, int]]:
@@ -81,7 +85,7 @@ def test_nobody_overtakes_a_request_that_waits_for_pages() -> None:
 
 
 def test_the_newest_gives_way_and_comes_back_with_its_tokens() -> None:
-    s = scheduler(num_pages=6)
+    s = scheduler(num_pages=6, enable_prefix_cache=False)
     old, new = request("old", 8, max_tokens=12), request("new", 7, max_tokens=12)
     s.add(old)
     s.add(new)

@@ -631,6 +631,20 @@ def test_load(server: RunningServer, llm: LLM) -> None:
     )
 
 
+def test_metrics_count_what_the_prefix_cache_had(server: RunningServer) -> None:
+    before = server.metrics()
+    for _ in range(2):
+        body = completion(prompt=[7, 8, 9] * 25, max_tokens=1)
+        httpx.post(f"{server.url}/v1/completions", json=body).raise_for_status()
+    after = server.metrics()
+    looked_up, found = (
+        after[name] - before[name]
+        for name in ("trtc_prefix_cache_queries_total", "trtc_prefix_cache_hits_total")
+    )
+    assert found >= 1 and looked_up == 2 * found, "all full pages of the second prompt, none of the first"
+    assert after["trtc_kv_cache_pages_cached"] >= found
+
+
 def test_sigterm_finishes_what_runs(engine: Path) -> None:
     server = RunningServer(engine)
     counts = []

@@ -1,0 +1,63 @@
+"""What one engine step computes: parts of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .request import Request
+
+
+@dataclass(frozen=True)
+class ScheduledRequest:
+    """The part of one request that runs in a step: tokens first .. first + num_tokens - 1.
+
+    num_prompt_rows: logits rows, just before the last one of `samples`, that score prompt tokens
+    samples:         the part ends at the last known token, so that its logits choose the next one
+    """
+
+    request: Request
+    first: int
+    num_tokens: int
+    num_prompt_rows: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.first + self.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_prompt_rows + self.samples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One engine step: sequences that decode first, prefill after them. Empty when nothing can run."""
+
+    scheduled: tuple[ScheduledRequest, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return count_tokens(self.scheduled)
+
+    @property
+    def sampling(self) -> list[Request]:
+        """The requests that get a token from this step, in the order of their logits rows."""
+        return [part.request for part in self.scheduled if part.samples]
+
+
+def count_tokens(scheduled: Iterable[ScheduledRequest]) -> int:
+    return sum(part.num_tokens for part in scheduled)
+
+
+def next_part(request: Request, num_tokens: int) -> ScheduledRequest:
+    """The next `num_tokens` tokens of a request, with the logits rows it wants from them."""
+    first = request.num_computed_tokens
+    end = first + num_tokens
+    num_prompt_rows = 0
+    if request.params.prompt_logprobs is not None:
+        # Row i scores token i + 1. What was reported before a preemption is not asked for again.
+        start = max(first, len(request.prompt_logprobs) - 1)
+        num_prompt_rows = max(0, min(end, request.num_prompt_tokens - 1) - start)
+    return ScheduledRequest(request, first, num_tokens, num_prompt_rows, samples=end == request.num_tokens)
