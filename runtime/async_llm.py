@@ -16,6 +16,7 @@ from .executor import Executor
 from .llm import Prompt, _prompt_value, _token_ids
 from .load import load_executor
 from .outputs import RequestOutput
+from .request import check_line
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
@@ -86,6 +87,8 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         stream: bool = True,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields the output so far whenever it has grown; the last one is finished.
 
@@ -95,14 +98,17 @@ class AsyncLLM:
 
         request_id: unique among unfinished requests; None: made up
         stream:     False: only the finished output is made and given
+        priority:   lower goes first; a request of a higher number is overtaken, but not for ever (`PRIORITY_STEP`)
+        timeout_s:  after so many seconds from now it ends with what it has, for the reason "timeout"
         Raises RequestError, before anything runs, for what the engine cannot do; EngineError when the engine
         fails or is shut down.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
+        check_line(priority, timeout_s)
         text, token_ids = await asyncio.to_thread(self.tokenize, prompt)
         self.check_request(token_ids, params)
         name = next(self._request_ids) if request_id is None else request_id
-        submission = Submission(name, token_ids, params, text, stream, OutputStream())
+        submission = Submission(name, token_ids, params, text, stream, OutputStream(), priority, timeout_s)
         self._engine.submit(submission)
         try:
             while True:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ class EngineCore:
     tokenizer: None: requests are token ids and outputs have no text
     seed:      of the stream from which requests without a seed draw theirs, in order of arrival
     enable_prefix_cache: use what earlier requests with the same beginning have left in the KV cache
+    clock:     the seconds that deadlines are given in
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class EngineCore:
         *,
         seed: int = 0,
         enable_prefix_cache: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.executor = executor
         self.tokenizer = tokenizer
@@ -83,7 +86,9 @@ class EngineCore:
         self._ahead = DecodeAhead(executor, self.scheduler) if isinstance(executor, DecodeLoop) else None
         self._eos_token_ids = frozenset(executor.eos_token_ids)
         self._seeds = np.random.Generator(np.random.Philox(seed))
+        self._clock = clock
         self._groups: dict[str, _Group] = {}
+        self._deadlines: dict[str, float] = {}
         self._sequences: dict[Request, _Sequence] = {}
 
     @property
@@ -104,11 +109,15 @@ class EngineCore:
         *,
         prompt: str | None = None,
         stream: bool = True,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> None:
         """Puts a request in line.
 
-        prompt: the text the ids come from, given back in the outputs
-        stream: report every new token, unless only the best completions are wanted; otherwise only the finished request
+        prompt:   the text the ids come from, given back in the outputs
+        stream:   report every new token, unless only the best completions are wanted; otherwise only the finished request
+        priority: lower goes first; see `PRIORITY_STEP`
+        deadline: on the engine core's clock; then it ends with what it has, for the reason "timeout"
         Raises RequestError as `check_request` does, or when an unfinished request has the same id.
         """
         self.check_request(prompt_token_ids, params)
@@ -118,7 +127,7 @@ class EngineCore:
         if seed is None:
             seed = int(self._seeds.integers(0, 2**64, dtype=np.uint64))
         sequences = [
-            self._sequence(request_id, list(prompt_token_ids), params, seed, index)
+            self._sequence(request_id, list(prompt_token_ids), params, seed, index, priority)
             for index in range(params.num_sequences)
         ]
         stream = stream and params.num_sequences == params.n
@@ -126,6 +135,8 @@ class EngineCore:
         for sequence in sequences:
             self._sequences[sequence.request] = sequence
             self.scheduler.add(sequence.request)
+        if deadline is not None:
+            self._deadlines[request_id] = deadline
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request and frees its pages; no output follows. False when it is not in the engine."""
@@ -140,8 +151,12 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Runs one engine step. Returns what changed: requests with a new token (`stream`) or finished ones.
 
+        Where a deadline has passed, no step runs and those requests are what changed.
         When it raises, no token was taken: the step can be repeated, or its requests cancelled.
         """
+        late = self._end_late()
+        if late:
+            return self._report(late)
         if self._ahead is not None and self._ahead.ready():
             return self._step_ahead(self._ahead)
         batch = self.scheduler.schedule()
@@ -152,7 +167,7 @@ class EngineCore:
         sampled = self._sample(batch, logits)
         self.scheduler.update(batch, [token.token_id for token in sampled])
         self._detokenize(batch, sampled)
-        return self._report(batch)
+        return self._report(batch.sampling)
 
     def _step_ahead(self, ahead: DecodeAhead) -> list[RequestOutput]:
         """Takes the tokens of steps that the device has finished while later ones run."""
@@ -161,8 +176,24 @@ class EngineCore:
             batch = self.scheduler.decode_batch(requests)
             self.scheduler.update(batch, token_ids)
             self._detokenize(batch, [SampledToken(token_id) for token_id in token_ids])
-            changed |= {output.request_id: output for output in self._report(batch)}
+            changed |= {output.request_id: output for output in self._report(batch.sampling)}
         return list(changed.values())
+
+    def _end_late(self) -> list[Request]:
+        """Ends the completions whose deadline has passed; their text is what could be made of their tokens."""
+        if not self._deadlines:
+            return []
+        now = self._clock()
+        ended = []
+        for request_id in [name for name, deadline in self._deadlines.items() if deadline <= now]:
+            del self._deadlines[request_id]
+            for sequence in self._groups[request_id].sequences:
+                if not sequence.request.finished:
+                    self.scheduler.finish(sequence.request, "timeout")
+                    if sequence.detokenizer is not None:
+                        sequence.detokenizer.finish()
+                    ended.append(sequence.request)
+        return ended
 
     def check_integrity(self) -> None:
         """Raises AssertionError when requests, pages or groups have come out of step."""
@@ -170,9 +201,16 @@ class EngineCore:
         held = {*self.scheduler.running, *self.scheduler.waiting}
         known = {request for request in self._sequences if not request.finished}
         assert held == known, "the scheduler and the engine core hold different requests"
+        assert self._deadlines.keys() <= self._groups.keys(), "a deadline of a request that is gone"
 
     def _sequence(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, seed: int, index: int
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        index: int,
+        priority: int,
     ) -> _Sequence:
         name = request_id if params.num_sequences == 1 else f"{request_id}/{index}"
         words = bad_words(params, self.tokenizer)
@@ -180,7 +218,7 @@ class EngineCore:
             params = replace(params, prompt_logprobs=None)
         if params.num_sequences > params.n:  # which are the best, their log probabilities tell
             params = replace(params, logprobs=params.logprobs or 0)
-        request = Request(name, prompt_token_ids, params, self._eos_token_ids, seed, index, words)
+        request = Request(name, prompt_token_ids, params, self._eos_token_ids, seed, index, words, priority)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params) if self.tokenizer else None
         return _Sequence(request_id, request, detokenizer)
 
@@ -226,9 +264,9 @@ class EngineCore:
             if request.finished:
                 detokenizer.finish()
 
-    def _report(self, batch: Batch) -> list[RequestOutput]:
+    def _report(self, requests: Iterable[Request]) -> list[RequestOutput]:
         # each group once, in order
-        touched = dict.fromkeys(self._sequences[request].group_id for request in batch.sampling)
+        touched = dict.fromkeys(self._sequences[request].group_id for request in requests)
         outputs = []
         for group in (self._groups[group_id] for group_id in touched):
             if group.stream or group.finished:
@@ -239,6 +277,7 @@ class EngineCore:
 
     def _forget(self, group: _Group) -> None:
         del self._groups[group.request_id]
+        self._deadlines.pop(group.request_id, None)
         for sequence in group.sequences:
             del self._sequences[sequence.request]
 
@@ -282,7 +321,7 @@ def _completions(group: _Group) -> list[CompletionOutput]:
 
 def _mean_logprob(completion: CompletionOutput) -> float:
     assert completion.cumulative_logprob is not None, "nothing tells how good the completions are"
-    return completion.cumulative_logprob / len(completion.token_ids)
+    return completion.cumulative_logprob / max(1, len(completion.token_ids))
 
 
 def _completion(index: int, sequence: _Sequence) -> CompletionOutput:

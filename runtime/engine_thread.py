@@ -18,13 +18,13 @@ from typing import Literal, TypeAlias
 
 from ..core.errors import EngineError, RequestError
 from .engine_core import EngineCore
-from .outputs import RequestOutput
+from .outputs import FinishReason, RequestOutput
 from .request import Request
 from .sampling_params import SamplingParams
 
 _log = logging.getLogger(__name__)
 
-Outcome = Literal["stop", "length", "abort", "error"]
+Outcome: TypeAlias = FinishReason | Literal["error"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,10 @@ class OutputStream:
 
 @dataclass(eq=False)
 class Submission:
-    """A request on its way through the engine thread, which alone fills the lower half."""
+    """A request on its way through the engine thread, which alone fills the lower half.
+
+    priority, timeout_s: see `AsyncLLM.generate`
+    """
 
     request_id: str
     prompt_token_ids: Sequence[int]
@@ -116,6 +119,8 @@ class Submission:
     prompt: str | None
     report_steps: bool
     stream: OutputStream
+    priority: int = 0
+    timeout_s: float | None = None
     submitted: float = field(default_factory=time.perf_counter)
 
     requests: list[Request] = field(default_factory=list)
@@ -239,6 +244,8 @@ class EngineThread:
             submission.params,
             prompt=submission.prompt,
             stream=submission.report_steps,
+            priority=submission.priority,
+            deadline=None if submission.timeout_s is None else submission.submitted + submission.timeout_s,
         )
         names = {name, *(f"{name}/{index}" for index in range(submission.params.num_sequences))}
         submission.requests = [r for r in self._core.scheduler.waiting if r.request_id in names]

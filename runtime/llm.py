@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -16,6 +17,7 @@ from .engine_core import EngineCore
 from .executor import Executor
 from .load import load_executor
 from .outputs import RequestOutput
+from .request import check_line
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
@@ -78,25 +80,42 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_output: Callable[[RequestOutput], None] | None = None,
+        priority: int | Sequence[int] = 0,
+        timeout_s: float | None = None,
     ) -> list[RequestOutput]:
         """Completes all prompts, batched as the engine allows. Returns one output per prompt, in their order.
 
         prompts:         one prompt or a list of them; a list of integers is one prompt of token ids
         sampling_params: one for all, or one per prompt; None: SamplingParams()
         on_output:       called after each step for every request with a new token: all of its output so far
+        priority:        one for all, or one per prompt; lower goes first (`PRIORITY_STEP`)
+        timeout_s:       after so many seconds what has not ended ends with what it has, for the reason "timeout"
         Raises RequestError, before anything runs, naming the prompt's index and what the engine accepts.
         """
         texts_and_ids = [self._tokenize(index, prompt) for index, prompt in enumerate(_prompt_list(prompts))]
         params = _params_list(sampling_params, len(texts_and_ids))
+        priorities = _priorities(priority, len(texts_and_ids))
+        for number in priorities:
+            check_line(number, timeout_s)
         for index, ((_, token_ids), param) in enumerate(zip(texts_and_ids, params, strict=True)):
             with _naming_prompt(index):
                 self.core.check_request(token_ids, param)
         if not self._busy.acquire(blocking=False):
             raise RequestError("generate() is already running on this LLM; pass all prompts in one call")
         request_ids = [next(self._request_ids) for _ in texts_and_ids]
+        deadline = None if timeout_s is None else time.perf_counter() + timeout_s
+        rows = zip(request_ids, texts_and_ids, params, priorities, strict=True)
         try:
-            for request_id, (text, token_ids), param in zip(request_ids, texts_and_ids, params, strict=True):
-                self.core.add_request(request_id, token_ids, param, prompt=text, stream=on_output is not None)
+            for request_id, (text, token_ids), param, number in rows:
+                self.core.add_request(
+                    request_id,
+                    token_ids,
+                    param,
+                    prompt=text,
+                    stream=on_output is not None,
+                    priority=number,
+                    deadline=deadline,
+                )
             finished = self._run(on_output)
         finally:  # an error in a step or in on_output leaves no request and no page behind
             for request_id in request_ids:
@@ -196,3 +215,13 @@ def _params_list(
     if len(sampling_params) != num_prompts:
         raise RequestError(f"{len(sampling_params)} sampling_params for {num_prompts} prompts; {accepted}")
     return list(sampling_params)
+
+
+def _priorities(priority: int | Sequence[int], num_prompts: int) -> list[int]:
+    if isinstance(priority, list | tuple):
+        if len(priority) != num_prompts:
+            raise RequestError(
+                f"{len(priority)} priorities for {num_prompts} prompts; accepted: an integer, or a list with one per prompt"
+            )
+        return list(priority)
+    return [priority] * num_prompts  # type: ignore[list-item]  # `check_line` refuses what is no integer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "timeout"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class CompletionOutput:
     token_ids:          every token chosen, the one that ended the request included
     cumulative_logprob: sum over the chosen tokens; None unless `logprobs` was asked for
     logprobs:           per output token, {token id: Logprob}, the chosen token first
-    finish_reason:      None while running; "stop" (end-of-sequence, stop token or string), "length", "abort"
+    finish_reason:      None while running; "stop" (end-of-sequence, stop token or string), "length", "abort", "timeout"
     stop_reason:        the stop string or stop token id that ended it; None for end-of-sequence
     """
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
+from ..core.errors import RequestError
 from .bad_words import NONE, BadWords
 from .kv_cache import PageKey
 from .outputs import FinishReason, Logprob
@@ -88,3 +91,14 @@ class Request:
     def append_output(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
+
+
+def check_line(priority: object, timeout_s: Any) -> None:
+    """Raises RequestError for what is no priority, or no time that a request may take."""
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise RequestError(f"priority is {priority!r}; accepted: an integer, lower goes first")
+    if timeout_s is None:
+        return
+    number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+    if not number or not 0 < timeout_s < math.inf:
+        raise RequestError(f"timeout_s is {timeout_s!r}; accepted: a number of seconds above 0, or None")

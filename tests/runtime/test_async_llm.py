@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -294,3 +295,48 @@ def test_the_statistics_of_ended_requests() -> None:
     assert done.tpot_s == pytest.approx((done.e2e_s - done.ttft_s) / 5)
     assert (left.request_id, left.outcome, left.num_prompt_tokens) == ("left", "abort", 1)
     assert left.num_output_tokens in (3, 4) and left.ttft_s is not None
+
+
+def test_a_request_that_takes_too_long_ends_and_says_so() -> None:
+    async def main() -> None:
+        ended: list[RequestStats] = []
+        executor = SteppedToy()
+        async with AsyncLLM.from_executor(executor, on_finished=ended.append) as llm:
+            later = [0.0]
+            llm._core._clock = lambda: time.perf_counter() + later[0]
+            executor.allowed.release(3)
+            outputs = llm.generate([5, 6], greedy(30), timeout_s=1000)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    last = output
+                    if len(output.outputs[0].token_ids) == 3:
+                        later[0] = 1000
+                        executor.allowed.release(30)  # a step under way ends, and the deadline is noticed
+            assert last.finished and last.outputs[0].finish_reason == "timeout"
+            count = len(last.outputs[0].token_ids)
+            assert count in (3, 4)
+            assert last.outputs[0].token_ids == greedy_tokens([5, 6], count, ignore_eos=True)
+            assert_idle(llm)
+            assert [(stats.outcome, stats.num_output_tokens) for stats in ended] == [("timeout", count)]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout_s": 0}, "timeout_s is 0; accepted: a number of seconds above 0"),
+        ({"timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"timeout_s": True}, "timeout_s is True"),
+        ({"timeout_s": "5"}, "timeout_s is '5'"),
+        ({"priority": 1.5}, "priority is 1.5; accepted: an integer"),
+        ({"priority": None}, "priority is None"),
+    ],
+)
+def test_bad_places_in_line_are_refused(options: dict[str, Any], message: str) -> None:
+    async def main() -> None:
+        async with AsyncLLM.from_executor(ToyExecutor()) as llm:
+            with pytest.raises(RequestError, match=message):
+                await read(llm, [5], greedy(2), **options)
+
+    run(main())

@@ -295,3 +295,44 @@ def test_an_executor_that_returns_the_wrong_rows_is_an_assertion(monkeypatch: py
     monkeypatch.setattr(core.executor, "execute", lambda step: torch.zeros(2, VOCAB_SIZE))
     with pytest.raises(AssertionError, match=r"returned logits \(2, 50\), not \(1, 50\)"):
         core.step()
+
+
+def test_a_request_past_its_deadline_ends_with_what_it_has() -> None:
+    now = [0.0]
+    core = EngineCore(ToyExecutor(), clock=lambda: now[0])
+    prompt = PROMPTS[0]
+    core.add_request("late", prompt, greedy(ignore_eos=True), deadline=3.0, stream=False)
+    core.add_request("patient", prompt, greedy(ignore_eos=True), deadline=300.0)
+    core.add_request("waits", list(range(1, 49)), greedy(n=2), deadline=1.0)
+    outputs: dict[str, RequestOutput] = {}
+    ended = {}
+    while core.has_unfinished:
+        for output in core.step():
+            outputs[output.request_id] = output
+            if output.finished:
+                ended[output.request_id] = now[0]
+        core.check_integrity()
+        now[0] += 1
+    late, waits = outputs["late"].outputs[0], outputs["waits"].outputs
+    assert ended["late"] == 3.0 and ended["waits"] == 1.0
+    assert late.finish_reason == "timeout" and 0 < len(late.token_ids) < 3
+    assert late.token_ids == greedy_tokens(prompt, len(late.token_ids), ignore_eos=True)
+    assert [(c.finish_reason, c.token_ids) for c in waits] == [("timeout", [])] * 2
+    assert outputs["patient"].outputs[0].finish_reason == "length"
+    assert core.scheduler.pool.num_used == 0
+
+
+def test_text_that_was_held_back_comes_with_the_timeout(byte_level: Tokenizer) -> None:
+    """A stop string might have begun; nothing more comes, so the text is complete."""
+    now = [0.0]
+    core = EngineCore(ToyExecutor(vocab_size=VOCAB_SIZE), byte_level, clock=lambda: now[0])
+    (expected,) = alone([9], greedy(max_tokens=4, ignore_eos=True), byte_level)
+    assert len(expected.text) >= 2
+    stop = expected.text[-1] + "no such end"
+    core.add_request("a", [9], greedy(ignore_eos=True, stop=stop), deadline=1.0)
+    while len((output := core.step()[0]).outputs[0].token_ids) < 4:
+        pass
+    assert output.outputs[0].text == expected.text[:-1]
+    now[0] = 1.0
+    (output,) = core.step()
+    assert output.outputs[0].text == expected.text and output.outputs[0].finish_reason == "timeout"

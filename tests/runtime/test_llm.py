@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -172,3 +173,30 @@ def test_close_releases_the_engine() -> None:
         model.generate([3], GREEDY)
         assert not executor.closed
     assert executor.closed
+
+
+def test_priority_decides_who_runs_first() -> None:
+    order: list[str] = []
+    llm = LLM.from_executor(ToyExecutor(max_batch_size=1))
+    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    llm.generate(
+        [[5], [6], [7]], params, priority=[2, 0, 1], on_output=lambda output: order.append(output.request_id)
+    )
+    assert list(dict.fromkeys(order)) == ["1", "2", "0"]
+    with pytest.raises(RequestError, match="2 priorities for 1 prompts"):
+        llm.generate([[5]], params, priority=[1, 2])
+    with pytest.raises(RequestError, match="priority is 'high'"):
+        llm.generate([[5]], params, priority="high")  # type: ignore[arg-type]
+
+
+def test_what_takes_too_long_ends_with_what_it_has() -> None:
+    params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    llm = LLM.from_executor(ToyExecutor())
+    later = [0]
+    llm.core._clock = lambda: time.perf_counter() + later[0]
+
+    def an_age_passes(output: RequestOutput) -> None:
+        later[0] = 1000
+
+    (output,) = llm.generate([[5]], params, timeout_s=1000, on_output=an_age_passes)
+    assert output.outputs[0].finish_reason == "timeout" and len(output.outputs[0].token_ids) == 1

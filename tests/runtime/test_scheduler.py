@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from trtc.core.errors import ConfigError, RequestError
-from trtc.runtime.request import Request, RequestStatus
+from trtc.runtime.request import PRIORITY_STEP, Request, RequestStatus
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.scheduler import Scheduler, SchedulerConfig
 
@@ -73,6 +73,44 @@ def test_admission_is_first_come_first_served_within_the_batch_size() -> None:
     assert set(step(s)) == {"a", "b"}
     assert set(step(s)) == {"a", "b"}
     assert set(step(s)) == {"c"}
+
+
+def test_priority_decides_who_is_admitted_and_who_gives_way() -> None:
+    s = scheduler(num_pages=6, max_batch_size=2, enable_prefix_cache=False)
+    for name, priority in (("a", 1), ("b", 0), ("c", 0), ("d", -1)):
+        s.add(request(name, 7, max_tokens=10, priority=priority))
+    assert set(step(s)) == {"d", "b"}
+    order = []
+    while s.has_unfinished:
+        running = step(s)
+        order += [name for name in running if name not in order]
+    assert order == ["d", "b", "c", "a"]
+
+
+def test_the_last_in_line_gives_way_whenever_it_came() -> None:
+    s = scheduler(num_pages=6, enable_prefix_cache=False)
+    low, high = request("low", 8, max_tokens=12, priority=1), request("high", 7, max_tokens=12)
+    s.add(low)
+    step(s)
+    s.add(high)
+    assert set(step(s)) == {"low", "high"}
+    while RequestStatus.WAITING not in (low.status, high.status):
+        step(s)
+    assert low.status is RequestStatus.WAITING and high.status is RequestStatus.RUNNING
+
+
+def test_nobody_is_overtaken_for_ever() -> None:
+    """Newcomers of a better priority pass a request that waits, until as many have come as the priority is worth."""
+    s = scheduler(max_batch_size=1)
+    patient = request("patient", 3, max_tokens=1, priority=1)
+    s.add(request("x", 3, max_tokens=1))
+    s.add(patient)
+    passed = 0
+    while not patient.finished:
+        s.add(request("y", 3, max_tokens=1))
+        s.add(request("z", 3, max_tokens=1))
+        passed += "patient" not in step(s)
+    assert passed == PRIORITY_STEP
 
 
 def test_nobody_overtakes_a_request_that_waits_for_pages() -> None:
