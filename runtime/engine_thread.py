@@ -55,21 +55,21 @@ class RequestStats:
     """One request that has ended. Times are in seconds.
 
     outcome:           how its last completion ended; "abort": cancelled, "error": the engine failed or was shut down
-    num_cached_tokens: prompt tokens that were not computed, because the prefix cache had them
     num_output_tokens: of all its completions
     ttft_s:            from submission to the first token; None when there was none
     tpot_s:            time per output token after the first, mean over its completions; None below two tokens
     e2e_s:             from submission to the end
+    num_cached_tokens: prompt tokens that were not computed, because the prefix cache had them
     """
 
     request_id: str
     outcome: Outcome
     num_prompt_tokens: int
-    num_cached_tokens: int
     num_output_tokens: int
     ttft_s: float | None
     tpot_s: float | None
     e2e_s: float
+    num_cached_tokens: int = 0
 
 
 OnFinished: TypeAlias = Callable[[RequestStats], None]
