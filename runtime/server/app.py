@@ -23,10 +23,10 @@ from ..async_llm import AsyncLLM
 from .admission import Admission
 from .chat_template import ChatTemplate
 from .config import ServerConfig
-from .errors import ApiError, bad_field, not_accepted
+from .errors import CLIENT_GONE, ApiError, bad_field, not_accepted
 from .generation import Generation
 from .history import History
-from .http import CLIENT_GONE, ClientGoneError, EventStream, Front, read_body, until_disconnect
+from .http import ClientGoneError, EventStream, Front, read_body, until_disconnect
 from .metrics import Metrics
 from .protocol import (
     GenerationRequest,
@@ -171,10 +171,13 @@ class Service:
                 "running": stats.num_running,
                 "waiting": stats.num_waiting,
                 "pages": stats.num_used_pages,
+                "cached_pages": stats.num_cached_pages,
             },
             "totals": {
                 "prompt_tokens": stats.num_prompt_tokens,
                 "output_tokens": stats.num_output_tokens,
+                "looked_up_pages": stats.num_looked_up_pages,
+                "found_pages": stats.num_found_pages,
                 "requests": dict(self.history.outcomes),
                 "responses": self.metrics.responses_by_status(),
             },

@@ -7,6 +7,9 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+CLIENT_GONE = 499
+"""The status in the log when nobody was left to answer."""
+
 _MAX_MESSAGE = 600
 """Characters: a message quotes the value it refuses, which may be as long as the body."""
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..engine_thread import EngineStats, RequestStats
+from .metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,12 @@ class Sample:
     """One moment, and what happened since the one before it.
 
     time:                          seconds since the epoch
-    running, waiting, pages:       then; sequences, and used pages of the KV cache
+    running, waiting:              then; sequences
+    pages, cached_pages:           then; used pages of the KV cache, and free ones that the prefix cache knows
+    prefix_hits:                   of the prompt pages looked up in the prefix cache those that it had; None when none were
     prompt_tokens, output_tokens:  per second
-    finished, failed:              engine requests per second that ended by themselves, and by cancelling or an error
+    finished, failed:              engine requests per second that ended by themselves, and otherwise
+    refused:                       HTTP answers per second with an error
     ttft_p50, ttft_p99, tpot_p50, tpot_p99: of those that finished, in seconds; None when none did
     """
 
@@ -28,10 +32,13 @@ class Sample:
     running: int
     waiting: int
     pages: int
+    cached_pages: int
+    prefix_hits: float | None
     prompt_tokens: float
     output_tokens: float
     finished: float
     failed: float
+    refused: float
     ttft_p50: float | None
     ttft_p99: float | None
     tpot_p50: float | None
@@ -49,7 +56,7 @@ class History:
         self._recent: deque[tuple[float, RequestStats]] = deque(maxlen=num_recent)
         self._ended: list[RequestStats] = []
         self._lock = threading.Lock()
-        self._last = (time.monotonic(), 0, 0)
+        self._last_time, self._last = time.monotonic(), Counter[str]()
 
     def request_ended(self, stats: RequestStats) -> None:
         """As `AsyncLLM` reports it, from the engine's thread."""
@@ -58,22 +65,21 @@ class History:
             self._ended.append(stats)
             self._recent.appendleft((time.time(), stats))
 
-    async def run(self, stats: Callable[[], EngineStats]) -> None:
+    async def run(self, stats: Callable[[], EngineStats], metrics: Metrics) -> None:
         """Takes samples until it is cancelled."""
-        self._last = (time.monotonic(), *_tokens(stats()))
         while True:
             await asyncio.sleep(self.interval_s)
-            self.take(stats())
+            self.take(stats(), metrics.num_refused)
 
-    def take(self, stats: EngineStats) -> None:
+    def take(self, stats: EngineStats, num_refused: int) -> None:
         """Adds a sample. Rates are over the time since the last one."""
-        now, (prompt, output) = time.monotonic(), _tokens(stats)
         with self._lock:
             ended, self._ended = self._ended, []
-            then, prompt_before, output_before = self._last
-            seconds = max(now - then, 1e-6)
+            now, before = time.monotonic(), self._last
+            seconds = max(now - self._last_time, 1e-6)
             # A preempted request computes its prompt again: tokens are counted once.
-            self._last = (now, max(prompt, prompt_before), max(output, output_before))
+            self._last_time, self._last = now, _counters(stats, num_refused) | before
+            new = self._last - before
             finished = [each for each in ended if each.outcome in ("stop", "length")]
             ttft = [each.ttft_s for each in finished if each.ttft_s is not None]
             tpot = [each.tpot_s for each in finished if each.tpot_s is not None]
@@ -83,10 +89,13 @@ class History:
                     running=stats.num_running,
                     waiting=stats.num_waiting,
                     pages=stats.num_used_pages,
-                    prompt_tokens=(self._last[1] - prompt_before) / seconds,
-                    output_tokens=(self._last[2] - output_before) / seconds,
+                    cached_pages=stats.num_cached_pages,
+                    prefix_hits=new["found"] / new["looked_up"] if new["looked_up"] else None,
+                    prompt_tokens=new["prompt"] / seconds,
+                    output_tokens=new["output"] / seconds,
                     finished=len(finished) / seconds,
                     failed=(len(ended) - len(finished)) / seconds,
+                    refused=new["refused"] / seconds,
                     ttft_p50=percentile(ttft, 50),
                     ttft_p99=percentile(ttft, 99),
                     tpot_p50=percentile(tpot, 50),
@@ -116,8 +125,15 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return sorted(values)[max(0, int(rank) - 1)]
 
 
-def _tokens(stats: EngineStats) -> tuple[int, int]:
-    return stats.num_prompt_tokens, stats.num_output_tokens
+def _counters(stats: EngineStats, num_refused: int) -> Counter[str]:
+    """What only grows. `|` of two such counters has the larger of each."""
+    return Counter(
+        prompt=stats.num_prompt_tokens,
+        output=stats.num_output_tokens,
+        looked_up=stats.num_looked_up_pages,
+        found=stats.num_found_pages,
+        refused=num_refused,
+    )
 
 
 def _short(value: float | None) -> float | None:

@@ -27,8 +27,6 @@ OPEN_PATHS = ("/", "/health", "/ready")
 """Need no key: a load balancer has none, and the status page, which says nothing by itself, asks for one."""
 POLLED_PATHS = (*OPEN_PATHS, "/metrics", "/status")
 """Asked for every few seconds: in the log only when they fail."""
-CLIENT_GONE = 499
-"""The status in the log when nobody was left to answer."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 

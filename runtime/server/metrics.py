@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..engine_thread import EngineStats, RequestStats
+from .errors import CLIENT_GONE
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 _TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1)
@@ -19,6 +20,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.num_refused = 0
+        """HTTP answers with an error, of the client or the server."""
         self._requests = self._counter(
             "trtc_requests", "Ended engine requests: stop, length, abort (cancelled), error", "outcome"
         )
@@ -45,6 +48,7 @@ class Metrics:
                 self._tpot.observe(stats.tpot_s)
 
     def responded(self, path: str, status: int) -> None:
+        self.num_refused += status >= 400 and status != CLIENT_GONE
         self._responses.labels(path, str(status)).inc()
 
     def responses_by_status(self) -> dict[str, int]:
@@ -77,29 +81,21 @@ class _EngineNumbers(Collector):
         stats = self._stats()
         # a preempted request computes its prompt again; a counter does not go back
         self._prompt_tokens = max(self._prompt_tokens, stats.num_prompt_tokens)
+        prompts, outputs = self._prompt_tokens, stats.num_output_tokens
+        looked_up, found = stats.num_looked_up_pages, stats.num_found_pages
         for name, help_text, value in (
-            ("trtc_prompt_tokens", "Prompt tokens taken in, of every sequence", self._prompt_tokens),
-            ("trtc_generation_tokens", "Output tokens chosen", stats.num_output_tokens),
+            ("trtc_prompt_tokens", "Prompt tokens taken in, of every sequence", prompts),
+            ("trtc_generation_tokens", "Output tokens chosen", outputs),
+            ("trtc_prefix_cache_queries", "Full prompt pages looked up in the prefix cache", looked_up),
+            ("trtc_prefix_cache_hits", "Full prompt pages that the prefix cache had", found),
         ):
             yield CounterMetricFamily(name, help_text, value=value)
+        used, known = stats.num_used_pages, stats.num_cached_pages
         for name, help_text, value in (
             ("trtc_sequences_running", "Sequences in the engine's steps", stats.num_running),
             ("trtc_sequences_waiting", "Sequences in the engine's queue", stats.num_waiting),
-            ("trtc_kv_cache_pages_used", "Pages of the KV cache that sequences hold", stats.num_used_pages),
+            ("trtc_kv_cache_pages_used", "Pages of the KV cache that sequences hold", used),
+            ("trtc_kv_cache_pages_cached", "Free pages that the prefix cache still knows", known),
             ("trtc_kv_cache_pages", "Pages of the KV cache", stats.num_pages),
-            (
-                "trtc_kv_cache_pages_cached",
-                "Free pages that the prefix cache still knows",
-                stats.num_cached_pages,
-            ),
         ):
             yield GaugeMetricFamily(name, help_text, value=value)
-        for name, help_text, value in (
-            (
-                "trtc_prefix_cache_queries",
-                "Full prompt pages looked up in the prefix cache",
-                stats.num_looked_up_pages,
-            ),
-            ("trtc_prefix_cache_hits", "Full prompt pages that the prefix cache had", stats.num_found_pages),
-        ):
-            yield CounterMetricFamily(name, help_text, value=value)

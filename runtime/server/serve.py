@@ -82,7 +82,9 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         assert sockets is not None, "serve() brings its own socket"
-        self._sampling = asyncio.create_task(self._service.history.run(self._service.llm.stats))
+        self._sampling = asyncio.create_task(
+            self._service.history.run(self._service.llm.stats, self._service.metrics)
+        )
         name = self._service.config.model_name
         log("listening", url=_url(sockets[0]), model=name)
 

@@ -32,7 +32,12 @@ def test_status_has_the_numbers_of_the_metrics(server: RunningServer) -> None:
     assert status["facts"]["target"] == "cpu" and status["facts"]["dtype"] == "float32"
     limits = {"running": 8, "waiting": 256, "pages": metrics["trtc_kv_cache_pages"]}
     assert limits.items() <= status["limits"].items()
-    assert status["now"] == {"running": 0, "waiting": 0, "pages": 0}
+    assert status["now"] == {
+        "running": 0,
+        "waiting": 0,
+        "pages": 0,
+        "cached_pages": metrics["trtc_kv_cache_pages_cached"],
+    }
     totals, earlier = status["totals"], before["totals"]
     assert totals["prompt_tokens"] - earlier["prompt_tokens"] == 3 * 3
     assert totals["output_tokens"] - earlier["output_tokens"] == 3 * 4
@@ -93,7 +98,7 @@ def test_a_browser_shows_the_numbers(request: pytest.FixtureRequest, which: str,
         assert re.search(r'id="state" class="ready">ready<', shown)
         assert re.search(r'id="model">tiny-opt<', shown) and "8 sequences" in shown
         assert status["recent"][0]["request_id"] in shown
-        assert shown.count("<svg") == 6 and shown.count('class="line"') >= 4
+        assert shown.count("<svg") == 8 and shown.count('class="line"') >= 4
     else:
         assert re.search(r'id="state" class="lost">locked<', shown) and MESSAGE in shown
         assert "chatty" not in shown
