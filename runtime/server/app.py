@@ -97,7 +97,7 @@ class Service:
         except RequestError as error:
             raise bad_field("messages", str(error)) from None
         wanted = GenerationRequest(
-            (ids,), chat.params, chat.stream, chat.include_usage, chat.return_token_ids
+            (ids,), chat.params, chat.stream, chat.include_usage, chat.return_token_ids, chat.line
         )
         self._check(ids, wanted, "messages")
         form = ChatFormat(

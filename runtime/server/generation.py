@@ -107,6 +107,8 @@ class Generation:
                 self.request.params,
                 request_id=f"{self.form.id_prefix}{self.name}-{index}",
                 stream=stream,
+                priority=self.request.line.priority,
+                timeout_s=self.request.line.timeout_s,
             )
             for index, ids in enumerate(self.prompt_ids)
         )

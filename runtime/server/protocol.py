@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from ...core.errors import RequestError
+from ..request import check_line
 from ..sampling_params import SamplingParams
 from .config import ServerConfig
 from .errors import ApiError, bad_field, not_accepted
@@ -42,7 +43,15 @@ _SAMPLING_FIELDS = (
     "bad_words_ids",
     "prompt_logprobs",
 )
-_COMMON_FIELDS = ("model", "stream", "stream_options", "return_token_ids", *_SAMPLING_FIELDS)
+_COMMON_FIELDS = (
+    "model",
+    "stream",
+    "stream_options",
+    "return_token_ids",
+    "priority",
+    "timeout_s",
+    *_SAMPLING_FIELDS,
+)
 _COMPLETION_FIELDS = (*_COMMON_FIELDS, "prompt", "echo", "logprobs")
 _CHAT_FIELDS = (*_COMMON_FIELDS, "messages", "max_completion_tokens", "logprobs", "top_logprobs")
 
@@ -66,7 +75,16 @@ _CHAT_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """OpenAI's fields this server does not have, with the values that ask for nothing, besides null."""
 
+_MAX_PRIORITY = 100
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A request's place in line: lower priorities go first; after `timeout_s` it ends with what it has."""
+
+    priority: int = 0
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,7 @@ class GenerationRequest:
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    line: Line
     echo: bool = False
     prompt_logprobs: int | None = None
     prompt_only: bool = False
@@ -102,6 +121,7 @@ class ChatRequest:
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    line: Line
 
 
 def parse_json(raw: bytes) -> Json:
@@ -141,6 +161,7 @@ def parse_completion(body: Json, config: ServerConfig, vocab_size: int) -> Gener
         stream,
         include_usage,
         _flag(body, "return_token_ids"),
+        _line(body),
         echo=echo,
         prompt_logprobs=prompt_logprobs,
         prompt_only=prompt_only,
@@ -164,7 +185,7 @@ def parse_chat(body: Json, config: ServerConfig, vocab_size: int) -> ChatRequest
     params = _sampling_params(body, config, vocab_size, default_max_tokens=None)
     stream, include_usage = _streaming(body, params)
     params = replace(params, logprobs=(top or 0) if wanted else None)
-    return ChatRequest(messages, params, stream, include_usage, _flag(body, "return_token_ids"))
+    return ChatRequest(messages, params, stream, include_usage, _flag(body, "return_token_ids"), _line(body))
 
 
 def parse_tokenize(body: Json, config: ServerConfig) -> str:
@@ -333,6 +354,18 @@ def _streaming(body: Json, params: SamplingParams) -> tuple[bool, bool]:
     if not all(isinstance(value, bool) for value in options.values()) or (options and not stream):
         raise not_accepted("stream_options", options, accepted)
     return stream, options.get("include_usage", False)
+
+
+def _line(body: Json) -> Line:
+    priority, timeout_s = body.get("priority", 0), body.get("timeout_s")
+    if type(priority) is not int or abs(priority) > _MAX_PRIORITY:
+        accepted = f"an integer from {-_MAX_PRIORITY} to {_MAX_PRIORITY}, lower goes first"
+        raise not_accepted("priority", priority, accepted)
+    try:
+        check_line(priority, timeout_s)
+    except RequestError as error:
+        raise bad_field("timeout_s", str(error)) from None
+    return Line(priority, timeout_s)
 
 
 def _flag(body: Json, name: str) -> bool:

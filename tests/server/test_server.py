@@ -392,6 +392,10 @@ MALFORMED: list[tuple[Any, int, str | None, str]] = [
     (completion(suffix="end"), 400, "suffix", "not supported"),
     (completion(temprature=1), 400, "temprature", "did you mean temperature?"),
     (completion(**{"x" * 9999: 1}), 400, "x" * 64, "unknown field"),
+    (completion(priority=101), 400, "priority", "accepted: an integer from -100 to 100"),
+    (completion(priority="high"), 400, "priority", "lower goes first"),
+    (completion(timeout_s=0), 400, "timeout_s", "a number of seconds above 0"),
+    (completion(timeout_s="1"), 400, "timeout_s", "a number of seconds above 0"),
     (completion(ignore_eos="no"), 400, "ignore_eos", "accepted: True or False"),
 ]
 
@@ -560,6 +564,29 @@ def test_a_client_that_goes_away_frees_its_pages(server: RunningServer, stream: 
     assert server.metrics()[aborted] == before + len(LONG_PROMPTS)
     entry = server.wait_for_log("request", request_id=name)
     assert entry.get("client_gone") if stream else entry["status"] == 499
+
+
+def test_a_request_ends_in_its_time_with_what_it_has(server: RunningServer) -> None:
+    """A time in which no engine chooses so many tokens."""
+    body = completion(prompt=LONG_PROMPTS, n=8, max_tokens=1000, ignore_eos=True, timeout_s=0.5)
+    answer = server.request("POST", "/v1/completions", json=body).raise_for_status().json()
+    reasons = [choice["finish_reason"] for choice in answer["choices"]]
+    assert len(reasons) == 8 * len(LONG_PROMPTS) and "timeout" in reasons
+    assert answer["usage"]["completion_tokens"] < 1000 * len(reasons)
+    server.wait_until_idle()
+
+
+def test_a_better_priority_overtakes(server: RunningServer) -> None:
+    """Among those that wait: 128 sequences of which eight run at once."""
+    url = f"{server.url}/v1/completions"
+    slow = completion(prompt=LONG_PROMPTS, n=8, max_tokens=200, ignore_eos=True, stream=True, priority=5)
+    with httpx.stream("POST", url, json=slow, timeout=LIMIT_S):
+        wait_until(lambda: server.held() == 8 * len(LONG_PROMPTS))
+        server.request(
+            "POST", "/v1/completions", json=completion(max_tokens=1, priority=-5)
+        ).raise_for_status()
+        assert server.held() > 64, "the others had their turn first"
+    server.wait_until_idle()
 
 
 def test_half_a_request(server: RunningServer) -> None:
