@@ -101,10 +101,17 @@ class Load:
         kinds += ["whole"] * (whole // 2) + ["streamed"] * (whole - whole // 2)
         self.chance.shuffle(kinds)
         waiting = iter(kinds)
-        self.tally.memory_mib[0] = self.server.resident_mib()
         limits = httpx.Limits(max_connections=connections)
         async with httpx.AsyncClient(base_url=self.server.url, limits=limits, timeout=STUCK_S) as http:
+            await self._largest_steps(http, connections)
+            self.tally.memory_mib[0] = self.server.resident_mib()
             await asyncio.gather(*(self._connection(http, waiting, count) for _ in range(connections)))
+
+    async def _largest_steps(self, http: httpx.AsyncClient, connections: int) -> None:
+        """The longest requests on all connections at once: what the engine needs for its largest steps it has then."""
+        body = self._body(prompt=PROMPTS[-1], max_tokens=max(LENGTHS), n=4)
+        bodies = [body, body | {"stream": True}] * (connections // 2)
+        await asyncio.gather(*(http.post("/v1/completions", json=each) for each in bodies))
 
     async def _connection(self, http: httpx.AsyncClient, kinds: Iterator[str], count: int) -> None:
         for kind in kinds:
@@ -120,7 +127,7 @@ class Load:
             if problem:
                 tally.problems.append(f"{kind}: {problem}")
             tally.ended += 1
-            if tally.ended % (count // 4) == 0:
+            if tally.ended % (count // 20) == 0:
                 tally.memory_mib[tally.ended] = self.server.resident_mib()
 
     def _body(self, **others: Any) -> dict[str, Any]:
@@ -183,7 +190,8 @@ def load_rows(server: Server, engine_dir: Path, args: argparse.Namespace) -> tup
     seconds = time.perf_counter() - started
     tally = load.tally
     sequences, pages = server.leaked()
-    quarter, last = sorted(tally.memory_mib)[1], max(tally.memory_mib)
+    memory = {at: mib for at, mib in tally.memory_mib.items() if at % (args.requests // 4) == 0}
+    quarter, last = sorted(memory)[1], max(memory)
     growth = tally.memory_mib[last] - tally.memory_mib[quarter]
     outcomes, problems = tally.outcomes, Counter(each.partition(":")[0] for each in tally.problems)
     whole = outcomes["whole"] + outcomes["streamed"]
@@ -199,8 +207,8 @@ def load_rows(server: Server, engine_dir: Path, args: argparse.Namespace) -> tup
         Row("stuck or broken", outcomes["stuck"] + outcomes["broken"], "0",
             not (outcomes["stuck"] or outcomes["broken"])),
         Row("sequences, pages left", f"{sequences:g}, {pages:g}", "0, 0", (sequences, pages) == (0, 0)),
-        Row(f"resident MiB at {', '.join(map(str, tally.memory_mib))}",
-            ", ".join(f"{mib:.1f}" for mib in tally.memory_mib.values()), "", True),
+        Row(f"resident MiB at {', '.join(map(str, memory))}",
+            ", ".join(f"{mib:.1f}" for mib in memory.values()), "", True),
         Row(f"MiB from {quarter} to {last}", round(growth, 1), f"below {MAX_GROWTH_MIB}", growth < MAX_GROWTH_MIB),
         Row("seconds of an answer: p50, p99",
             f"{percentile(tally.seconds, 50):.2f}, {percentile(tally.seconds, 99):.2f}", "", True),

@@ -28,3 +28,10 @@ def test_readme_numbers_are_those_of_the_results_file() -> None:
     readme = (DOCS.parent / "README.md").read_text()
     text = table.table(json.loads(table.RESULTS.read_text()))
     assert table.with_table(readme, text) == readme, "run `make docs`"
+
+
+def test_numbers_of_the_server_page_are_those_of_the_results_files() -> None:
+    from trtc.bench import server_tables
+
+    page = server_tables.PAGE.read_text()
+    assert server_tables.with_tables(page) == page, "run `make docs`"

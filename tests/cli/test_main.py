@@ -34,6 +34,35 @@ def test_underscores() -> None:
     assert with_dashes(words) == ["--max-batch-size", "8", "--max-seq-len=1_000", "--x", "a_b", "--", "--y_z"]
 
 
+def test_run_takes_what_steers_sampling(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the library with the same parameters."""
+    from trtc.runtime.llm import LLM
+    from trtc.runtime.sampling_params import SamplingParams
+
+    output = tmp_path / "out.json"
+    flags = "-n 2 --best-of 4 --seed 3 --temperature 1 --max-output-len 12 --min-tokens 4 --prompt-logprobs 2"
+    flags += " --logit-bias 5=2.5 9=-100 --bad-words the --bad-words-ids 7,8 6 --stop . --include-stop-str-in-output"
+    command = ["run", "--engine-dir", str(engine), "--output-json", str(output), *flags.split()]
+    assert main([*command, "--show-special-tokens", "--input-text", "The city council"]) == 0
+    params = SamplingParams(n=2, best_of=4, seed=3, max_tokens=12, min_tokens=4, prompt_logprobs=2,
+                            logit_bias={5: 2.5, 9: -100}, bad_words=["the"], bad_words_ids=[[7, 8], [6]], stop=["."],
+                            include_stop_str_in_output=True, skip_special_tokens=False)  # fmt: skip
+    with LLM(engine) as llm:
+        (expected,) = llm.generate("The city council", params)
+    (result,) = json.loads(output.read_text())
+    found = [result, *result["more"]]
+    assert [each["token_ids"] for each in found] == [c.token_ids for c in expected.outputs]
+    assert [each["text"] for each in found] == [c.text for c in expected.outputs]
+    assert result["prompt_logprobs"][0] is None and expected.prompt_logprobs is not None
+    assert [len(entry) for entry in result["prompt_logprobs"][1:]] == [
+        len(entry or ()) for entry in expected.prompt_logprobs[1:]
+    ]
+    printed = capsys.readouterr().out
+    assert all(f"Output [0.{i}]: {c.text!r}" in printed for i, c in enumerate(expected.outputs))
+
+
 def test_run_gives_the_text_of_transformers(
     engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

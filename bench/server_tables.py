@@ -1,0 +1,81 @@
+"""Tables of docs/server.md from the files in bench/results/ that server_load.py wrote.
+
+python -m trtc.bench.server_tables     # writes them between their markers
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "server.md"
+RESULTS = ROOT / "bench" / "results"
+
+
+def checks(data: dict[str, Any]) -> str:
+    """What a server was put through, and what was found."""
+    lines = [(row["case"], row["value"], row["wanted"] or "") for row in data["rows"]]
+    return _table(("case", "found", "wanted"), lines) + _setup(data)
+
+
+def rates(data: dict[str, Any]) -> str:
+    """Latency and throughput at rates of arrival."""
+    lines = [
+        (
+            each["rate"],
+            f"{each['ttft_p50_ms']}, {each['ttft_p99_ms']}",
+            f"{each['tpot_p50_ms']}, {each['tpot_p99_ms']}",
+            each["output_tok_s"],
+            f"{100 * each['of_offline']:.0f} %",
+        )
+        for each in data["rates"]
+    ]
+    header = (
+        "requests/s",
+        "TTFT ms: p50, p99",
+        "TPOT ms: p50, p99",
+        "output tokens/s",
+        "of `LLM`, all at once",
+    )
+    return _table(header, lines) + _setup(data)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"cpu-server-load": checks, "cpu-server-rates": rates}
+
+
+def with_tables(page: str) -> str:
+    """`page` with every table whose markers it has, `<!-- bench: NAME -->` and `<!-- /bench -->`, made anew."""
+    for name, table in TABLES.items():
+        text = table(json.loads((RESULTS / f"{name}.json").read_text()))
+        block = re.compile(rf"(<!-- bench: {name} -->\n).*?(<!-- /bench -->\n)", re.DOTALL)
+        page, count = block.subn(lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}", page)
+        assert count == 1, f"{PAGE} has {count} places for {name}"
+    return page
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
+
+
+def _setup(data: dict[str, Any]) -> str:
+    found = data["environment"]
+    dirty = " with local changes" if found["dirty"] else ""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    what = ", ".join(f"{name} {value}" for name, value in data["setup"].items())
+    return (
+        f"\nThe tiny OPT, target {found['target']}, {found['dtype']}, {found['device']}, at most {found['max_batch_size']} "
+        f"sequences a step; {what}; commit {found['commit']}{dirty}, {found['date']}; torch {found['torch']}, {versions}.\n"
+    )
+
+
+def main() -> None:
+    PAGE.write_text(with_tables(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()
