@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--max-num-tokens", type=int, default=default("max_num_tokens"), metavar="N",
                         help="tokens of all sequences in one step (default: %(default)s)")  # fmt: skip
     limits.add_argument("--max-beam-width", type=int, default=default("max_beam_width"), metavar="N",
-                        help="default: %(default)s")  # fmt: skip
+                        help="beams of one prompt; 1: no beam search (default: %(default)s)")  # fmt: skip
     limits.add_argument("--page-size", type=int, choices=PAGE_SIZES, default=default("page_size"),
                         help="tokens of one page of the KV cache (default: %(default)s)")  # fmt: skip
     cuda = parser.add_argument_group("target cuda")

@@ -62,8 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--show-special-tokens", action="store_true", help="such as </s>, as part of the text"
     )
+    sampling.add_argument("-n", type=int, metavar="N", help="outputs per prompt (default: 1, or --num-beams)")
+    sampling.add_argument("--num-beams", type=int, default=1, metavar="N",
+                          help="beams of a search, at most the engine's --max-beam-width (default: 1, none)")  # fmt: skip
+    sampling.add_argument("--length-penalty", type=float, default=1.0, metavar="X",
+                          help="with --num-beams: above 0 favours long outputs (default: %(default)s)")  # fmt: skip
     sampling.add_argument(
-        "-n", type=int, default=1, metavar="N", help="outputs per prompt (default: %(default)s)"
+        "--early-stopping", action="store_true", help="with --num-beams: end when so many outputs have ended"
     )
     sampling.add_argument("--best-of", type=int, metavar="N",
                           help="outputs to make, of which the -n most probable are shown (default: as many as -n)")  # fmt: skip
@@ -87,12 +92,13 @@ def main(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     if args.stream and len(prompts) != 1:
         raise ConfigError(f"--stream shows one prompt, found {len(prompts)}; leave it out for several")
-    if args.stream and args.n != 1:
-        raise ConfigError(f"--stream shows one output, -n is {args.n}; leave it out for several")
+    n = args.num_beams if args.n is None else args.n
+    if args.stream and n != 1:
+        raise ConfigError(f"--stream shows one output, -n is {n}; leave it out for several")
     if args.output_json is not None and not args.output_json.resolve().parent.is_dir():
         raise ConfigError(f"--output-json: {args.output_json.resolve().parent} is not a folder")
     params = SamplingParams(
-        n=args.n,
+        n=n,
         best_of=args.best_of,
         max_tokens=args.max_output_len,
         min_tokens=args.min_tokens,
@@ -114,6 +120,9 @@ def main(args: argparse.Namespace) -> int:
         seed=args.seed,
         logprobs=args.logprobs,
         prompt_logprobs=args.prompt_logprobs,
+        beam_width=args.num_beams,
+        length_penalty=args.length_penalty,
+        early_stopping=args.early_stopping,
     )
     with LLM(args.engine_dir, **load_options, enable_prefix_cache=args.enable_prefix_cache) as llm:
         if llm.tokenizer is None and (

@@ -55,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-len", type=int, default=100, metavar="N", help="tokens at most (default: %(default)s)"
     )
     data.add_argument(
-        "--num-beams", type=int, default=1, metavar="N", help="1: greedy (default: %(default)s)"
+        "--num-beams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="beams of a search; 1: greedy (default: %(default)s)",
     )
     data.add_argument("--show", type=int, default=1, metavar="N",
                       help="articles to print with all their summaries (default: %(default)s)")  # fmt: skip
@@ -125,11 +129,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--test-hf needs --hf-model-dir, the Hugging Face folder to compare with")
     if args.check_accuracy and not args.test_trtc:
         raise ConfigError("--check-accuracy checks the engine; add --test-trtc")
-    if args.num_beams != 1:
+    if args.num_beams > 1 and args.eval_ppl:
         raise ConfigError(
-            f"--num-beams {args.num_beams}: this version has no beam search; accepted: 1 (greedy)"
+            f"--eval-ppl scores greedy output, --num-beams is {args.num_beams}; leave out one of them"
         )
-    for name in ("max_ite", "batch_size", "output_len"):
+    for name in ("max_ite", "batch_size", "output_len", "num_beams"):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} is {getattr(args, name)}; accepted: a whole number >= 1")
@@ -152,7 +156,9 @@ def _run_engine(args: argparse.Namespace, prompts: Sequence[TokenIds]) -> tuple[
 
     # The first batch runs twice; the clock shall see it computed.
     with LLM(args.engine_dir, enable_prefix_cache=False) as llm:
-        side = summarize.run(summarize.engine_generate(llm, args.output_len), prompts, args.batch_size)
+        side = summarize.run(
+            summarize.engine_generate(llm, args.output_len, args.num_beams), prompts, args.batch_size
+        )
         perplexity = summarize.engine_perplexity(llm, prompts, args.output_len) if args.eval_ppl else None
     return side, perplexity
 
@@ -167,7 +173,7 @@ def _run_hf(
     dtype = engine.model.dtype if args.data_type is None else parse_model_dtype(args.data_type, "--data-type")
     model = HFModel.load(args.hf_model_dir, dtype)
     model.check_fits(engine)
-    generate = summarize.hf_generate(model, args.output_len, engine.model.eos_token_ids)
+    generate = summarize.hf_generate(model, args.output_len, engine.model.eos_token_ids, args.num_beams)
     side = summarize.run(generate, prompts, args.batch_size)
     perplexity = summarize.hf_perplexity(model, prompts, side.token_ids) if args.eval_ppl else None
     return side, perplexity

@@ -97,6 +97,7 @@ class BuildConfig:
     max_num_tokens: int = 8192
     """Tokens of all sequences in one step; longer prompts are taken in chunks."""
     max_beam_width: int = 1
+    """Beams of one prompt; 1: no beam search."""
     page_size: int = 32
     """Tokens of one page of the KV cache."""
     tp_size: int = 1
@@ -121,9 +122,10 @@ class BuildConfig:
             raise ConfigError(
                 f"build option page_size: {self.page_size} is not supported; accepted: {PAGE_SIZES}"
             )
-        if self.max_beam_width > 1:
+        if self.max_beam_width > self.max_batch_size:
             raise ConfigError(
-                f"build option max_beam_width {self.max_beam_width}: there is no beam search yet; accepted: 1"
+                f"build option max_beam_width {self.max_beam_width} exceeds max_batch_size {self.max_batch_size}: every beam "
+                f"is a sequence of a step"
             )
         if self.max_input_len >= self.max_seq_len:
             raise ConfigError(

@@ -145,8 +145,8 @@ class AsyncLLM:
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=num_output_tokens,
             num_cached_pages=pool.num_cached,
-            num_looked_up_pages=scheduler.num_looked_up,
-            num_found_pages=scheduler.num_found,
+            num_looked_up_pages=scheduler.prefix_cache.num_looked_up,
+            num_found_pages=scheduler.prefix_cache.num_found,
         )
 
     @property

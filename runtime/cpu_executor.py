@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import torch
 
 from ..core.engine import Engine
@@ -32,10 +35,11 @@ class CpuExecutor(EngineLimits):
         shapes = [CacheShape.of(one.graph, engine.build.page_size) for one in engine.ranks]
         largest = max(shapes, key=lambda shape: shape.bytes_per_page)  # every rank has equally many pages
         super().__init__(engine, cache_pages(engine, largest, num_pages, kv_cache_memory_bytes))
+        self._cache = allocate_cache(shapes[rank], self.num_pages)
         self._program: CpuProgram | None = CpuProgram(
             part.graph,
             engine.map_weights(rank),
-            allocate_cache(shapes[rank], self.num_pages),
+            self._cache,
             kernels=plugins().kernels("cpu"),
             communicator=communicator,
         )
@@ -46,5 +50,11 @@ class CpuExecutor(EngineLimits):
         inputs = {name: torch.from_numpy(getattr(step, name)) for name in GRAPH_INPUTS}
         return self._program.run(inputs | received)
 
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """See `PageCopier.copy_pages`."""
+        for pages in chain.from_iterable(self._cache):
+            pages[list(target)] = pages[list(source)]
+
     def close(self) -> None:
         self._program = None
+        self._cache = []

@@ -6,8 +6,9 @@ chooses the next tokens and advances it. The host enqueues steps and reads token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -112,10 +113,11 @@ class CudaExecutor(EngineLimits):
             whole = pages_for(engine.build.max_seq_len, engine.build.page_size) * engine.build.max_batch_size
             kv_cache_memory_bytes = min(kv_cache_memory_bytes, whole * shape.bytes_per_page)
         EngineLimits.__init__(self, engine, cache_pages(engine, shape, num_pages, kv_cache_memory_bytes))
+        self._cache = self._allocate(shape)
         self._program = CudaProgram(
             part.graph,
             weights,
-            self._allocate(shape),
+            self._cache,
             library,
             accumulation=ACCUMULATIONS[part.artifacts["context_fmha"]],
             max_kv_length=engine.build.max_seq_len,
@@ -181,6 +183,12 @@ class CudaExecutor(EngineLimits):
             for start, array in zip(starts, arrays, strict=True)
         ]
 
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """See `PageCopier.copy_pages`; in the order of the device's work."""
+        index = torch.tensor([list(source), list(target)], device=self._device)
+        for pages in chain.from_iterable(self._cache):
+            pages[index[1]] = pages[index[0]]
+
     # ---- DecodeLoop
 
     def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
@@ -197,7 +205,7 @@ class CudaExecutor(EngineLimits):
 
     def close(self) -> None:
         """Releases the GPU memory."""
-        for name in ("_program", "_loop"):
+        for name in ("_program", "_loop", "_cache"):
             self.__dict__.pop(name, None)
         torch.cuda.empty_cache()
 

@@ -12,9 +12,10 @@ import numpy as np
 from ..core.errors import RequestError
 from .bad_words import bad_words
 from .batch import Batch
+from .beam_search import BeamSearch, Hypothesis, candidates
 from .decode_ahead import DecodeAhead
 from .detokenizer import Detokenizer
-from .executor import DecodeLoop, Executor
+from .executor import DecodeLoop, Executor, PageCopier
 from .outputs import CompletionOutput, Logprob, RequestOutput
 from .request import Request
 from .request_check import check_params, check_token_ids
@@ -39,16 +40,24 @@ class _Sequence:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The completions of one prompt. `stream`: report every step, not only the end."""
+    """The completions of one prompt, or the beams of the search for them.
+
+    first:  the request that computed the prompt
+    stream: report every step, not only the end
+    """
 
     request_id: str
     prompt: str | None
     params: SamplingParams
     stream: bool
-    sequences: tuple[_Sequence, ...]
+    first: Request
+    sequences: list[_Sequence]
+    search: BeamSearch | None
 
     @property
     def finished(self) -> bool:
+        if self.search is not None:
+            return self.search.done
         return all(sequence.request.finished for sequence in self.sequences)
 
 
@@ -97,7 +106,18 @@ class EngineCore:
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises RequestError, naming value and limit, when this engine cannot serve the request."""
-        self.scheduler.check_lengths(len(prompt_token_ids), params.max_tokens)
+        self.scheduler.check_lengths(len(prompt_token_ids), params.max_tokens, params.beam_width)
+        if params.beam_width > 1 and not isinstance(self.executor, PageCopier):
+            raise RequestError(
+                f"beam_width is {params.beam_width}; accepted: 1, this target has no beam search",
+                "beam_width",
+            )
+        widest = min(self.executor.max_beam_width, self.executor.max_num_tokens)
+        if params.beam_width > widest:
+            raise RequestError(
+                f"beam_width is {params.beam_width}; accepted: 1 to {widest}, or build with a larger --max-beam-width",
+                "beam_width",
+            )
         check_token_ids(prompt_token_ids, self.executor.vocab_size)
         check_params(params, self.executor.vocab_size, self.tokenizer, self._eos_token_ids)
 
@@ -128,10 +148,14 @@ class EngineCore:
             seed = int(self._seeds.integers(0, 2**64, dtype=np.uint64))
         sequences = [
             self._sequence(request_id, list(prompt_token_ids), params, seed, index, priority)
-            for index in range(params.num_sequences)
+            for index in range(1 if params.beam_width > 1 else params.num_sequences)
         ]
-        stream = stream and params.num_sequences == params.n
-        self._groups[request_id] = _Group(request_id, prompt, params, stream, tuple(sequences))
+        first = sequences[0].request
+        search = None
+        if params.beam_width > 1:
+            search = BeamSearch(first, first.num_tokens + self.scheduler.tokens_left(first))
+        stream = stream and params.num_sequences == params.n and search is None
+        self._groups[request_id] = _Group(request_id, prompt, params, stream, first, sequences, search)
         for sequence in sequences:
             self._sequences[sequence.request] = sequence
             self.scheduler.add(sequence.request)
@@ -156,7 +180,7 @@ class EngineCore:
         """
         late = self._end_late()
         if late:
-            return self._report(late)
+            return self._report(self._groups_of(late))
         if self._ahead is not None and self._ahead.ready():
             return self._step_ahead(self._ahead)
         batch = self.scheduler.schedule()
@@ -165,9 +189,31 @@ class EngineCore:
             return []
         logits = self.executor.execute(StepInput.from_batch(batch))
         sampled = self._sample(batch, logits)
-        self.scheduler.update(batch, [token.token_id for token in sampled])
+        self.scheduler.update(batch, [None if token is None else token.token_id for token in sampled])
         self._detokenize(batch, sampled)
-        return self._report(batch.sampling)
+        touched = self._groups_of(batch.sampling)
+        for group in touched:
+            if group.search is not None and group.search.ready:
+                self._advance(group, group.search)
+        return self._report(touched)
+
+    def _advance(self, group: _Group, search: BeamSearch) -> None:
+        """Puts the next beams of a search in the place of those before them."""
+        copies = search.advance(self.scheduler)
+        if search.done:  # the last beams stay until the group is forgotten
+            return
+        for sequence in group.sequences:
+            del self._sequences[sequence.request]
+        group.sequences[:] = [_Sequence(group.request_id, beam, None) for beam in search.beams]
+        self._sequences |= {sequence.request: sequence for sequence in group.sequences}
+        if copies:
+            assert isinstance(self.executor, PageCopier), "`check_request` lets no beams in"
+            try:
+                self.executor.copy_pages(*zip(*copies, strict=True))
+            except BaseException:  # what was not copied is computed
+                for beam in search.beams:
+                    self.scheduler.give_way(beam)
+                raise
 
     def _step_ahead(self, ahead: DecodeAhead) -> list[RequestOutput]:
         """Takes the tokens of steps that the device has finished while later ones run."""
@@ -176,7 +222,7 @@ class EngineCore:
             batch = self.scheduler.decode_batch(requests)
             self.scheduler.update(batch, token_ids)
             self._detokenize(batch, [SampledToken(token_id) for token_id in token_ids])
-            changed |= {output.request_id: output for output in self._report(batch.sampling)}
+            changed |= {output.request_id: output for output in self._report(self._groups_of(batch.sampling))}
         return list(changed.values())
 
     def _end_late(self) -> list[Request]:
@@ -187,7 +233,12 @@ class EngineCore:
         ended = []
         for request_id in [name for name, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[request_id]
-            for sequence in self._groups[request_id].sequences:
+            group = self._groups[request_id]
+            if group.search is not None:
+                group.search.end(self.scheduler, "timeout")
+                ended.append(group.sequences[0].request)
+                continue
+            for sequence in group.sequences:
                 if not sequence.request.finished:
                     self.scheduler.finish(sequence.request, "timeout")
                     if sequence.detokenizer is not None:
@@ -212,18 +263,22 @@ class EngineCore:
         index: int,
         priority: int,
     ) -> _Sequence:
-        name = request_id if params.num_sequences == 1 else f"{request_id}/{index}"
+        several = params.num_sequences > 1 and params.beam_width == 1
+        name = f"{request_id}/{index}" if several else request_id
         words = bad_words(params, self.tokenizer)
         if index > 0:  # the prompt is scored once
             params = replace(params, prompt_logprobs=None)
-        if params.num_sequences > params.n:  # which are the best, their log probabilities tell
+        if several and params.num_sequences > params.n:  # which are the best, their log probabilities tell
             params = replace(params, logprobs=params.logprobs or 0)
         request = Request(name, prompt_token_ids, params, self._eos_token_ids, seed, index, words, priority)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params) if self.tokenizer else None
         return _Sequence(request_id, request, detokenizer)
 
-    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[SampledToken]:
-        """Chooses the next tokens, and scores the prompt tokens whose logprobs were asked for."""
+    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[SampledToken | None]:
+        """Chooses the next tokens, and scores the prompt tokens whose logprobs were asked for.
+
+        None stands for a beam: its search gets the candidates.
+        """
         expected = (sum(part.num_rows for part in batch.scheduled), self.executor.vocab_size)
         assert tuple(logits.shape) == expected, (
             f"the executor returned logits {tuple(logits.shape)}, not {expected}"
@@ -238,7 +293,20 @@ class EngineCore:
                 self._score_prompt(part.request, logits[start : start + part.num_prompt_rows])
         if len(sampling_rows) < end:
             logits = logits[sampling_rows]
-        return sample(logits, batch.sampling)
+        requests = batch.sampling
+        if not any(request.is_beam for request in requests):
+            return list(sample(logits, requests))
+        beams = [row for row, request in enumerate(requests) if request.is_beam]
+        self._offer(logits[beams], [requests[row] for row in beams])
+        others = [row for row, request in enumerate(requests) if not request.is_beam]
+        tokens = iter(sample(logits[others], [requests[row] for row in others]))
+        return [None if request.is_beam else next(tokens) for request in requests]
+
+    def _offer(self, logits: torch.Tensor, beams: list[Request]) -> None:
+        searches = [self._groups[self._sequences[beam].group_id].search for beam in beams]
+        pairs = [(beam, search) for beam, search in zip(beams, searches, strict=True) if search is not None]
+        for (beam, search), offered in zip(pairs, candidates(logits, pairs), strict=True):
+            search.offer(beam, offered)
 
     def _score_prompt(self, request: Request, logits: torch.Tensor) -> None:
         """Row i of logits scores the i-th prompt token that has no logprobs yet."""
@@ -247,8 +315,10 @@ class EngineCore:
         count = request.params.prompt_logprobs or 0
         request.prompt_logprobs += map(self._named, top_logprobs(logits, token_ids, [count] * len(token_ids)))
 
-    def _detokenize(self, batch: Batch, sampled: list[SampledToken]) -> None:
+    def _detokenize(self, batch: Batch, sampled: Sequence[SampledToken | None]) -> None:
         for request, token in zip(batch.sampling, sampled, strict=True):
+            if token is None:
+                continue
             if token.logprobs is not None:
                 request.logprobs.append(self._named(token.logprobs))
             detokenizer = self._sequences[request].detokenizer
@@ -264,13 +334,16 @@ class EngineCore:
             if request.finished:
                 detokenizer.finish()
 
-    def _report(self, requests: Iterable[Request]) -> list[RequestOutput]:
-        # each group once, in order
+    def _groups_of(self, requests: Iterable[Request]) -> list[_Group]:
+        """Each group once, in order."""
         touched = dict.fromkeys(self._sequences[request].group_id for request in requests)
+        return [self._groups[group_id] for group_id in touched]
+
+    def _report(self, groups: Iterable[_Group]) -> list[RequestOutput]:
         outputs = []
-        for group in (self._groups[group_id] for group_id in touched):
+        for group in groups:
             if group.stream or group.finished:
-                outputs.append(_request_output(group))
+                outputs.append(_request_output(group, self.tokenizer))
             if group.finished:
                 self._forget(group)
         return outputs
@@ -293,14 +366,14 @@ class EngineCore:
         }
 
 
-def _request_output(group: _Group) -> RequestOutput:
-    first = group.sequences[0].request
+def _request_output(group: _Group, tokenizer: Tokenizer | None) -> RequestOutput:
+    first = group.first
     return RequestOutput(
         request_id=group.request_id,
         prompt=group.prompt,
         prompt_token_ids=list(first.prompt_token_ids),
         prompt_logprobs=None if first.params.prompt_logprobs is None else list(first.prompt_logprobs),
-        outputs=_completions(group),
+        outputs=_completions(group) if group.search is None else _found(group, group.search, tokenizer),
         finished=group.finished,
         num_cached_tokens=first.num_cached_tokens or 0,
     )
@@ -317,6 +390,31 @@ def _completions(group: _Group) -> list[CompletionOutput]:
         replace(completion, index=index, logprobs=completion.logprobs if logprobs is not None else None)
         for index, completion in enumerate(best)
     ]
+
+
+def _found(group: _Group, search: BeamSearch, tokenizer: Tokenizer | None) -> list[CompletionOutput]:
+    """What a beam search has found, the best first."""
+    return [
+        CompletionOutput(
+            index=index,
+            text="" if tokenizer is None else _text(group, hypothesis, tokenizer),
+            token_ids=list(hypothesis.token_ids),
+            cumulative_logprob=hypothesis.logprob,
+            logprobs=None,
+            finish_reason=hypothesis.finish_reason,
+            stop_reason=hypothesis.stop_reason,
+        )
+        for index, hypothesis in enumerate(search.results())
+    ]
+
+
+def _text(group: _Group, hypothesis: Hypothesis, tokenizer: Tokenizer) -> str:
+    detokenizer = Detokenizer(tokenizer, group.first.prompt_token_ids, group.params)
+    shown = group.params.include_stop_str_in_output or hypothesis.finish_reason != "stop"
+    for token_id in hypothesis.token_ids if shown else hypothesis.token_ids[:-1]:
+        detokenizer.append(token_id)
+    detokenizer.finish()
+    return detokenizer.text
 
 
 def _mean_logprob(completion: CompletionOutput) -> float:

@@ -15,5 +15,6 @@ class EngineLimits:
         self.max_num_tokens = engine.build.max_num_tokens
         self.max_seq_len = engine.build.max_seq_len
         self.max_input_len = engine.build.max_input_len
+        self.max_beam_width = engine.build.max_beam_width
         self.vocab_size = engine.model.vocab_size
         self.eos_token_ids = engine.model.eos_token_ids

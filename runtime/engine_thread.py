@@ -135,9 +135,12 @@ class Submission:
         prompt = sum(min(r.num_computed_tokens, r.num_prompt_tokens) for r in self.requests)
         return prompt, sum(len(request.output_token_ids) for request in self.requests)
 
-    def stats(self, outcome: Outcome) -> RequestStats:
+    def stats(self, outcome: Outcome, output: RequestOutput | None = None) -> RequestStats:
+        """output: the finished one, where there is one; only it knows what became of beams."""
         now = time.perf_counter()
         counts = [len(request.output_token_ids) for request in self.requests]
+        if output is not None and self.params.beam_width > 1:
+            counts = [len(completion.token_ids) for completion in output.outputs]
         if self.first_token is None and any(counts):  # it ended in the step of its first token
             self.first_token = now
         tpot_s = None
@@ -269,19 +272,19 @@ class EngineThread:
             if output.finished:
                 reason = output.outputs[-1].finish_reason
                 assert reason is not None
-                self._end(submission, reason)
+                self._end(submission, reason, output)
         for loop, changed in by_loop.items():
             if not _call(loop, partial(_put_all, changed)):
                 for submission, _ in changed:  # nobody can read them any more
                     self._cancel(submission)
 
-    def _end(self, submission: Submission, outcome: Outcome) -> None:
+    def _end(self, submission: Submission, outcome: Outcome, output: RequestOutput | None = None) -> None:
         self._awaiting_first_token.discard(submission)
         if self._on_finished is not None:
-            self._on_finished(submission.stats(outcome))
-        prompt, output = submission.token_counts()
+            self._on_finished(submission.stats(outcome, output))
+        prompt, chosen = submission.token_counts()
         with self._idle:
-            self._ended_tokens = (self._ended_tokens[0] + prompt, self._ended_tokens[1] + output)
+            self._ended_tokens = (self._ended_tokens[0] + prompt, self._ended_tokens[1] + chosen)
             del self._submissions[submission.request_id]
             self._idle.notify_all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class Executor(Protocol):
         """Tokens in one prompt."""
 
     @property
+    def max_beam_width(self) -> int:
+        """Beams of one prompt; 1: no beam search."""
+
+    @property
     def vocab_size(self) -> int:
         """Columns of the logits; token ids are 0 .. vocab_size - 1."""
 
@@ -57,6 +62,14 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Releases the device memory. Calling it twice is harmless."""
+
+
+@runtime_checkable
+class PageCopier(Protocol):
+    """What an executor offers beyond `Executor` when its cache pages can be copied, as beam search wants it."""
+
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copies page source[i] to page target[i], all before the next step. No target is a source."""
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +28,7 @@ FIRST = 1024
 def pack(step: StepInput) -> Int32Array:
     """T, B, P, R, then token_ids [T], tokens of each sequence [B], kv_length [B], page_table [B, P], logits_index [R].
 
-    Positions are left out: they follow from the lengths. No step at all is a message of T = 0: see `STOP`.
+    Positions are left out: they follow from the lengths. No step at all is a message of T = 0: see `STOP`, `pack_copies`.
     """
     rows, pages = step.page_table.shape
     header = np.array([step.num_tokens, rows, pages, len(step.logits_index)], np.int32)
@@ -49,6 +50,11 @@ Local = CpuExecutor | StageExecutor
 STOP: Int32Array = np.zeros(HEADER, np.int32)
 
 
+def pack_copies(source: Sequence[int], target: Sequence[int]) -> Int32Array:
+    """Of pages: 0, how many, 0, 0, then the sources and the targets."""
+    return np.array([0, len(source), 0, 0, *source, *target], np.int32)
+
+
 def length(header: Int32Array) -> int:
     """Of a whole message, from its first `HEADER` entries."""
     tokens, rows, pages, wanted = header.tolist()
@@ -56,7 +62,7 @@ def length(header: Int32Array) -> int:
 
 
 def unpack(message: Int32Array) -> StepInput | None:
-    """The step that was packed; None for `STOP`."""
+    """The step that was packed; None where none was."""
     tokens, rows, pages, wanted = message[:HEADER].tolist()
     if tokens == 0:
         return None
@@ -113,6 +119,12 @@ class LeadingExecutor(EngineLimits):
         self._in_step = False
         return logits
 
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """See `PageCopier.copy_pages`."""
+        assert self._group is not None, "the executor is closed"
+        send(self._group, pack_copies(source, target))
+        self._local.copy_pages(source, target)
+
     def close(self) -> None:
         """Ends the other ranks, in good order unless a step was cut short."""
         group, self._group = self._group, None
@@ -133,8 +145,12 @@ def follow(local: Local, group: RankGroup) -> NoReturn:
     Raises what a step raises; the job ends then on all ranks.
     """
     with group.failing_together():
-        while (step := unpack(receive(group))) is not None:
-            local.execute(step)
+        while (message := receive(group))[:2].any():
+            step = unpack(message)
+            if step is None:
+                local.copy_pages(*message[HEADER:].reshape(2, -1).tolist())
+            else:
+                local.execute(step)
     group.close()
     local.close()
     raise SystemExit(0)

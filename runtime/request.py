@@ -32,7 +32,7 @@ class Request:
     prompt_token_ids:    at least one
     eos_token_ids:       the model's end-of-sequence ids; they count for nothing under `params.ignore_eos`
     bad_words:           what must not come about in token_ids
-    seed, sample_index:  key of its random stream; sample_index tells the n completions of one prompt apart
+    seed, sample_index:  key of its random stream; sample_index tells the n completions, or the beams, of one prompt apart
     priority:            its place in line as if it had come so many times `PRIORITY_STEP` requests later, or earlier
     token_ids:           prompt and output, one list
     logprobs:            per output token, filled when `params.logprobs` is set
@@ -72,9 +72,13 @@ class Request:
             self.prompt_logprobs.append(None)
 
     @property
-    def place(self) -> tuple[int, int]:
+    def place(self) -> tuple[int, int, int]:
         """Orders the line: lower goes first."""
-        return self.arrival + PRIORITY_STEP * self.priority, self.arrival
+        return self.arrival + PRIORITY_STEP * self.priority, self.arrival, self.sample_index
+
+    @property
+    def is_beam(self) -> bool:
+        return self.params.beam_width > 1
 
     @property
     def num_tokens(self) -> int:

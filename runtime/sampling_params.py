@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import RequestError
+from .beam_params import check_beam_params
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy, as in vLLM: dividing logits by less says nothing more."""
@@ -45,6 +46,11 @@ class SamplingParams:
     logprobs:           report the k most probable tokens beside the chosen one at each output position
     prompt_logprobs:    the same for each prompt position
     skip_special_tokens: leave special tokens out of the text
+    beam_width:         above 1: search for the n best outputs with so many beams, as `transformers` does; nothing is drawn or
+                        streamed then, and what only changes single tokens is refused
+    length_penalty:     an output's score is its log probability divided by its length to this power; above 0 favours long ones
+    early_stopping:     True: end when beam_width outputs have ended; False: when no beam is likely to become better than
+                        these; "never": when none can
     """
 
     n: int = 1
@@ -69,6 +75,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    beam_width: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1)
@@ -105,6 +114,8 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise _refusal(name, getattr(self, name), "True or False")
+        _check_int("beam_width", self.beam_width, 1)
+        check_beam_params(self)
 
     @property
     def greedy(self) -> bool:
@@ -113,13 +124,13 @@ class SamplingParams:
     @property
     def plain_greedy(self) -> bool:
         """Whether the next token is the largest logit, whatever came before, and nothing else is asked of the logits."""
-        plain = not (self.has_penalties or self.min_tokens or self.logit_bias)
+        plain = not (self.has_penalties or self.min_tokens or self.logit_bias or self.beam_width > 1)
         return self.greedy and plain and self.logprobs is None and not (self.bad_words or self.bad_words_ids)
 
     @property
     def num_sequences(self) -> int:
         """Completions that are made of one prompt."""
-        return self.n if self.best_of is None else self.best_of
+        return max(self.beam_width, self.n if self.best_of is None else self.best_of)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -20,8 +20,9 @@ from operator import attrgetter
 
 from ..core.errors import ConfigError, RequestError
 from .batch import Batch, ScheduledRequest, count_tokens, next_part
-from .kv_cache import PageKey, PagePool, extend_keys, pages_for
+from .kv_cache import PageKey, PagePool, pages_for
 from .outputs import FinishReason
+from .prefix_cache import PrefixCache
 from .request import Request, RequestStatus
 
 
@@ -57,25 +58,21 @@ _place = attrgetter("place")
 
 
 class Scheduler:
-    """Holds every unfinished request and all cache pages. waiting, running: each in the order of the line.
-
-    num_looked_up, num_found: full prompt pages that new requests might have found in the cache, and those they have found
-    """
+    """Holds every unfinished request and all cache pages. waiting, running: each in the order of the line."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.pool = PagePool(config.num_pages)
+        self.prefix_cache = PrefixCache(self.pool, config.page_size, enabled=config.enable_prefix_cache)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.num_looked_up = 0
-        self.num_found = 0
         self._num_arrived = 0
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def check_lengths(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
+    def check_lengths(self, num_prompt_tokens: int, max_tokens: int | None, beam_width: int = 1) -> None:
         """Raises RequestError, naming the limit, when this engine could never finish such a request."""
         config = self.config
         if num_prompt_tokens == 0:
@@ -92,16 +89,19 @@ class Scheduler:
             )
         # the last token is chosen but never fed back
         needed = pages_for(self._max_total_tokens(num_prompt_tokens, max_tokens) - 1, config.page_size)
+        needed *= beam_width
+        beams = f" and beam_width = {beam_width}" if beam_width > 1 else ""
         if needed > config.num_pages:
             raise RequestError(
-                f"a prompt of {num_prompt_tokens} tokens with max_tokens = {max_tokens} may need {needed} "
+                f"a prompt of {num_prompt_tokens} tokens with max_tokens = {max_tokens}{beams} may need {needed} "
                 f"cache pages of {config.page_size} tokens, the engine has num_pages = {config.num_pages}; "
                 "lower max_tokens or give the cache more memory"
             )
 
     def add(self, request: Request) -> None:
         """Puts a new request in line. Raises RequestError as `check_lengths` does."""
-        self.check_lengths(request.num_prompt_tokens, request.params.max_tokens)
+        params = request.params
+        self.check_lengths(request.num_prompt_tokens, params.max_tokens, params.beam_width)
         assert request.status is RequestStatus.WAITING, f"request {request.request_id} was added before"
         request.arrival = self._num_arrived
         self._num_arrived += 1
@@ -131,10 +131,42 @@ class Scheduler:
 
         Calling it again before `update` plans the same tokens again: a step that failed can be repeated.
         """
-        scheduled = self._schedule_decodes()
-        scheduled += self._schedule_prefills(self.config.max_num_tokens - count_tokens(scheduled))
-        scheduled += self._admit(self.config.max_num_tokens - count_tokens(scheduled))
+        scheduled = self._schedule()
+        # Where all that run are beams whose siblings wait, the last in line give way until the first of these can run.
+        while not scheduled and self.running and self.waiting:
+            self._preempt(self.running[-1])
+            scheduled = self._schedule()
         return Batch(tuple(scheduled))
+
+    def fork(self, parent: Request, child: Request) -> list[tuple[int, int]]:
+        """Lets a new beam go on from all that `parent`, which has computed all of its tokens, has got.
+
+        Full pages are shared. Returns the page begun and its copy, which the caller has to fill before the next step. Where
+        there is no place in a step or no page, the child waits, and computes again what it does not find in the cache.
+        """
+        full = parent.num_computed_tokens // self.config.page_size
+        assert parent.num_computed_tokens == parent.num_tokens, (
+            f"{parent.request_id} is no beam that can fork"
+        )
+        child.arrival = parent.arrival
+        child.token_ids = list(parent.token_ids)
+        child.output_token_ids = list(parent.output_token_ids)
+        child.page_keys = parent.page_keys[:full]
+        begun = parent.page_ids[full:]
+        if len(self.running) >= self._most_running or len(begun) > self.pool.num_free:
+            insort(self.waiting, child, key=_place)
+            return []
+        self.pool.retain(parent.page_ids[:full])
+        child.page_ids = parent.page_ids[:full] + self.pool.allocate(len(begun))
+        child.num_computed_tokens = parent.num_computed_tokens
+        child.status = RequestStatus.RUNNING
+        insort(self.running, child, key=_place)
+        return list(zip(begun, child.page_ids[full:], strict=True))
+
+    def give_way(self, request: Request) -> None:
+        """Takes the pages of a running request, which computes again what was in them."""
+        if request.status is RequestStatus.RUNNING:
+            self._preempt(request)
 
     def only_decodes(self) -> bool:
         """Whether `schedule` would give every running sequence one token and admit nobody."""
@@ -172,10 +204,10 @@ class Scheduler:
         """The step that computes the last token of each of `requests`, all of them decoding."""
         return Batch(tuple(next_part(request, 1) for request in requests))
 
-    def update(self, batch: Batch, token_ids: Sequence[int]) -> None:
+    def update(self, batch: Batch, token_ids: Sequence[int | None]) -> None:
         """Enters what a step has computed. Requests cancelled since `schedule` are passed over.
 
-        token_ids: the tokens chosen for `batch.sampling`, in that order
+        token_ids: the tokens chosen for `batch.sampling`, in that order; None for a beam, which waits for its siblings
         """
         assert len(token_ids) == len(batch.sampling), (
             f"{len(token_ids)} tokens for {len(batch.sampling)} requests"
@@ -185,7 +217,7 @@ class Scheduler:
             token_id = next(tokens) if part.samples else None
             if part.request.status is not RequestStatus.RUNNING:
                 continue
-            self._computed(part)
+            self.prefix_cache.computed(part.request, part.end)
             if token_id is not None:
                 part.request.append_output(token_id)
                 self._finish_if_done(part.request)
@@ -204,10 +236,9 @@ class Scheduler:
             assert request.status is RequestStatus.RUNNING, f"running request {name} is {request.status}"
             assert len(set(request.page_ids)) == held, f"request {name} holds a page twice"
             assert request.num_computed_tokens <= held * self.config.page_size, f"request {name} lacks pages"
-            assert request.num_computed_tokens < request.num_tokens, (
-                f"request {name} has nothing left to compute"
-            )
-            self._check_content(request)
+            left = request.num_tokens - request.num_computed_tokens
+            assert left > 0 or request.is_beam, f"request {name} has nothing left to compute"
+            self.prefix_cache.check_content(request)
         for request in self.waiting:
             assert request.status is RequestStatus.WAITING, (
                 f"waiting request {request.request_id} is {request.status}"
@@ -218,8 +249,18 @@ class Scheduler:
         for part in (self.running, self.waiting):
             line = [request.place for request in part]
             assert line == sorted(set(line)), f"requests are out of order: {line}"
-        limit = min(self.config.max_batch_size, self.config.max_num_tokens)
+        limit = self._most_running
         assert len(self.running) <= limit, f"{len(self.running)} requests run, a step takes {limit}"
+
+    @property
+    def _most_running(self) -> int:
+        return min(self.config.max_batch_size, self.config.max_num_tokens)
+
+    def _schedule(self) -> list[ScheduledRequest]:
+        scheduled = self._schedule_decodes()
+        scheduled += self._schedule_prefills(self.config.max_num_tokens - count_tokens(scheduled))
+        scheduled += self._admit(self.config.max_num_tokens - count_tokens(scheduled))
+        return scheduled
 
     def _schedule_decodes(self) -> list[ScheduledRequest]:
         """One token for every sequence that decodes.
@@ -242,18 +283,16 @@ class Scheduler:
 
     def _admit(self, budget: int) -> list[ScheduledRequest]:
         scheduled = []
-        page_size = self.config.page_size
-        coming = {key for request in self.running for key in self._keys_to_come(request)}
+        coming = {key for request in self.running for key in self.prefix_cache.coming_from(request)}
         while budget and (cached := self._pages_to_start(coming)) is not None:
             request = self.waiting.pop(0)
             insort(self.running, request, key=_place)
             request.status = RequestStatus.RUNNING
             self.pool.retain(cached)
-            missing = pages_for(request.num_tokens, page_size) - len(cached)
+            missing = pages_for(request.num_tokens, self.config.page_size) - len(cached)
             request.page_ids = cached + self.pool.allocate(missing)
-            request.num_computed_tokens = len(cached) * page_size
-            self._count_hits(request, len(cached))
-            coming.update(self._keys_to_come(request))
+            self.prefix_cache.started(request, len(cached))
+            coming.update(self.prefix_cache.coming_from(request))
             count = min(budget, request.num_tokens - request.num_computed_tokens)
             scheduled.append(next_part(request, count))
             budget -= count
@@ -264,86 +303,25 @@ class Scheduler:
 
         coming: what running requests are computing
         """
-        if not self.waiting or len(self.running) >= self.config.max_batch_size:
+        if not self.waiting or len(self.running) >= self._most_running:
             return None
-        request, page_size = self.waiting[0], self.config.page_size
-        cached = self._find_cached(request)
-        needed = pages_for(request.num_tokens, page_size) - len(cached)
+        request = self.waiting[0]
+        cached = self.prefix_cache.find(request)
+        needed = pages_for(request.num_tokens, self.config.page_size) - len(cached)
         needed += sum(self.pool.ref_count(page) == 0 for page in cached)
         # One page is left for each running sequence, or the newcomer would be preempted at their next page.
         if self.pool.num_free - needed < self._num_growing():
             return None
-        # When somebody is computing at least half of what it lacks, waiting for that is better than computing it twice.
-        hoped = self._cacheable_keys(request)[len(cached) :]
-        shared = next((n for n, key in enumerate(hoped) if key not in coming), len(hoped))
-        if shared and 2 * shared * page_size >= request.num_tokens - len(cached) * page_size:
-            return None
-        return cached
+        return None if self.prefix_cache.should_wait(request, len(cached), coming) else cached
 
     def _num_growing(self) -> int:
-        """Running sequences that may need another page; where a page holds a whole sequence, none does."""
+        """Running sequences that may need another page: none where a page holds a whole sequence, and no beams that have
+        computed all they know, which grow only with their siblings: the newcomer may be one of these."""
         whole = pages_for(self.config.max_seq_len, self.config.page_size)
-        return sum(len(request.page_ids) < whole for request in self.running)
-
-    def _find_cached(self, request: Request) -> list[int]:
-        pages: list[int] = []
-        for key in self._cacheable_keys(request):
-            page = self.pool.find(key)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
-
-    def _cacheable_keys(self, request: Request) -> list[PageKey]:
-        """The keys of those leading pages that `request` need not compute itself."""
-        if not self.config.enable_prefix_cache:
-            return []
-        tokens = request.num_tokens - 1
-        if (
-            request.params.prompt_logprobs is not None
-            and len(request.prompt_logprobs) < request.num_prompt_tokens
-        ):
-            tokens = len(request.prompt_logprobs) - 1  # the logits that score the prompt are wanted, too
-        count = tokens // self.config.page_size
-        extend_keys(request.page_keys, request.token_ids, self.config.page_size, count)
-        return request.page_keys[:count]
-
-    def _keys_to_come(self, request: Request) -> list[PageKey]:
-        """The keys of the full pages that a running request has yet to compute, before it decodes."""
-        if not self.config.enable_prefix_cache or self._is_decoding(request):
-            return []
-        count = request.num_tokens // self.config.page_size
-        extend_keys(request.page_keys, request.token_ids, self.config.page_size, count)
-        return request.page_keys[request.num_computed_tokens // self.config.page_size : count]
-
-    def _count_hits(self, request: Request, found: int) -> None:
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = found * self.config.page_size
-            self.num_looked_up += len(self._cacheable_keys(request))
-            self.num_found += found
-
-    def _computed(self, part: ScheduledRequest) -> None:
-        """Notes that a part is in the cache, and makes the pages that it has filled findable."""
-        request, page_size = part.request, self.config.page_size
-        first, end = request.num_computed_tokens // page_size, part.end // page_size
-        request.num_computed_tokens = part.end
-        if self.config.enable_prefix_cache and first < end:
-            extend_keys(request.page_keys, request.token_ids, page_size, end)
-            for index in range(first, end):
-                self.pool.publish(request.page_ids[index], request.page_keys[index])
-
-    def _check_content(self, request: Request) -> None:
-        """Pages are shared, or findable, only where they are full, and with what this request has in them."""
-        keys: list[PageKey] = []
-        full = request.num_computed_tokens // self.config.page_size
-        extend_keys(keys, request.token_ids, self.config.page_size, full)
-        for index, page in enumerate(request.page_ids):
-            name = f"page {page}, number {index} of request {request.request_id},"
-            if index < full:
-                assert self.pool.key_of(page) in (None, keys[index]), f"{name} is known by other content"
-            else:
-                assert self.pool.ref_count(page) == 1, f"{name} is shared and may still be written"
-                assert self.pool.key_of(page) is None, f"{name} can be found and is not full"
+        return sum(
+            request.num_computed_tokens < request.num_tokens and len(request.page_ids) < whole
+            for request in self.running
+        )
 
     def _is_decoding(self, request: Request) -> bool:
         return bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..core.dtypes import to_torch
@@ -42,6 +44,10 @@ class StageExecutor:
             result = torch.empty(rows, self._vocab_size)
             self._group.receive(result, self._speaker)
         return result
+
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """See `PageCopier.copy_pages`; of its own layers."""
+        self._local.copy_pages(source, target)
 
     def close(self) -> None:
         self._local.close()

@@ -64,9 +64,15 @@ class HFModel:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_token_ids: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        eos_token_ids: Sequence[int],
+        num_beams: int = 1,
     ) -> list[list[int]]:
-        """Greedy continuations of a batch: each up to `max_tokens` tokens, or to its end-of-sequence token, which is kept.
+        """Greedy continuations of a batch, or the best of so many beams.
+
+        Each has up to `max_tokens` tokens, or ends with its end-of-sequence token, which is kept.
 
         Prompts of different lengths are padded on the left and masked. Generation settings of the checkpoint's own
         generation_config.json are not used: both sides of a comparison do the same.
@@ -84,6 +90,7 @@ class HFModel:
         config = make_config(
             max_new_tokens=max_tokens,
             do_sample=False,
+            num_beams=num_beams,
             eos_token_id=list(eos_token_ids) or None,
             pad_token_id=pad,
         )

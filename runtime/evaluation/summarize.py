@@ -97,9 +97,9 @@ def run(generate: Generate, prompts: Sequence[TokenIds], batch_size: int) -> Sum
     return Summaries(outputs, seconds)
 
 
-def engine_generate(llm: LLM, output_len: int) -> Generate:
-    """Greedy generation by an engine."""
-    params = SamplingParams(max_tokens=output_len, temperature=0.0)
+def engine_generate(llm: LLM, output_len: int, num_beams: int = 1) -> Generate:
+    """Generation by an engine, greedy or the best of a beam search."""
+    params = SamplingParams(max_tokens=output_len, temperature=0.0, beam_width=num_beams)
 
     def generate(prompts: list[TokenIds]) -> list[TokenIds]:
         return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
@@ -107,9 +107,11 @@ def engine_generate(llm: LLM, output_len: int) -> Generate:
     return generate
 
 
-def hf_generate(model: HFModel, output_len: int, eos_token_ids: Sequence[int]) -> Generate:
-    """Greedy generation by `transformers`."""
-    return lambda prompts: model.generate(prompts, output_len, eos_token_ids)
+def hf_generate(
+    model: HFModel, output_len: int, eos_token_ids: Sequence[int], num_beams: int = 1
+) -> Generate:
+    """The same by `transformers`."""
+    return lambda prompts: model.generate(prompts, output_len, eos_token_ids, num_beams)
 
 
 def engine_perplexity(llm: LLM, prompts: Sequence[TokenIds], output_len: int) -> float:

@@ -185,7 +185,7 @@ ROWS = [
     Row("prompt leaves no room", build(Room.hf, "--max-seq-len", "64", "--max-input-len", "64"), ("max_input_len 64",)),
     Row("batch of zero", build(Room.hf, "--max-batch-size", "0"), ("max_batch_size", "0")),
     Row("fewer tokens than sequences", build(Room.hf, "--max-num-tokens", "4"), ("max_num_tokens 4", "max_batch_size 8")),
-    Row("beams", build(Room.hf, "--max-beam-width", "4"), ("max_beam_width 4", "beam search")),
+    Row("more beams than sequences", build(Room.hf, "--max-beam-width", "9"), ("max_beam_width 9", "max_batch_size 8")),
     Row("no output folder", lambda r: ["build", "--model-dir", TINY_OPT], ("--output-dir",)),
     # trtc checkpoints
     Row("not a trtc checkpoint", lambda r: ["build", "--checkpoint-dir", r.hf(), "--output-dir", r.output],

@@ -34,7 +34,7 @@ from trtc.core.errors import ConfigError, EngineError, TargetError
 from trtc.core.hf import HFCheckpoint
 from trtc.core.plugin_registry import PluginRegistry
 from trtc.core.sharding import ShardingOptions
-from trtc.runtime.follower import HEADER, STOP, length, pack, require_runnable, unpack
+from trtc.runtime.follower import HEADER, STOP, length, pack, pack_copies, require_runnable, unpack
 from trtc.runtime.launcher import launch
 from trtc.runtime.load import load_executor
 from trtc.runtime.placement import Placement, environment, placement
@@ -132,7 +132,9 @@ def ranks_engine(
     def engine(case: Case) -> Path:
         source = checkpoint(case.variant)
         sharding = ShardingOptions(case.tp_size, case.dim is not None, case.dim or 0, case.pp_size)
-        build = BuildConfig(**{**vars(BUILD), "tp_size": case.tp_size, "pp_size": case.pp_size})
+        build = BuildConfig(
+            **{**vars(BUILD), "tp_size": case.tp_size, "pp_size": case.pp_size, "max_beam_width": 2}
+        )
         path = folder / "-".join(map(str, case))
         build_engine(source.family, source.config, source.weights(sharding=sharding), build, path)
         return path
@@ -254,6 +256,24 @@ def test_nproc_gives_the_tokens_of_one_rank(
     expected = expected_tokens("pre_norm")
     found = [result["token_ids"] for result in json.loads(results.read_text())]
     assert found == [expected[1], expected[4]]
+
+
+@pytest.mark.slow
+def test_beams_of_a_pipeline_are_those_of_one_rank(
+    ranks_engine: RanksEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages are copied on every rank, each of its own layers."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    prompts = ["2,21,30,31", "2,5"]
+    found = []
+    for case in (Case("pre_norm"), Case("pre_norm", pp_size=2)):
+        results = tmp_path / f"{case.pp_size}.json"
+        command = ["run", "--engine-dir", str(ranks_engine(case)), "--output-json", str(results)]
+        command += ["--num_beams", "2", "--max-output-len", "20", "--input-ids", *prompts]
+        assert main([*command, "--nproc", str(case.pp_size)]) == 0
+        found.append(json.loads(results.read_text()))
+    assert found[0] == found[1]
+    assert all(len(result["more"]) == 1 for result in found[0])
 
 
 @pytest.mark.slow
@@ -415,3 +435,5 @@ def test_a_step_survives_its_message() -> None:
         np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
         assert getattr(found, name).dtype == np.int32
     assert unpack(STOP) is None and length(STOP) == len(STOP)
+    copies = pack_copies([3, 5, 3], [7, 8, 9])
+    assert unpack(copies) is None and length(copies[:HEADER]) == len(copies) and copies[:2].any()

@@ -65,7 +65,7 @@ def test_a_prompt_starts_behind_the_pages_that_it_shares(
     assert output.num_cached_tokens == cached and right(output, second)
     assert computed(core.executor) == len(second) - cached + 5 or executor is LoopToy
     assert core.scheduler.pool.num_used == 0
-    assert (core.scheduler.num_found, core.scheduler.num_looked_up) == (
+    assert (core.scheduler.prefix_cache.num_found, core.scheduler.prefix_cache.num_looked_up) == (
         cached // 4,
         3 + (len(second) - 1) // 4,
     )
@@ -136,7 +136,7 @@ def test_it_can_be_switched_off() -> None:
     core = EngineCore(ToyExecutor(), enable_prefix_cache=False)
     outputs = [generate(core, PROMPT)[0] for _ in range(2)]
     assert [output.num_cached_tokens for output in outputs] == [0, 0]
-    assert core.scheduler.pool.num_cached == core.scheduler.num_looked_up == 0
+    assert core.scheduler.pool.num_cached == core.scheduler.prefix_cache.num_looked_up == 0
     with pytest.raises(ConfigError, match="enable_prefix_cache is 1; accepted: True or False"):
         EngineCore(ToyExecutor(), enable_prefix_cache=1)  # type: ignore[arg-type]
 

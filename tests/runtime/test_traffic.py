@@ -12,6 +12,7 @@ from itertools import chain
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from trtc.core.errors import RequestError
 from trtc.runtime.engine_core import EngineCore
 from trtc.runtime.outputs import CompletionOutput
 from trtc.runtime.sampling_params import SamplingParams
@@ -38,6 +39,15 @@ PARAMS = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.2]),
     prompt_logprobs=st.sampled_from([None, None, 0]),
     logprobs=st.sampled_from([None, None, 1]),
+)
+
+BEAMS = st.builds(
+    lambda width, **values: SamplingParams(beam_width=width, n=width, **values),
+    width=st.integers(2, 3),
+    max_tokens=st.integers(1, MOST_TOKENS),
+    ignore_eos=st.booleans(),
+    length_penalty=st.sampled_from([0.5, 1.0]),
+    early_stopping=st.booleans(),
 )
 
 
@@ -81,6 +91,7 @@ class Traffic(RuleBasedStateMachine):
             page_size=page_size,
             max_batch_size=max_batch_size,
             max_num_tokens=max_num_tokens,
+            max_beam_width=max_batch_size,
         )
         self.now = 0.0
         self.core = EngineCore(self.executor, enable_prefix_cache=enable_prefix_cache, clock=lambda: self.now)
@@ -101,6 +112,14 @@ class Traffic(RuleBasedStateMachine):
         self.unfinished.append(name)
         deadline = None if patience is None else self.now + patience
         self.core.add_request(name, prompt, params, priority=priority, deadline=deadline)
+
+    @rule(prompt=PROMPTS, params=BEAMS)
+    def arrive_to_search(self, prompt: tuple[int, ...], params: SamplingParams) -> None:
+        try:
+            self.core.check_request(prompt, params)
+        except RequestError:  # too many beams for this engine
+            return
+        self.arrive(prompt, params, 0, None)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), params=PARAMS)

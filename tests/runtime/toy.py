@@ -50,6 +50,7 @@ class ToyExecutor:
     max_num_tokens: int = 16
     max_seq_len: int = 64
     max_input_len: int = 48
+    max_beam_width: int = 4
     vocab_size: int = VOCAB_SIZE
     eos_token_ids: tuple[int, ...] = (EOS,)
     fail_next: bool = False
@@ -74,6 +75,10 @@ class ToyExecutor:
                 self.cache[slot] = step.token_ids[row]
         rows = [self._row(step, int(row)) for row in step.logits_index]
         return torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
+
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        assert not {*source} & {*target} and len({*target}) == len(target) == len(source)
+        self.cache[list(target)] = self.cache[list(source)]
 
     def close(self) -> None:
         self.closed = True

@@ -1,0 +1,89 @@
+"""Which pages of the KV cache a request need not compute, because somebody has, or is about to."""
+
+from __future__ import annotations
+
+from .kv_cache import PageKey, PagePool, extend_keys
+from .request import Request
+
+
+class PrefixCache:
+    """Finds leading pages of requests by content, and makes full pages findable. Disabled, it finds nothing.
+
+    num_looked_up, num_found: full prompt pages that new requests might have found, and those they have found
+    """
+
+    def __init__(self, pool: PagePool, page_size: int, *, enabled: bool) -> None:
+        self._pool, self._page_size, self._enabled = pool, page_size, enabled
+        self.num_looked_up = 0
+        self.num_found = 0
+
+    def find(self, request: Request) -> list[int]:
+        """The pages behind which `request` may start, used or free."""
+        pages: list[int] = []
+        for key in self._cacheable(request):
+            page = self._pool.find(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def should_wait(self, request: Request, num_found: int, coming: set[PageKey]) -> bool:
+        """Whether running requests are computing at least half of what `request` lacks behind the pages it has found.
+
+        Then waiting for that is better than computing it twice.
+        """
+        hoped = self._cacheable(request)[num_found:]
+        shared = next((n for n, key in enumerate(hoped) if key not in coming), len(hoped))
+        lacking = request.num_tokens - num_found * self._page_size
+        return shared > 0 and 2 * shared * self._page_size >= lacking
+
+    def coming_from(self, request: Request) -> list[PageKey]:
+        """The full pages that a running request has yet to compute."""
+        count = request.num_tokens // self._page_size
+        first = request.num_computed_tokens // self._page_size
+        if not self._enabled or first == count:
+            return []
+        extend_keys(request.page_keys, request.token_ids, self._page_size, count)
+        return request.page_keys[first:count]
+
+    def started(self, request: Request, num_found: int) -> None:
+        """Counts what a request has found when it first got its pages."""
+        request.num_computed_tokens = num_found * self._page_size
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed_tokens
+            self.num_looked_up += len(self._cacheable(request))
+            self.num_found += num_found
+
+    def computed(self, request: Request, end: int) -> None:
+        """Notes that the tokens before `end` are in the cache, and makes the pages that they have filled findable."""
+        first, full = request.num_computed_tokens // self._page_size, end // self._page_size
+        request.num_computed_tokens = end
+        if self._enabled and first < full:
+            extend_keys(request.page_keys, request.token_ids, self._page_size, full)
+            for index in range(first, full):
+                self._pool.publish(request.page_ids[index], request.page_keys[index])
+
+    def check_content(self, request: Request) -> None:
+        """Pages are shared, or findable, only where they are full, and with what this request has in them."""
+        keys: list[PageKey] = []
+        full = request.num_computed_tokens // self._page_size
+        extend_keys(keys, request.token_ids, self._page_size, full)
+        for index, page in enumerate(request.page_ids):
+            name = f"page {page}, number {index} of request {request.request_id},"
+            if index < full:
+                assert self._pool.key_of(page) in (None, keys[index]), f"{name} is known by other content"
+            else:
+                assert self._pool.ref_count(page) == 1, f"{name} is shared and may still be written"
+                assert self._pool.key_of(page) is None, f"{name} can be found and is not full"
+
+    def _cacheable(self, request: Request) -> list[PageKey]:
+        """The keys of those leading pages that `request` need not compute itself."""
+        if not self._enabled:
+            return []
+        tokens = request.num_tokens - 1
+        scored = len(request.prompt_logprobs)
+        if request.params.prompt_logprobs is not None and scored < request.num_prompt_tokens:
+            tokens = scored - 1  # the logits that score the prompt are wanted, too
+        count = tokens // self._page_size
+        extend_keys(request.page_keys, request.token_ids, self._page_size, count)
+        return request.page_keys[:count]
