@@ -14,13 +14,16 @@ from ..core.dtypes import parse_model_dtype
 from ..core.errors import ConfigError
 from . import tensorrt_llm_flags
 from .common import (
+    QUANTIZATION_OPTIONS,
     add_model_source,
+    add_quantization,
     add_workers,
     find_family,
     folder_bytes,
     human_bytes,
     open_checkpoint,
     progress_bar,
+    quantize_options,
     sharding_options,
 )
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from ..core.checkpoint import WeightSource
     from ..core.graph import Graph
     from ..core.plugin_registry import Family
+    from ..core.weight_source import ShardedWeights
 
 NAME = "build"
 HELP = "build an engine from a Hugging Face folder or a trtc checkpoint; needs no GPU, whatever the target"
@@ -38,6 +42,7 @@ _SOURCE_OPTIONS = {
     "pp_size": 1,
     "use_parallel_embedding": False,
     "embedding_sharding_dim": 0,
+    **QUANTIZATION_OPTIONS,
 }
 
 
@@ -94,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trace-passes", action="store_true", help="with --dry-run: the graph after every pass"
     )
     add_model_source(parser)
+    add_quantization(parser)
     add_workers(parser)
 
 
@@ -135,7 +141,11 @@ def main(args: argparse.Namespace) -> int:
             progress=stack.enter_context(progress_bar("building")),
         )
     size = human_bytes(folder_bytes(args.output_dir))
-    print(f"{args.output_dir}: {source.family.name} engine for {build.target}, {source.model.dtype}, {size}, "
+    quantization = source.weights.quantization
+    stored = (
+        source.model.dtype if quantization is None else f"{source.model.dtype}, weights {quantization.format}"
+    )
+    print(f"{args.output_dir}: {source.family.name} engine for {build.target}, {stored}, {size}, "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
     return 0
 
@@ -186,7 +196,14 @@ def _open_source(args: argparse.Namespace, stack: ExitStack) -> Source:
     family, model = find_family(args, source.config, args.model_dir)
     table = family.weight_table(model)
     weights = HFWeights(source, table, model, dtype=model.dtype, sharding=sharding_options(args))
-    return Source(family, model, weights, args.model_dir)
+    return Source(family, model, _quantized(args, weights), args.model_dir)
+
+
+def _quantized(args: argparse.Namespace, weights: ShardedWeights) -> WeightSource:
+    from ..core.quantize.source import QuantizedWeights
+
+    options = quantize_options(args)
+    return weights if options is None else QuantizedWeights(weights, options)
 
 
 def _dummy(args: argparse.Namespace) -> Source:
@@ -197,7 +214,7 @@ def _dummy(args: argparse.Namespace) -> Source:
     weights = DummyWeights(
         family.weight_table(model), model, dtype=model.dtype, sharding=sharding_options(args)
     )
-    return Source(family, model, weights, args.model_dir)
+    return Source(family, model, _quantized(args, weights), args.model_dir)
 
 
 def _from_trtc_checkpoint(args: argparse.Namespace, stack: ExitStack) -> Source:

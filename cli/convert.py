@@ -8,12 +8,14 @@ from pathlib import Path
 
 from .common import (
     add_model_source,
+    add_quantization,
     add_workers,
     find_family,
     folder_bytes,
     human_bytes,
     open_checkpoint,
     progress_bar,
+    quantize_options,
     sharding_options,
 )
 
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir", type=Path, required=True, help="folder to write; an older checkpoint is replaced"
     )
     add_model_source(parser)
+    add_quantization(parser)
     add_workers(parser)
 
 
@@ -34,6 +37,7 @@ def main(args: argparse.Namespace) -> int:
     from ..core.checkpoint import convert
 
     start = time.perf_counter()
+    quantize = quantize_options(args)
     with open_checkpoint(args.model_dir) as source, progress_bar("converting") as progress:
         family, model = find_family(args, source.config, args.model_dir)
         convert(
@@ -45,9 +49,11 @@ def main(args: argparse.Namespace) -> int:
             sharding=sharding_options(args),
             workers=args.workers,
             progress=progress,
+            quantize=quantize,
         )
     size = human_bytes(folder_bytes(args.output_dir))
     ranks = sharding_options(args).num_ranks
-    print(f"{args.output_dir}: {family.name} in {model.dtype}, {ranks} rank(s), {size}, "
+    stored = model.dtype if quantize is None else f"{model.dtype}, weights {quantize.format}"
+    print(f"{args.output_dir}: {family.name} in {stored}, {ranks} rank(s), {size}, "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
     return 0

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.dtypes import DType
 from ..core.errors import ConfigError
 from .common import human_bytes
 
 if TYPE_CHECKING:
     from ..core.engine import Engine
+    from ..core.graph import Graph
 
 NAME = "inspect"
 HELP = "show what an engine holds, after checking that it is sound"
@@ -67,7 +69,8 @@ def facts(engine: Engine) -> dict[str, str]:
         "limits": f"batch {build.max_batch_size}, prompt {build.max_input_len}, sequence {build.max_seq_len}, "
         f"{build.max_num_tokens} tokens a step",
         "ranks": f"{build.num_ranks}: tp {build.tp_size} x pp {build.pp_size}",
-        "weights": human_bytes(sum(int(engine.files[name]["bytes"]) for name in weights)) if weights else "in the plan",
+        "weights": f"{human_bytes(sum(int(engine.files[name]['bytes']) for name in weights)) if weights else 'in the plan'}, "
+        f"{weight_precision(engine.ranks[0].graph)}",
         "KV cache": f"{human_bytes(cache.bytes_per_page / build.page_size)} a token and rank, pages of {build.page_size}",
         "tokenizer": "yes" if "tokenizer.json" in engine.files else "no: works with token ids",
         "graph": f"{len(engine.ranks[0].graph.nodes)} nodes, sha256 {engine.ranks[0].graph.hash[:16]}",
@@ -110,3 +113,10 @@ def _draw(engine: Engine, args: argparse.Namespace) -> int:
     args.output.write_bytes(content)
     print(f"{args.output}: {human_bytes(len(content))}")
     return 0
+
+
+def weight_precision(graph: Graph) -> str:
+    """`float16`, or what the integers of a quantized engine are beside it."""
+    weights = {node.outputs[0].dtype for node in graph.weights}
+    names = {DType.INT8: "int8", DType.UINT8: "int4"}
+    return " and ".join(sorted(names.get(dtype, dtype.value) for dtype in weights))

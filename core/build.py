@@ -51,6 +51,11 @@ def plan(
         raise ConfigError(f"target {target.name} does not run pipeline parallel yet; build with pp_size 1")
     assert (build.tp_size, build.pp_size) == (source.sharding.tp_size, source.sharding.pp_size), "other ranks"
     source.sharding.check_layers(model.num_layers)
+    if source.quantization is not None and source.quantization.format.kind not in can.quantized:
+        raise ConfigError(
+            f"target {target.name} does not run {source.quantization.format.kind} weights yet; "
+            f"accepted: {', '.join(['float', *sorted(can.quantized)])}"
+        )
     graph = family.compose(model)
     if trace is not None:
         trace("compose", graph)
@@ -61,6 +66,7 @@ def plan(
         aliases=source.aliases,
         fusions=can.fusions,
         ops=can.ops,
+        quantization=source.quantization,
         trace=trace,
     )
 

@@ -1,7 +1,9 @@
 """The trtc checkpoint: a converted, sharded model on disk.
 
-    config.json           format, versions, the model's configuration, sharding, aliases, size and sha256 of
-    each file rank{r}.safetensors   the weights of rank r of tp_size, by our names, of all layers
+    config.json           format, versions, the model's configuration, sharding, aliases, size and sha256 of each file;
+                          of a quantized checkpoint, how and which weights (`core.quantize.scheme.Quantization`)
+    rank{r}.safetensors   the weights of rank r of tp_size, by our names, of all layers; a quantized one as integers
+                          and `.scale`
     tokenizer files       copied along
 
 `convert` writes one from a Hugging Face checkpoint; `TrtcCheckpoint` reads it.
@@ -26,10 +28,12 @@ from .atomic import atomic_directory
 from .dtypes import DType
 from .errors import CheckpointError, ConfigError
 from .hf import HFCheckpoint
+from .quantize.scheme import Quantization, QuantizeOptions
+from .quantize.source import QuantizedWeights
 from .safetensors_io import SafetensorsFile, SafetensorsWriter, TensorEntry
 from .sharding import ShardingOptions
 from .strict_json import read_object
-from .weight_source import DummyWeights, HFWeights, ShardedWeights, WeightSource, cut_block
+from .weight_source import Convertible, DummyWeights, HFWeights, WeightSource, cut_block
 from .weights import Shape, WeightTable
 
 if TYPE_CHECKING:
@@ -66,6 +70,7 @@ Progress = Callable[[int, int, str], None]
 """Called with (weights done, weights in all, name of the one just done)."""
 
 _KEYS = {"format", "format_version", "trtc_version", "model", "hf_config", "sharding", "aliases", "files"}
+_OPTIONAL_KEYS = {"quantization"}
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -82,6 +87,7 @@ def convert(
     workers: int = 1,
     progress: Progress | None = None,
     copy_files: Iterable[str] = TOKENIZER_FILES,
+    quantize: QuantizeOptions | None = None,
 ) -> None:
     """Writes the trtc checkpoint of `source` to the folder `output_dir`, which appears complete or not at all.
 
@@ -90,13 +96,15 @@ def convert(
         whole tensor where the table transforms it.
     progress: called from this thread after every weight.
     copy_files: names of files to copy from the folder of `source`, where it has them.
-    Raises CheckpointError when tensors do not fit, ConfigError when they cannot be split over the ranks, when
+    quantize: rounds the weights that the table marks as quantizable.
+    Raises CheckpointError when tensors do not fit, ConfigError when they cannot be split over the ranks or quantized, when
     `workers` is not positive, or when `output_dir` is a folder that trtc did not write.
     """
     if workers < 1:
         raise ConfigError(f"workers is {workers}; accepted: a whole number >= 1")
     sharding.check_layers(config.num_layers)
-    weights = HFWeights(source, table, config, dtype=dtype, sharding=sharding)
+    floats = HFWeights(source, table, config, dtype=dtype, sharding=sharding)
+    weights = floats if quantize is None else QuantizedWeights(floats, quantize)
     with atomic_directory(output_dir, is_checkpoint, seal="config.json") as folder:
         _write_ranks(weights, folder, workers, progress)
         description = _describe(dataclasses.replace(config, dtype=dtype), source.config, weights, folder)
@@ -106,9 +114,9 @@ def convert(
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
-def _write_ranks(weights: HFWeights, folder: Path, workers: int, progress: Progress | None) -> None:
+def _write_ranks(weights: Convertible, folder: Path, workers: int, progress: Progress | None) -> None:
     ranks = range(weights.sharding.tp_size)
-    names = sorted(weights.names(0), key=weights.location)
+    names = sorted(weights.owners(), key=weights.location)
     with ExitStack() as stack:
         writers = [stack.enter_context(_open_writer(weights, folder, rank)) for rank in ranks]
         pool = stack.enter_context(ThreadPoolExecutor(workers))
@@ -128,20 +136,20 @@ def _open_writer(weights: WeightSource, folder: Path, rank: int) -> SafetensorsW
     return SafetensorsWriter(folder / _rank_file(rank), specs)
 
 
-def _write_weight(weights: ShardedWeights, writers: list[SafetensorsWriter], name: str) -> None:
-    parts = [weights.part(rank, name) for rank in range(len(writers))]
-    for start, block in weights.blocks(name):
-        for writer, part in zip(writers, parts, strict=True):
-            cut = cut_block(start, block, part)
-            if cut is not None:
-                writer.write_rows(name, *cut)
+def _write_weight(weights: Convertible, writers: list[SafetensorsWriter], name: str) -> None:
+    for start, stored in weights.stored_blocks(name):
+        for tensor, block in stored.items():
+            for rank, writer in enumerate(writers):
+                cut = cut_block(start, block, weights.part(rank, tensor))
+                if cut is not None:
+                    writer.write_rows(tensor, *cut)
 
 
 def _describe(
     config: ModelConfig, hf_config: Mapping[str, Any], weights: WeightSource, folder: Path
 ) -> dict[str, Any]:
     """The content of config.json for the rank files in `folder`."""
-    return {
+    description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "trtc_version": __version__,
@@ -156,6 +164,9 @@ def _describe(
             for name in map(_rank_file, range(weights.sharding.tp_size))
         },
     }
+    if weights.quantization is None:
+        return description
+    return description | {"quantization": weights.quantization.to_json()}
 
 
 def _rank_file(rank: int) -> str:
@@ -185,7 +196,7 @@ class TrtcCheckpoint:
 
     path: the folder.
     config: config.json as it is; config["model"] is ModelConfig.to_json().
-    sharding, aliases: how the weights are split and shared.
+    sharding, aliases, quantization: how the weights are split, shared and stored.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], ranks: list[SafetensorsFile]) -> None:
@@ -194,6 +205,7 @@ class TrtcCheckpoint:
         self.config = config
         self.sharding = ShardingOptions.from_json(config["sharding"], str(path / "config.json"))
         self.aliases: Mapping[str, str] = config["aliases"]
+        self.quantization = _quantization(path, config)
         self._ranks = ranks
 
     @classmethod
@@ -273,12 +285,19 @@ def _read_description(path: Path) -> dict[str, Any]:
             f"{path}: has the checkpoint format {config.get('format_version')!r}, written by trtc"
             f" {config.get('trtc_version')!r}; this trtc reads format {FORMAT_VERSION}; convert again"
         )
-    if config.keys() != _KEYS:
-        raise CheckpointError(f"{file}: keys missing or unknown: {', '.join(sorted(config.keys() ^ _KEYS))}")
+    odd = (config.keys() - _OPTIONAL_KEYS) ^ _KEYS
+    if odd:
+        raise CheckpointError(f"{file}: keys missing or unknown: {', '.join(sorted(odd))}")
     for key in ("model", "hf_config", "aliases", "files"):
         if not isinstance(config[key], dict):
             raise CheckpointError(f"{file}: {key} must be an object")
     return config
+
+
+def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
+    if "quantization" not in config:
+        return None
+    return Quantization.from_json(config["quantization"], str(path / "config.json"))
 
 
 def _check_files(path: Path, files: dict[str, Any], tp_size: int) -> None:

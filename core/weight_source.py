@@ -30,6 +30,7 @@ from .weights import IDENTITY, ResolvedWeight, Shape, WeightTable
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .hf import HFCheckpoint
+    from .quantize.scheme import Quantization
 
 BLOCK_BYTES = 16 << 20
 """Tensors are read, converted and written in blocks of rows of this size in float32, which bounds memory: a
@@ -52,11 +53,35 @@ class WeightSource(Protocol):
     def sharding(self) -> ShardingOptions: ...
     @property
     def aliases(self) -> Mapping[str, str]: ...
+    @property
+    def quantization(self) -> Quantization | None:
+        """Which weights are stored as integers, and how; None where all are floating point."""
+
     def names(self, rank: int) -> tuple[str, ...]: ...
     def dtype(self, rank: int, name: str) -> DType: ...
     def shape(self, rank: int, name: str) -> Shape: ...
     def read(self, rank: int, name: str) -> torch.Tensor:
         """The shard of `name` that `rank` holds."""
+
+
+Blocks = Iterator[tuple[int, dict[str, torch.Tensor]]]
+"""(first row, block of rows of each stored tensor of a weight, by name), in order."""
+
+
+class Convertible(WeightSource, Protocol):
+    """A WeightSource that conversion can write weight by weight, each for all ranks at once."""
+
+    def owners(self) -> tuple[str, ...]:
+        """The weights that hold data; a quantized one is stored as several tensors."""
+
+    def location(self, name: str) -> tuple[str, int]:
+        """(file, offset) of the data of a weight, to read weights in the order of the disk."""
+
+    def stored_blocks(self, name: str) -> Blocks:
+        """A weight as the tensors that it is stored as, padding included."""
+
+    def part(self, rank: int, name: str) -> AxisSlice | None:
+        """The part of a stored tensor that `rank` holds, None for all of it."""
 
 
 class ShardedWeights(ABC):
@@ -66,6 +91,8 @@ class ShardedWeights(ABC):
     with the data of its owner.
     Raises ConfigError when a weight cannot be split over the ranks.
     """
+
+    quantization: Quantization | None = None
 
     def __init__(self, weights: Iterable[ResolvedWeight], *, dtype: DType, sharding: ShardingOptions) -> None:
         self.sharding = sharding
@@ -82,9 +109,27 @@ class ShardedWeights(ABC):
             for name, weight in self._all.items()
         }
 
+    def weights(self) -> tuple[ResolvedWeight, ...]:
+        """All weights, tied ones included."""
+        return tuple(self._all.values())
+
+    def weight(self, name: str) -> ResolvedWeight:
+        return self._all[name]
+
     def names(self, rank: int) -> tuple[str, ...]:
         """The weights that `rank` holds, aliases left out."""
         return self._names
+
+    def owners(self) -> tuple[str, ...]:
+        return self._names
+
+    def location(self, name: str) -> tuple[str, int]:
+        """(file, offset) of the data of a weight; here there is no file."""
+        return "", 0
+
+    def stored_blocks(self, name: str) -> Blocks:
+        for start, block in self.blocks(name):
+            yield start, {name: block}
 
     def dtype(self, rank: int, name: str) -> DType:
         return self._dtype

@@ -51,6 +51,7 @@ _DTYPES = {
     "INT64": torch.int64,
     "INT32": torch.int32,
     "INT8": torch.int8,
+    "INT4": torch.int8,
     "UINT8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -221,7 +222,7 @@ class _WeightsStruct(ctypes.Structure):
 def _read_weights(weights: Any) -> Tensor:
     """Values of an IConstantLayer's `weights`.
 
-    Types that numpy knows come as arrays. For the others (bfloat16, float8) the bindings give an object without a way
+    Types that numpy knows come as arrays. For the others (bfloat16, float8, int4) the bindings give an object without a way
     to its memory: the struct it holds is read where pybind11 keeps it, and believed only if its count and type agree.
     """
     if not hasattr(weights, "nbytes") or hasattr(weights, "__array_interface__"):
@@ -230,8 +231,16 @@ def _read_weights(weights: Any) -> Tensor:
     struct = _WeightsStruct.from_address(pybind_instance.value or 0)
     if (struct.type, struct.count) != (int(weights.dtype), weights.size) or not struct.values:
         raise InterpreterError(f"cannot read constant weights of type {weights.dtype}")
+    if weights.dtype.name == "INT4":
+        return _unpacked(ctypes.string_at(struct.values, (weights.size + 1) // 2))[: weights.size]
     data = ctypes.string_at(struct.values, weights.nbytes)
     return torch.frombuffer(bytearray(data), dtype=_DTYPES[weights.dtype.name])
+
+
+def _unpacked(data: bytes) -> Tensor:
+    """Four-bit integers in two's complement, two a byte, the first in the low bits."""
+    nibbles = [nibble for byte in data for nibble in (byte % 16, byte // 16)]
+    return torch.tensor([n - 16 if n > 7 else n for n in nibbles], dtype=torch.int8)
 
 
 def _only(layer: Any, **expected: Any) -> None:
@@ -470,6 +479,28 @@ def _visible(ctx: NetworkInterpreter, kind: Any, scores: Tensor, lengths: Tensor
     return inside & (j <= (i if kind == kinds.UPPER_LEFT else i + length - rows))
 
 
+def _dequantize(ctx: NetworkInterpreter, layer: Any, inputs: Inputs) -> Tensor:
+    """integer * scale: a scale for each index of `axis`, or, where the scales have the rank of the integers, one for each
+    block. TensorRT wants zero points of zero, so that a third input is not emulated."""
+    x, scale, *zero = inputs
+    if any(z is not None for z in zero):
+        raise InterpreterError(f"layer '{layer.name}': a zero point is not emulated")
+    if scale.dim() == 1:
+        shape = [-1 if axis == layer.axis % x.dim() else 1 for axis in range(x.dim())]
+        if scale.shape[0] != x.shape[layer.axis]:
+            raise InterpreterError(
+                f"layer '{layer.name}': {list(scale.shape)} scales, axis {layer.axis} of {x.shape}"
+            )
+        return x.to(ctx.wide) * ctx.widen(scale).reshape(shape)
+    for axis, (size, count) in enumerate(zip(x.shape, scale.shape, strict=True)):
+        if size % count:
+            raise InterpreterError(
+                f"layer '{layer.name}': blocks of {list(scale.shape)} do not fill {list(x.shape)}"
+            )
+        scale = scale.repeat_interleave(size // count, axis)
+    return x.to(ctx.wide) * ctx.widen(scale)
+
+
 def _no_handler(ctx: NetworkInterpreter, layer: Any, inputs: Inputs) -> Tensor:
     raise AssertionError("collectives are answered by run_ranks")
 
@@ -494,6 +525,7 @@ _LAYERS: dict[str, tuple[str, Handler]] = {
     "KV_CACHE_UPDATE": ("IKVCacheUpdateLayer", _kv_cache_update),
     "ATTENTION_INPUT": ("IAttentionInputLayer", _attention),
     "ATTENTION_OUTPUT": ("IAttentionOutputLayer", _identity),
+    "DEQUANTIZE": ("IDequantizeLayer", _dequantize),
     "DIST_COLLECTIVE": ("IDistCollectiveLayer", _no_handler),
 }
 """Layer type -> the class of its layer object, and how it is computed."""

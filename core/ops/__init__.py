@@ -1,6 +1,6 @@
 """The op table. Importing this package registers all core ops."""
 
-from . import attention, collective, elementwise, linear, norm, source, structure
+from . import attention, collective, elementwise, linear, norm, quantized, source, structure
 from .registry import Cost, Op, ReferenceContext, Signature, get_op, op_names, register
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "linear",
     "norm",
     "op_names",
+    "quantized",
     "register",
     "source",
     "structure",

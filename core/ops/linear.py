@@ -18,21 +18,27 @@ NORMS: dict[str, Norm] = {"layer": layer_norm, "rms": rms_norm}
 
 
 def _linear(sig: Signature) -> tuple[TensorSpec, ...]:
-    x, weight, bias, residual = sig[0], sig[1], sig.get(2), sig.get(3)
+    weight = sig[1]
     sig.require(weight.rank == 2, f"weight {weight} is not [out_features, in_features]")
+    return (check_linear(sig, weight, bias=2, residual=3),)
+
+
+def check_linear(sig: Signature, weight: TensorSpec, *, bias: int, residual: int) -> TensorSpec:
+    """The type of activation(norm(x) weight^T + bias) + residual, for input 0 and the inputs with these indices."""
+    x, bias_spec, residual_spec = sig[0], sig.get(bias), sig.get(residual)
     sig.require(x.shape[-1:] == weight.shape[1:], f"input {x} does not fit weight {weight}")
     sig.require(x.dtype == weight.dtype, f"dtypes differ: input {x}, weight {weight}")
-    if bias is not None:
-        sig.require(bias.shape == weight.shape[:1], f"bias {bias} does not fit weight {weight}")
-        sig.require(bias.dtype == weight.dtype, f"dtypes differ: bias {bias}, weight {weight}")
+    if bias_spec is not None:
+        sig.require(bias_spec.shape == weight.shape[:1], f"bias {bias_spec} does not fit weight {weight}")
+        sig.require(bias_spec.dtype == weight.dtype, f"dtypes differ: bias {bias_spec}, weight {weight}")
     if "activation" in sig.attrs:
         sig.attr("activation", *ACTIVATIONS)
     if "norm" in sig.attrs:
         sig.attr("norm", *NORMS)
         sig.attr("eps")
     output = x.with_shape((*x.shape[:-1], weight.shape[0]))
-    sig.require(residual in (None, output), f"residual {residual} does not fit output {output}")
-    return (output,)
+    sig.require(residual_spec in (None, output), f"residual {residual_spec} does not fit output {output}")
+    return output
 
 
 def _linear_reference(
@@ -43,6 +49,17 @@ def _linear_reference(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    return linear(attrs, x, weight, bias, residual)
+
+
+def linear(
+    attrs: Attrs,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """activation(norm(x) weight^T + bias) + residual, with activation and norm as `attrs` say."""
     if "norm" in attrs:
         x = NORMS[attrs["norm"]](x, None, None, attrs["eps"])
     y = F.linear(x, weight, bias)

@@ -102,6 +102,8 @@ class Op:
     flops: Flops = one_per_element
     bytes: Flops | None = None
     """Bytes moved; None: every input is read once and every output written once."""
+    folds: bool = True
+    """Whether the build evaluates the op where all of its inputs are weights."""
 
     def cost(self, signature: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> Cost:
         """Cost with the symbols valued by `sizes` (`C`: mean context length that attention sees, in tokens)."""

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..graph import Graph
+from ..quantize.scheme import Quantization
 from ..sharding import ShardingOptions
 from . import fold, fuse, rows, simplify
 from .fold import Partition, partition
+from .quantize import quantize
 from .rewrite import Rule, reading, remove_dead, rewrite
 from .shard import shard
 from .stage import stage
@@ -25,11 +27,16 @@ class Pass:
 
 
 def pipeline(
-    sharding: ShardingOptions, rank: int, aliases: Mapping[str, str], fusions: frozenset[str]
+    sharding: ShardingOptions,
+    rank: int,
+    aliases: Mapping[str, str],
+    fusions: frozenset[str],
+    quantization: Quantization | None = None,
 ) -> Iterator[Pass]:
     """The steps from a family's composition to what a target lowers, in order.
 
-    aliases: weight -> the weight that holds its data; fusions: what the target can run as one op (`fuse.FUSIONS`).
+    aliases: weight -> the weight that holds its data; fusions: what the target can run as one op (`fuse.FUSIONS`);
+    quantization: which weights are stored as integers.
     """
     # First, while every weight is still the checkpoint's own, so that sharding rules apply to it.
     position, member = sharding.place(rank)
@@ -38,6 +45,8 @@ def pipeline(
     yield Pass("stage", lambda graph: stage(graph, sharding.pp_size, position))
     # After sharding: a head and an embedding are the same weight only if their shards are.
     yield Pass("share tied weights", lambda graph: share_tied_weights(graph, aliases))
+    # After sharding, which follows float weights, and before anything is made of weights.
+    yield Pass("quantize", lambda graph: quantize(graph, quantization))
     yield Pass("simplify", lambda graph: rewrite(graph, simplify.RULES))
     # Before norms are fused with sums: a fused sum has two readers' results and no longer is one row-wise op.
     yield Pass("select rows early", lambda graph: rewrite(graph, rows.RULES))
@@ -59,6 +68,7 @@ def optimize(
     aliases: Mapping[str, str],
     fusions: frozenset[str],
     ops: frozenset[str],
+    quantization: Quantization | None = None,
     trace: Callable[[str, Graph], None] | None = None,
 ) -> Partition:
     """Runs the pipeline and splits off what the build computes. Every step's result is verified.
@@ -66,7 +76,7 @@ def optimize(
     ops: the ops the target runs; trace: told the name and result of every step that changed the graph.
     Raises GraphError naming the step and node, when a pass breaks a rule or an op is left that the target lacks.
     """
-    for step in pipeline(sharding, rank, aliases, fusions):
+    for step in pipeline(sharding, rank, aliases, fusions, quantization):
         result = step.run(graph).verify(f"after pass '{step.name}'")
         if trace is not None and result != graph:
             trace(step.name, result)

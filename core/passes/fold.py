@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..graph import Graph, Node, make_node
+from ..ops import get_op
 from .rewrite import Rewrite, Rule, only_reader, remove_dead
 
 
@@ -18,7 +19,8 @@ def projection_into_embedding(graph: Graph, node: Node) -> Rewrite | None:
     """linear(embedding(ids, E), W) -> embedding(ids, E W^T)
 
     A row of the wider table costs the same read as a row of the projection's result, so that the projection's matrix
-    product and its read of W vanish from every step, for a larger table in memory.
+    product and its read of W vanish from every step, for a larger table in memory. A quantized W stays where it is: the
+    table would be made of the float weights that quantization saved.
     """
     if node.op != "linear" or len(node.inputs) != 2 or node.attrs:
         return None
@@ -54,7 +56,7 @@ def partition(graph: Graph) -> Partition:
     """Splits `graph` into what runs at build time and what runs at run time."""
     constant: set[str] = set()
     for node in graph.nodes:
-        if node.op == "weight" or (node.inputs and constant.issuperset(node.used)):
+        if node.op == "weight" or (node.inputs and get_op(node.op).folds and constant.issuperset(node.used)):
             constant.update(node.tensors)
     recipes: dict[str, Graph] = {}
     nodes: list[Node] = []

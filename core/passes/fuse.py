@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from ..graph import Graph, Node
+from ..ops import get_op
+from ..quantize.scheme import SCALE, ZERO
+from .quantize import DEQUANTIZED
 from .rewrite import Rewrite, Rule, only_reader
 
 SIBLINGS = "linear siblings"
@@ -11,14 +14,16 @@ ADD_NORM = "add + norm"
 RESIDUAL = "linear + residual"
 POSITIONS = "embedding + positions"
 AFFINE = "affine norm into linear"
-FUSIONS = frozenset({SIBLINGS, ACTIVATION, ADD_NORM, RESIDUAL, POSITIONS, AFFINE})
+DEQUANTIZE = "dequantize + linear"
+FUSIONS = frozenset({SIBLINGS, ACTIVATION, ADD_NORM, RESIDUAL, POSITIONS, AFFINE, DEQUANTIZE})
 """What a target can ask for, by name."""
 
 
 def linear_siblings(graph: Graph, node: Node) -> Rewrite | None:
     """linear(x, W1, b1), linear(x, W2, b2), ... -> split(linear(x, [W1; W2; ...], [b1; b2; ...]))
 
-    One product with all rows (q, k, v; gate and up) reads x once and fills the machine better than several.
+    One product with all rows (q, k, v; gate and up) reads x once and fills the machine better than several. Quantized
+    weights are joined part by part, where they all have one format: every row has scales of its own.
     """
     if not _is_plain(node):
         return None
@@ -30,14 +35,13 @@ def linear_siblings(graph: Graph, node: Node) -> Rewrite | None:
     biased = len(node.used) == 3
     if len(siblings) < 2 or siblings[0] != node or any((len(s.used) == 3) != biased for s in siblings):
         return None
-    if len({graph.specs[s.used[1]].dtype for s in siblings}) != 1:
+    if len({_weight_format(graph, s.used[1]) for s in siblings}) != 1:
         return None
     name = _joined_name([s.name for s in siblings])
     result = Rewrite(graph, siblings)
-    joined = [
-        result.add("concat", *(s.used[i] for s in siblings), name=f"{name}.{part}", axis=0)[0]
-        for i, part in ((1, "weight"), (2, "bias"))[: 2 if biased else 1]
-    ]
+    joined = [_join_weights(result, [s.used[1] for s in siblings], f"{name}.weight")]
+    if biased:
+        joined += result.add("concat", *(s.used[2] for s in siblings), name=f"{name}.bias", axis=0)
     (product,) = result.add("linear", node.used[0], *joined, name=name)
     sizes = tuple(s.outputs[0].shape[-1] for s in siblings)
     parts = result.add("split", product, name=f"{name}.split", axis=1, sizes=sizes)
@@ -96,6 +100,8 @@ def affine_into_linear(graph: Graph, node: Node) -> Rewrite | None:
     """linear(norm(x; g, s), W, b) -> linear(norm(x), W * g, b + W s), where nothing else reads the norm
 
     The norm's own weights vanish from the step, so that a kernel can norm in front of its product with nothing to read.
+    Not where W is quantized: g would have to be folded before the weights were rounded, in a checkpoint that any target
+    (and one that does not fold) builds from; the norm keeps its two vectors, which are nothing beside W.
     """
     inner = graph.producers[node.used[0]] if node.op == "linear" else None
     if inner is None or inner.op not in NORMS or len(inner.inputs) == 1 or not only_reader(graph, inner.name):
@@ -133,6 +139,23 @@ def norm_linear(graph: Graph, node: Node) -> Rewrite | None:
     return result
 
 
+def dequantize_linear(graph: Graph, node: Node) -> Rewrite | None:
+    """linear(x, dequantize(integers, scale, zero), ...) -> quantized_linear(x, integers, scale, zero, ...)"""
+    weight = graph.producers[node.used[1]] if node.op == "linear" else None
+    if weight is None or weight.op != "dequantize":
+        return None
+    integers, scale, zero = (*weight.inputs, None)[:3]
+    rest = [zero, *node.inputs[2:]]
+    while rest and rest[-1] is None:
+        rest.pop()
+    result = Rewrite(graph, (node,))
+    (tensor,) = result.add(
+        "quantized_linear", node.inputs[0], integers, scale, *rest, name=node.name, **node.attrs
+    )
+    result.replace(node.name, tensor)
+    return result
+
+
 def embedding_positions(graph: Graph, node: Node) -> Rewrite | None:
     """embedding(ids, E) + embedding(positions, P) -> embedding(ids, E, positions, P)"""
     if node.op != "add":
@@ -161,15 +184,19 @@ RULES: dict[str, Rule] = {
     RESIDUAL: linear_residual,
     AFFINE: affine_into_linear,
     ADD_NORM: add_norm,
+    DEQUANTIZE: dequantize_linear,
 }
 """The rule of each fusion. Their order is that in which a pipeline applies them: a gate whose activation is fused
-already is no longer up's sibling, and a sum that a linear layer took in is no longer one for a norm."""
+already is no longer up's sibling, a sum that a linear layer took in is no longer one for a norm, and a linear layer that
+reads its integers itself is no `linear` for any other rule."""
 
 
 def is_constant(graph: Graph, tensor: str) -> bool:
-    """Whether `tensor` is a weight or computed from weights alone."""
+    """Whether `tensor` is a weight, or computed from weights alone by the build."""
     node = graph.producers[tensor]
-    return node.op == "weight" or (bool(node.inputs) and all(is_constant(graph, name) for name in node.used))
+    if node.op == "weight":
+        return True
+    return bool(node.inputs) and get_op(node.op).folds and all(is_constant(graph, name) for name in node.used)
 
 
 def _is_plain(node: Node) -> bool:
@@ -178,7 +205,28 @@ def _is_plain(node: Node) -> bool:
 
 
 def _weights_only(graph: Graph, node: Node) -> bool:
-    return all(graph.producers[name].op == "weight" for name in node.used[1:])
+    producers = [graph.producers[name] for name in node.used[1:]]
+    return producers[0].op in ("weight", "dequantize") and all(bias.op == "weight" for bias in producers[1:])
+
+
+def _weight_format(graph: Graph, weight: str) -> tuple[object, ...]:
+    """What two weights must have in common to be joined by rows."""
+    node = graph.producers[weight]
+    specs = [graph.specs[name] for name in (node.used if node.op == "dequantize" else (weight,))]
+    return (node.op, *((spec.dtype, spec.shape[1:]) for spec in specs))
+
+
+def _join_weights(result: Rewrite, weights: list[str], name: str) -> str:
+    """[W1; W2; ...]"""
+    first = result.graph.producers[weights[0]]
+    if first.op != "dequantize":
+        return result.add("concat", *weights, name=name, axis=0)[0]
+    sources = [result.graph.producers[weight].used for weight in weights]
+    parts = [
+        result.add("concat", *parts, name=f"{name}{suffix}", axis=0)[0]
+        for suffix, *parts in zip(("", SCALE, ZERO)[: len(first.used)], *sources, strict=True)
+    ]
+    return result.add("dequantize", *parts, name=f"{name}{DEQUANTIZED}")[0]
 
 
 def _joined_name(names: list[str]) -> str:

@@ -28,6 +28,8 @@ class Capabilities:
     """Compute types."""
     tensor_parallel: bool = False
     pipeline_parallel: bool = False
+    quantized: frozenset[str] = frozenset()
+    """Kinds of quantized weights (`core.quantize.scheme.WeightFormat.kind`)."""
 
 
 class Target(Protocol):

@@ -18,7 +18,8 @@ from ..errors import ConfigError
 from ..graph import Graph
 from ..ops import ReferenceContext, op_names
 from ..ops.registry import Communicator
-from ..passes.fuse import ACTIVATION, ADD_NORM, SIBLINGS
+from ..passes.fuse import ACTIVATION, ADD_NORM, DEQUANTIZE, SIBLINGS
+from ..quantize.scheme import KINDS
 from .base import CacheShape, Capabilities
 from .cpu_attention import CpuAttention, KVCache
 from .program import KernelFactory, Program
@@ -33,10 +34,11 @@ class CpuTarget:
             raise ConfigError(f"target cpu has no options, found: {', '.join(build.target_options)}")
         return Capabilities(
             ops=op_names(),
-            fusions=frozenset({SIBLINGS, ACTIVATION, ADD_NORM}),
+            fusions=frozenset({SIBLINGS, ACTIVATION, ADD_NORM, DEQUANTIZE}),
             dtypes=frozenset(MODEL_DTYPES),
             tensor_parallel=True,
             pipeline_parallel=True,
+            quantized=KINDS,
         )
 
     def compile(

@@ -51,6 +51,20 @@ class Room:
         save_file(tensors, folder / "model.safetensors")
         return folder
 
+    def hf_narrow_ffn(self) -> Path:
+        """MLPs of 96 features."""
+
+        def narrow(tensors: dict[str, torch.Tensor]) -> None:
+            for name, tensor in tensors.items():
+                if ".fc1." in name:
+                    tensors[name] = tensor[:96].contiguous()
+                elif ".fc2.weight" in name:
+                    tensors[name] = tensor[:, :96].contiguous()
+
+        folder = self.hf_weights(narrow)
+        edit_json(folder / "config.json", {"ffn_dim": 96})
+        return folder
+
     def file(self, name: str, content: str | bytes) -> Path:
         path = self.tmp / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -119,6 +133,7 @@ def engine_edit(**changes: object) -> Callable[[Room], Path]:
     return make
 
 
+WEIGHT_ONLY = ("--use-weight-only", "--weight-only-precision")
 TEXT = ("--input-text", "hello")
 
 ROWS = [
@@ -187,7 +202,26 @@ ROWS = [
     Row("fewer tokens than sequences", build(Room.hf, "--max-num-tokens", "4"), ("max_num_tokens 4", "max_batch_size 8")),
     Row("more beams than sequences", build(Room.hf, "--max-beam-width", "9"), ("max_beam_width 9", "max_batch_size 8")),
     Row("no output folder", lambda r: ["build", "--model-dir", TINY_OPT], ("--output-dir",)),
+    # quantization
+    Row("unknown precision", convert(Room.hf, *WEIGHT_ONLY, "int3"), ("--weight-only-precision", "int3", "int8"), code=2),
+    Row("group size that is none", convert(Room.hf, *WEIGHT_ONLY, "int4", "--group-size", "48"), ("48", "64, 128")),
+    Row("groups for int8", build(Room.hf, *WEIGHT_ONLY, "int8", "--group-size", "64"), ("int8", "group size 64")),
+    Row("group size that does not divide", convert(lambda r: r.hf_narrow_ffn(), *WEIGHT_ONLY, "int4"),
+        ("layers.0.mlp.fc2.weight", "96 columns", "128")),
+    Row("groups that straddle ranks", convert(Room.hf, *WEIGHT_ONLY, "int4", "--tp-size", "2"),
+        ("tp_size 2", "64 columns", "128")),
+    Row("precision without quantization", build(Room.hf, "--weight-only-precision", "int8"),
+        ("--weight-only-precision", "--use-weight-only")),
+    Row("quantized weights for a target without", build(Room.hf, *WEIGHT_ONLY, "int8", "--target", "cuda"),
+        ("target cuda", "int8")),
+    Row("weights that are not finite",
+        build(lambda r: r.hf_weights(lambda t: t["model.decoder.layers.1.fc1.weight"].fill_(float("nan"))),
+              *WEIGHT_ONLY, "int8"),
+        ("layers.1.mlp.fc1.weight", "not finite")),
     # trtc checkpoints
+    Row("quantization of a checkpoint",
+        lambda r: ["build", "--checkpoint-dir", r.checkpoint(), "--use-weight-only", "--output-dir", r.output],
+        ("--use-weight-only", "--checkpoint-dir")),
     Row("not a trtc checkpoint", lambda r: ["build", "--checkpoint-dir", r.hf(), "--output-dir", r.output],
         ("not a trtc checkpoint", "trtc convert")),
     Row(

@@ -38,7 +38,7 @@ def cost(op: str, *inputs: TensorSpec | None, **attrs: Any) -> Cost:
     return get_op(op).cost(signature, get_op(op).infer(signature), SIZES)
 
 
-def run(op: str, *inputs: Array | npt.NDArray[np.int32] | None, context: Any = None, **attrs: Any) -> Any:
+def run(op: str, *inputs: Array | npt.NDArray[Any] | None, context: Any = None, **attrs: Any) -> Any:
     tensors = [None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for x in inputs]
     return get_op(op).reference(context or ReferenceContext(), attrs, *tensors)
 
@@ -148,6 +148,37 @@ def test_linear_with_everything_fused_in(norm: str) -> None:
     assert close(result, np_activation("silu", y) + residual)
     shapes = (f32("T", 8), f32(3, 8), None, f32("T", 3))
     assert infer("linear", *shapes, norm=norm, eps=1e-3) == (f32("T", 3),)
+
+
+def int8(*shape: int) -> TensorSpec:
+    return TensorSpec(DType.INT8, shape)
+
+
+def uint8(*shape: int) -> TensorSpec:
+    return TensorSpec(DType.UINT8, shape)
+
+
+def test_linear_with_integers() -> None:
+    """Oracle: the float product with (integer - zero) * scale; int4 holds the even column in its low four bits."""
+    x, scale, bias, residual = values(5, 8), values(3, 2, seed=1), values(3, seed=2), values(5, 3, seed=3)
+    integers = np.random.default_rng(4).integers(-8, 8, (3, 8)).astype(np.int8)
+    zero = np.array([[1, 0], [-2, 3], [0, 7]], np.int8)
+    packed = ((integers[:, ::2] & 15) | ((integers[:, 1::2] & 15) << 4)).astype(np.uint8)
+    w = (integers - zero.repeat(4, 1)) * scale.repeat(4, 1)
+    assert infer("dequantize", uint8(3, 4), f32(3, 2), int8(3, 2)) == (f32(3, 8),)
+    assert close(run("dequantize", packed, scale, zero), w)
+    assert infer("dequantize", int8(3, 8), f32(3)) == (f32(3, 8),)
+    assert close(run("dequantize", integers, scale[:, 0]), integers * scale[:, :1])
+    shapes = (f32("T", 8), uint8(3, 4), f32(3, 2), int8(3, 2), f32(3), f32("T", 3))
+    attrs = {"norm": "rms", "eps": 1e-3, "activation": "silu"}
+    assert infer("quantized_linear", *shapes, **attrs) == (f32("T", 3),)
+    result = run("quantized_linear", x, packed, scale, zero, bias, residual, **attrs)
+    assert close(result, np_activation("silu", np_rms_norm(x, None, None, 1e-3) @ w.T + bias) + residual)
+    assert close(run("quantized_linear", x, packed, scale), x @ (integers * scale.repeat(4, 1)).T)
+    # Integers, scales, zeros, bias and residual are read once, half a byte an integer.
+    moved = 4 * 5 * 8 + 3 * 4 + 4 * 3 * 2 + 3 * 2 + 4 * 3 + 2 * 4 * 5 * 3
+    assert cost("quantized_linear", *shapes) == Cost(2 * 5 * 8 * 3, moved)
+    assert cost("dequantize", int8(3, 8), f32(3)) == Cost(24, 24 + 4 * 3 + 4 * 24)
 
 
 def test_embedding() -> None:
@@ -327,6 +358,16 @@ ATTENTION = {"layer": 0, "scale": 1.0}
         ("linear", (X, f32(3, 8)), {"norm": "rms"}, "attribute 'eps' is missing"),
         ("linear", (X,), {}, "input 1 is missing"),
         ("linear", (None, f32(3, 8)), {}, "input 0 is missing"),
+        ("quantized_linear", (X, int8(3, 9), f32(3)), {}, "input float32[T, 8] does not fit weight float32[3, 9]"),
+        ("quantized_linear", (HALF, int8(3, 8), f32(3)), {}, "dtypes differ: input float16[T, 8], weight float32[3, 8]"),
+        ("quantized_linear", (X, int8(3, 8), f32(3), None, f32(4)), {}, "bias float32[4] does not fit weight"),
+        ("quantized_linear", (X, int8(3, 8), f32(3), None, None, X), {}, "residual float32[T, 8] does not fit output"),
+        ("quantized_linear", (X, int8(3, 8)), {}, "input 2 is missing"),
+        ("dequantize", (f32(3, 8), f32(3)), {}, "integers float32[3, 8] are not int8[out, in] or uint8[out, in / 2]"),
+        ("dequantize", (int8(3, 8), int8(3)), {}, "scale int8[3] is not floating point"),
+        ("dequantize", (int8(3, 8), f32(8)), {}, "scale float32[8] does not fit integers int8[3, 8]"),
+        ("dequantize", (uint8(3, 4), f32(3, 3)), {}, "scale float32[3, 3] does not fit integers uint8[3, 4]"),
+        ("dequantize", (uint8(3, 4), f32(3, 2), int8(3)), {}, "zero int8[3] is not int8 of the shape of scale"),
         ("embedding", (f32("T"), f32(6, 4)), {"offset": 0}, "ids float32[T] are not int32[tokens]"),
         ("embedding", (i32("T", 1), f32(6, 4)), {"offset": 0}, "ids int32[T, 1] are not int32[tokens]"),
         ("embedding", (i32("T"), f32(6)), {"offset": 0}, "table float32[6] is not [rows, features]"),

@@ -14,6 +14,7 @@ from ...errors import BuildError, TargetError
 from ...graph import Graph
 from ...passes.fuse import POSITIONS, SIBLINGS
 from ...plugin_registry import plugins
+from ...quantize.scheme import KINDS
 from ..base import Capabilities
 from .attention import Attend, fused_attention
 from .build import build_plan
@@ -38,8 +39,13 @@ class TensorRTTarget:
         """
         options = TensorRTOptions.from_json(build.target_options)
         fusions = {SIBLINGS, POSITIONS} if options.lookup_plugin else {SIBLINGS}
-        ops = LOWERINGS.keys() | _brought(options, build)
-        return Capabilities(frozenset(ops), frozenset(fusions), frozenset(MODEL_DTYPES), tensor_parallel=True)
+        return Capabilities(
+            LOWERINGS.keys() | _brought(options, build),
+            frozenset(fusions),
+            frozenset(MODEL_DTYPES),
+            tensor_parallel=True,
+            quantized=KINDS,
+        )
 
     def compile(
         self,

@@ -20,6 +20,7 @@ from .attention import FUSED_OR_NOT, Attend, NativeAttention, PaddedBatch
 from .flavour import Flavour
 from .network import ITensor, Network
 from .packed import PackedBatch
+from .quantized import lower_dequantize
 
 ALL_REDUCE, ALL_GATHER = "all_reduce_sum", "all_gather"
 """Metadata of collective layers: the bindings do not tell afterwards what a collective does."""
@@ -402,6 +403,7 @@ LOWERINGS: Mapping[str, Lower] = {
     "attention": _attention,
     "cast": _cast,
     "concat": _concat,
+    "dequantize": lower_dequantize,
     "embedding": _embedding,
     "layer_norm": _norm(_layer_norm),
     "linear": _linear,

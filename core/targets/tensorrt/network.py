@@ -83,6 +83,14 @@ class Network:
             self.definition.add_constant(tuple(value.shape if shape is None else shape), weights), name
         )
 
+    def int4_constant(self, name: str, packed: torch.Tensor) -> ITensor:
+        """[rows, columns] of four-bit integers, two a byte in `packed`, uint8 [rows, columns / 2]."""
+        packed = packed.contiguous()
+        self._kept.append(packed)
+        shape = (packed.shape[0], 2 * packed.shape[1])
+        weights = self.trt.Weights(self.trt.DataType.INT4, packed.data_ptr(), shape[0] * shape[1])
+        return self.output(self.definition.add_constant(shape, weights), name)
+
     def vector(self, dtype: DType, values: Sequence[float], rank: int = 1) -> ITensor:
         """A small constant of shape [1, ..., len(values)]; equal ones are the same tensor."""
         key = (dtype, tuple(values), rank)

@@ -85,8 +85,8 @@ CASES: Mapping[str, Case] = {
     "cast": ("cast", [(6,)], {"dtype": "float32"}),
     "select_rows": ("select_rows", [(6,), "logits_index"], {}),
 }
-SEPARATELY = {"attention", "all_reduce", "all_gather"}
-"""Tested with their state and their ranks, in test_tensorrt_numerics.py."""
+SEPARATELY = {"attention", "all_reduce", "all_gather", "dequantize"}
+"""Tested with their state and their ranks, in test_tensorrt_numerics.py; with its formats, in test_tensorrt_quantized.py."""
 
 
 def add_case(c: Composer, case: Case) -> Node:

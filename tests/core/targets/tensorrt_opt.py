@@ -39,12 +39,13 @@ def ranks_of(
     sharding: ShardingOptions | None = None,
     *,
     target_options: Mapping[str, Any] | None = None,
+    source: WeightSource | None = None,
 ) -> list[Rank]:
-    """The ranks of an engine of `checkpoint`."""
+    """The ranks of an engine of `checkpoint`; `source`: its weights, where they are not just its own."""
     return _ranks(
         checkpoint.family,
         replace(checkpoint.config, dtype=dtype),
-        checkpoint.weights(dtype, sharding),
+        source or checkpoint.weights(dtype, sharding),
         target_options or {},
     )
 
@@ -73,6 +74,7 @@ def _ranks(
             aliases=source.aliases,
             fusions=can.fusions,
             ops=can.ops,
+            quantization=source.quantization,
         )
         weights = {node.name: _weight(planned, source, rank, node.name) for node in planned.graph.weights}
         ranks.append(Rank(planned.graph, weights))

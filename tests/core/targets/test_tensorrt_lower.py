@@ -61,7 +61,8 @@ def test_every_op_with_a_lowering_is_tested() -> None:
 
 
 def test_every_core_op_has_a_lowering() -> None:
-    assert op_names() - {"input", "weight"} == set(LOWERINGS)
+    """A quantized_linear is made by a fusion that this target does not ask for: it has dequantize layers."""
+    assert op_names() - {"input", "weight", "quantized_linear"} == set(LOWERINGS)
 
 
 def test_op_without_lowering_is_named_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,81 @@
+"""Products with weights of few bits. The formats are those of `core.quantize.scheme.WeightFormat`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..dtypes import DType
+from ..quantize.integers import dequantize
+from ..spec import TensorSpec
+from .linear import check_linear, linear
+from .registry import Attrs, Op, ReferenceContext, Signature, register
+
+
+def _weight(sig: Signature, first: int) -> TensorSpec:
+    """Type of the dequantized weight; inputs `first`.. are integers, scale, zero."""
+    integers, scale, zero = sig[first], sig[first + 1], sig.get(first + 2)
+    per_byte = {DType.INT8: 1, DType.UINT8: 2}.get(integers.dtype)
+    fits = integers.rank == 2 and per_byte is not None
+    sig.require(fits, f"integers {integers} are not int8[out, in] or uint8[out, in / 2]")
+    sig.require(scale.dtype.is_float, f"scale {scale} is not floating point")
+    rows, stored = integers.shape
+    assert isinstance(stored, int) and per_byte is not None
+    columns = stored * per_byte
+    groups = scale.shape[1] if scale.rank == 2 else 1
+    sig.require(
+        scale.rank in (1, 2) and scale.shape[0] == rows and isinstance(groups, int) and groups > 0 and columns % groups == 0,
+        f"scale {scale} does not fit integers {integers}",
+    )  # fmt: skip
+    fits = zero is None or zero == TensorSpec(DType.INT8, scale.shape)
+    sig.require(fits, f"zero {zero} is not int8 of the shape of scale {scale}")
+    return TensorSpec(scale.dtype, (rows, columns))
+
+
+def _infer_dequantize(sig: Signature) -> tuple[TensorSpec, ...]:
+    return (_weight(sig, 0),)
+
+
+def _infer_linear(sig: Signature) -> tuple[TensorSpec, ...]:
+    return (check_linear(sig, _weight(sig, 1), bias=4, residual=5),)
+
+
+def _dequantize_reference(
+    _: ReferenceContext,
+    attrs: Attrs,
+    integers: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return dequantize(integers, scale, zero)
+
+
+def _linear_reference(
+    _: ReferenceContext,
+    attrs: Attrs,
+    x: torch.Tensor,
+    integers: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return linear(attrs, x, dequantize(integers, scale, zero), bias, residual)
+
+
+def _linear_flops(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> int:
+    in_features = sig[0].shape[-1]
+    assert isinstance(in_features, int)
+    return 2 * outputs[0].numel(sizes) * in_features
+
+
+DEQUANTIZE = register(Op("dequantize", _infer_dequantize, _dequantize_reference, folds=False))
+"""`dequantize(integers, scale, zero?)` -> [out, in] in the dtype of the scales: (integers - zero) * scale.
+
+integers: int8 [out, in], or uint8 [out, in / 2] with two of four bits each; scale: [out], or [out, groups]; zero: int8 of
+the shape of the scales. Never evaluated by the build: that would undo what quantization is for.
+"""
+QUANTIZED_LINEAR = register(Op("quantized_linear", _infer_linear, _linear_reference, _linear_flops))
+"""`quantized_linear(x[..., in], integers, scale, zero?, bias[out]?, residual[..., out]?; activation?, norm?, eps?)` ->
+[..., out]: `linear` with the weight that `dequantize` gives. A pass makes it for targets that read integers in the product."""

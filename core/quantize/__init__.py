@@ -1,0 +1,1 @@
+"""Weight-only quantization: schemes as data, applied to what the weight tables mark as quantizable."""
