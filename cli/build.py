@@ -14,24 +14,21 @@ from ..core.dtypes import parse_model_dtype
 from ..core.errors import ConfigError
 from . import tensorrt_llm_flags
 from .common import (
-    QUANTIZATION_OPTIONS,
     add_model_source,
-    add_quantization,
     add_workers,
     find_family,
     folder_bytes,
     human_bytes,
     open_checkpoint,
     progress_bar,
-    quantize_options,
     sharding_options,
 )
+from .quantization import QUANTIZATION_OPTIONS, add_quantization, quantize_options, quantizer
 
 if TYPE_CHECKING:
     from ..core.checkpoint import WeightSource
     from ..core.graph import Graph
     from ..core.plugin_registry import Family
-    from ..core.weight_source import ShardedWeights
 
 NAME = "build"
 HELP = "build an engine from a Hugging Face folder or a trtc checkpoint; needs no GPU, whatever the target"
@@ -142,9 +139,7 @@ def main(args: argparse.Namespace) -> int:
         )
     size = human_bytes(folder_bytes(args.output_dir))
     quantization = source.weights.quantization
-    stored = (
-        source.model.dtype if quantization is None else f"{source.model.dtype}, weights {quantization.format}"
-    )
+    stored = source.model.dtype if quantization is None else f"{source.model.dtype}, weights {quantization}"
     print(f"{args.output_dir}: {source.family.name} engine for {build.target}, {stored}, {size}, "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
     return 0
@@ -196,25 +191,25 @@ def _open_source(args: argparse.Namespace, stack: ExitStack) -> Source:
     family, model = find_family(args, source.config, args.model_dir)
     table = family.weight_table(model)
     weights = HFWeights(source, table, model, dtype=model.dtype, sharding=sharding_options(args))
-    return Source(family, model, _quantized(args, weights), args.model_dir)
-
-
-def _quantized(args: argparse.Namespace, weights: ShardedWeights) -> WeightSource:
-    from ..core.quantize.source import QuantizedWeights
-
-    options = quantize_options(args)
-    return weights if options is None else QuantizedWeights(weights, options)
+    quantize = quantizer(args, family, model, source, stack)
+    return Source(family, model, weights if quantize is None else quantize(weights), args.model_dir)
 
 
 def _dummy(args: argparse.Namespace) -> Source:
     from ..core.checkpoint import DummyWeights
     from ..core.hf import read_config
+    from ..core.quantize.source import nearest
 
     family, model = find_family(args, read_config(args.model_dir), args.model_dir)
     weights = DummyWeights(
         family.weight_table(model), model, dtype=model.dtype, sharding=sharding_options(args)
     )
-    return Source(family, model, _quantized(args, weights), args.model_dir)
+    options = quantize_options(args)
+    if options is None:
+        return Source(family, model, weights, args.model_dir)
+    if args.calibrate is not None:
+        raise ConfigError("--calibrate does not go with --dummy-weights: they are random")
+    return Source(family, model, nearest(options)(weights), args.model_dir)
 
 
 def _from_trtc_checkpoint(args: argparse.Namespace, stack: ExitStack) -> Source:

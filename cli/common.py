@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 from ..core.config import ModelConfig
 from ..core.dtypes import MODEL_DTYPES, parse_model_dtype
-from ..core.errors import ConfigError
-from ..core.quantize.scheme import GROUP_SIZES, PRECISIONS, QuantizeOptions, WeightFormat
 from ..core.sharding import ShardingOptions
 
 if TYPE_CHECKING:
@@ -40,48 +38,6 @@ def add_model_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedding-sharding-dim", type=int, choices=(0, 1), metavar="{0,1}",
                         default=ShardingOptions.embedding_sharding_dim,
                         help="0: split by vocabulary, 1: by hidden size (default: %(default)s)")  # fmt: skip
-
-
-def add_quantization(parser: argparse.ArgumentParser) -> None:
-    """Weight-only quantization, by the names of TensorRT-LLM's convert_checkpoint."""
-    group = parser.add_argument_group("weight-only quantization")
-    group.add_argument(
-        "--use-weight-only", action="store_true", help="store the weights of linear layers as integers"
-    )
-    group.add_argument("--weight-only-precision", choices=PRECISIONS,
-                       help="int8: a scale for every row; int4: one for every group of a row (default: int8)")  # fmt: skip
-    sizes = ", ".join(map(str, GROUP_SIZES))
-    group.add_argument("--group-size", type=int, metavar="N",
-                       help=f"int4: columns that share a scale, {sizes} (default: {_GROUP_SIZE})")  # fmt: skip
-    group.add_argument("--quantize-lm-head", action="store_true",
-                       help="the language-model head too; it then shares nothing with the embedding")  # fmt: skip
-
-
-_GROUP_SIZE = 128
-
-
-def quantize_options(args: argparse.Namespace) -> QuantizeOptions | None:
-    """What `add_quantization`'s options ask for. Raises ConfigError for options that do not go together."""
-    precision, group_size = args.weight_only_precision, args.group_size
-    if not args.use_weight_only:
-        for option, unset in QUANTIZATION_OPTIONS.items():
-            if getattr(args, option) != unset:
-                raise ConfigError(f"--{option.replace('_', '-')} needs --use-weight-only")
-        return None
-    if precision == "int4":
-        return QuantizeOptions(
-            WeightFormat("int4", _GROUP_SIZE if group_size is None else group_size), args.quantize_lm_head
-        )
-    return QuantizeOptions(WeightFormat("int8", group_size), args.quantize_lm_head)
-
-
-QUANTIZATION_OPTIONS = {
-    "use_weight_only": False,
-    "weight_only_precision": None,
-    "group_size": None,
-    "quantize_lm_head": False,
-}
-"""The options by name, with what they are when they are not given."""
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +106,10 @@ def folder_bytes(path: Path) -> int:
 
 
 def open_checkpoint(path: Path) -> HFCheckpoint:
+    """The checkpoint in `path`; its packed weights can be read as floats where it is quantized already."""
     from ..core.hf import HFCheckpoint
+    from ..core.quantize.hub import HubScheme, PackedCheckpoint
 
-    return HFCheckpoint.open(path)
+    checkpoint = HFCheckpoint.open(path)
+    scheme = HubScheme.read(checkpoint.config, str(path / "config.json"))
+    return checkpoint if scheme is None else PackedCheckpoint(checkpoint, scheme)

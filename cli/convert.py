@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from .common import (
     add_model_source,
-    add_quantization,
     add_workers,
     find_family,
     folder_bytes,
     human_bytes,
     open_checkpoint,
     progress_bar,
-    quantize_options,
     sharding_options,
 )
+from .quantization import add_quantization, quantizer
 
 NAME = "convert"
 HELP = "convert a Hugging Face checkpoint into a trtc checkpoint, sharded for the ranks that will run it"
@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from ..core.checkpoint import convert
+    from ..core.checkpoint import TrtcCheckpoint, convert
 
     start = time.perf_counter()
-    quantize = quantize_options(args)
-    with open_checkpoint(args.model_dir) as source, progress_bar("converting") as progress:
+    with ExitStack() as stack:
+        source = stack.enter_context(open_checkpoint(args.model_dir))
         family, model = find_family(args, source.config, args.model_dir)
         convert(
             source,
@@ -48,12 +48,13 @@ def main(args: argparse.Namespace) -> int:
             dtype=model.dtype,
             sharding=sharding_options(args),
             workers=args.workers,
-            progress=progress,
-            quantize=quantize,
+            progress=stack.enter_context(progress_bar("converting")),
+            quantize=quantizer(args, family, model, source, stack),
         )
     size = human_bytes(folder_bytes(args.output_dir))
     ranks = sharding_options(args).num_ranks
-    stored = model.dtype if quantize is None else f"{model.dtype}, weights {quantize.format}"
+    quantization = TrtcCheckpoint.open(args.output_dir).quantization
+    stored = model.dtype if quantization is None else f"{model.dtype}, weights {quantization}"
     print(f"{args.output_dir}: {family.name} in {stored}, {ranks} rank(s), {size}, "
           f"{time.perf_counter() - start:.1f} s")  # fmt: skip
     return 0

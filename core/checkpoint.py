@@ -28,8 +28,8 @@ from .atomic import atomic_directory
 from .dtypes import DType
 from .errors import CheckpointError, ConfigError
 from .hf import HFCheckpoint
-from .quantize.scheme import Quantization, QuantizeOptions
-from .quantize.source import QuantizedWeights
+from .quantize.scheme import Quantization
+from .quantize.source import Quantizer
 from .safetensors_io import SafetensorsFile, SafetensorsWriter, TensorEntry
 from .sharding import ShardingOptions
 from .strict_json import read_object
@@ -87,7 +87,7 @@ def convert(
     workers: int = 1,
     progress: Progress | None = None,
     copy_files: Iterable[str] = TOKENIZER_FILES,
-    quantize: QuantizeOptions | None = None,
+    quantize: Quantizer | None = None,
 ) -> None:
     """Writes the trtc checkpoint of `source` to the folder `output_dir`, which appears complete or not at all.
 
@@ -96,7 +96,7 @@ def convert(
         whole tensor where the table transforms it.
     progress: called from this thread after every weight.
     copy_files: names of files to copy from the folder of `source`, where it has them.
-    quantize: rounds the weights that the table marks as quantizable.
+    quantize: what makes quantized weights of float ones; see `core.quantize.source.nearest`.
     Raises CheckpointError when tensors do not fit, ConfigError when they cannot be split over the ranks or quantized, when
     `workers` is not positive, or when `output_dir` is a folder that trtc did not write.
     """
@@ -104,7 +104,7 @@ def convert(
         raise ConfigError(f"workers is {workers}; accepted: a whole number >= 1")
     sharding.check_layers(config.num_layers)
     floats = HFWeights(source, table, config, dtype=dtype, sharding=sharding)
-    weights = floats if quantize is None else QuantizedWeights(floats, quantize)
+    weights = floats if quantize is None else quantize(floats)
     with atomic_directory(output_dir, is_checkpoint, seal="config.json") as folder:
         _write_ranks(weights, folder, workers, progress)
         description = _describe(dataclasses.replace(config, dtype=dtype), source.config, weights, folder)

@@ -120,6 +120,11 @@ class ShardedWeights(ABC):
         """The weights that `rank` holds, aliases left out."""
         return self._names
 
+    def whole(self, name: str) -> torch.Tensor:
+        """A weight as one tensor, without padding."""
+        rows = self._all[name].shape[0]
+        return torch.cat([block for start, block in self.blocks(name) if start < rows])
+
     def owners(self) -> tuple[str, ...]:
         return self._names
 
@@ -217,6 +222,10 @@ class HFWeights(ShardedWeights):
         self._plan = plan
         _check_dtypes(source, plan.sources.values())
         super().__init__(plan.weights.values(), dtype=dtype, sharding=sharding)
+
+    def source_name(self, name: str) -> str:
+        """The checkpoint tensor that holds the data of a weight."""
+        return self._plan.sources[name]
 
     def location(self, name: str) -> tuple[str, int]:
         """(file, offset) of the data of a weight, to read weights in the order of the disk."""

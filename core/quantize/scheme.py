@@ -116,6 +116,9 @@ class Quantization:
     weights: tuple[str, ...]
     method: str = "nearest"
 
+    def __str__(self) -> str:
+        return f"{self.format}, {self.method}"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -142,19 +145,19 @@ class QuantizeOptions:
     format: WeightFormat
     lm_head: bool = False
 
-    def choose(self, weights: Iterable[ResolvedWeight]) -> tuple[str, ...]:
-        """Names of the weights to quantize, sorted.
+    def choose(self, weights: Iterable[ResolvedWeight], method: str = "nearest") -> Quantization:
+        """What is done to `weights`.
 
         Raises ConfigError when there are none: the family's table marks none as quantizable.
         """
         chosen = sorted(
             weight.name
             for weight in weights
-            if (weight.shard is Shard.VOCAB_HEAD and len(weight.shape) == 2 if self.lm_head else False)
-            or (weight.quantizable and weight.shard is not Shard.VOCAB_HEAD)
+            if (self.lm_head if weight.shard is Shard.VOCAB_HEAD else weight.quantizable)
+            and len(weight.shape) == 2
         )
         if not chosen:
             raise ConfigError(
                 "weight-only quantization: the model's weight table marks no weight as quantizable"
             )
-        return tuple(chosen)
+        return Quantization(self.format, tuple(chosen), method)

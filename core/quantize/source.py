@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from ..dtypes import DType, to_torch
 from ..errors import CheckpointError
 from ..sharding import AxisSlice, ShardingOptions
-from ..weight_source import Blocks, ShardedWeights, cut_block
+from ..weight_source import Blocks, HFWeights, ShardedWeights, cut_block
 from ..weights import Shape
 from .integers import Quantized, round_to_nearest
 from .scheme import Quantization, QuantizeOptions
@@ -23,12 +23,11 @@ class QuantizedWeights:
     Raises ConfigError when groups do not fill the rows of a weight or straddle ranks.
     """
 
-    def __init__(self, source: ShardedWeights, options: QuantizeOptions) -> None:
+    def __init__(self, source: ShardedWeights, quantization: Quantization) -> None:
         self._source = source
         self.sharding: ShardingOptions = source.sharding
-        how = options.format
-        chosen = options.choose(source.weights())
-        self.quantization = Quantization(how, chosen)
+        self.quantization = quantization
+        how, chosen = quantization.format, quantization.weights
         # A quantized head is a weight of its own: the embedding that it shares data with stays as it is.
         self.aliases: Mapping[str, str] = {
             name: owner for name, owner in source.aliases.items() if name not in chosen
@@ -104,3 +103,12 @@ class QuantizedWeights:
     def _quantized(self, name: str, rows: tuple[int, int] | None) -> Iterator[tuple[int, Quantized]]:
         for start, block in self._source.blocks(name, rows):
             yield start, round_to_nearest(block, self.quantization.format, name=name)
+
+
+Quantizer = Callable[[HFWeights], QuantizedWeights]
+"""Makes quantized weights of the float ones of a checkpoint."""
+
+
+def nearest(options: QuantizeOptions) -> Callable[[ShardedWeights], QuantizedWeights]:
+    """Rounds the weights that the table marks as quantizable to nearest."""
+    return lambda floats: QuantizedWeights(floats, options.choose(floats.weights()))

@@ -214,6 +214,23 @@ ROWS = [
         ("--weight-only-precision", "--use-weight-only")),
     Row("quantized weights for a target without", build(Room.hf, *WEIGHT_ONLY, "int8", "--target", "cuda"),
         ("target cuda", "int8")),
+    Row("calibration without quantization", convert(Room.hf, "--calibrate", "x.jsonl"), ("--calibrate", "--use-weight-only")),
+    Row("calibration file missing", convert(Room.hf, *WEIGHT_ONLY, "int4", "--calibrate", "no.jsonl"), ("no.jsonl",)),
+    Row("calibration file of something else",
+        lambda r: convert(Room.hf, *WEIGHT_ONLY, "int4", "--calibrate", r.file("c.jsonl", '{"txt": "x"}\n'))(r),
+        ("c.jsonl, line 1", "article")),
+    Row("calibration of random weights",
+        lambda r: build(Room.hf, "--dummy-weights", *WEIGHT_ONLY, "int4", "--calibrate", r.file("c.jsonl", '"x"\n'))(r),
+        ("--calibrate", "--dummy-weights")),
+    Row("unknown kind of quantized checkpoint",
+        build(lambda r: r.hf_config(quantization_config={"quant_method": "bitsandbytes", "bits": 4})),
+        ("quantization_config", "bitsandbytes", "gptq, awq")),
+    Row("GPTQ checkpoint without its tensors",
+        convert(lambda r: r.hf_config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})),
+        ("gptq", ".qweight")),
+    Row("GPTQ checkpoint without scales", build(lambda r: gptq_folder(r, "scales")), ("fc1.scales", "missing")),
+    Row("GPTQ checkpoint with act-order", build(lambda r: gptq_folder(r, "g_idx")), ("fc1.g_idx", "act-order")),
+    Row("quantized twice", build(lambda r: gptq_folder(r, ""), *WEIGHT_ONLY, "int8"), ("quantized already", "gptq")),
     Row("weights that are not finite",
         build(lambda r: r.hf_weights(lambda t: t["model.decoder.layers.1.fc1.weight"].fill_(float("nan"))),
               *WEIGHT_ONLY, "int8"),
@@ -275,6 +292,29 @@ ROWS = [
     Row("output file in no folder", run(*TEXT, "--output-json", "/nonexistent-folder/o.json"), ("nonexistent-folder",)),
     Row("cache too small", run(*TEXT, "--kv-cache-memory-bytes", "1000"), ("max_seq_len", "pages")),
 ]  # fmt: skip
+
+
+def gptq_folder(room: Room, damage: str) -> Path:
+    """A GPTQ checkpoint with one quantized layer; `damage`: scales to leave them out, g_idx to shuffle it."""
+    stem = "model.decoder.layers.0.fc1"
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        rows, columns = tensors.pop(f"{stem}.weight").shape
+        order = torch.arange(columns, dtype=torch.int32) // 64
+        tensors |= {
+            f"{stem}.qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
+            f"{stem}.qzeros": torch.full((columns // 64, rows // 8), 0x77777777, dtype=torch.int32),
+            f"{stem}.scales": torch.ones(columns // 64, rows, dtype=torch.float16),
+            f"{stem}.g_idx": order.flip(0).contiguous() if damage == "g_idx" else order,
+        }
+        if damage == "scales":
+            del tensors[f"{stem}.scales"]
+
+    folder = room.hf_weights(pack)
+    edit_json(
+        folder / "config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}
+    )
+    return folder
 
 
 def without_tokenizer(room: Room) -> Path:

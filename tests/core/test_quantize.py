@@ -27,7 +27,7 @@ from trtc.core.passes.quantize import quantize
 from trtc.core.passes.rewrite import rewrite
 from trtc.core.quantize.integers import Quantized, dequantize, pack_int4, round_to_nearest, unpack_int4
 from trtc.core.quantize.scheme import KINDS, Quantization, QuantizeOptions, WeightFormat
-from trtc.core.quantize.source import QuantizedWeights
+from trtc.core.quantize.source import QuantizedWeights, nearest
 from trtc.core.sharding import Shard, ShardingOptions
 from trtc.core.targets.base import get_target
 from trtc.core.targets.cpu import CpuProgram
@@ -174,8 +174,8 @@ def table() -> list[ResolvedWeight]:
 
 
 def test_the_table_says_what_is_quantized() -> None:
-    assert QuantizeOptions(INT8).choose(table()) == ("down", "up")
-    assert QuantizeOptions(INT8, lm_head=True).choose(table()) == ("down", "head", "up")
+    assert QuantizeOptions(INT8).choose(table()).weights == ("down", "up")
+    assert QuantizeOptions(INT8, lm_head=True).choose(table()).weights == ("down", "head", "up")
     with pytest.raises(ConfigError, match="marks no weight as quantizable"):
         QuantizeOptions(INT8).choose(table()[:1])
 
@@ -192,7 +192,7 @@ def quantized(
     **sharding: Any,
 ) -> QuantizedWeights:
     source = checkpoint.weights(dtype, ShardingOptions(**sharding))
-    return QuantizedWeights(source, QuantizeOptions(how, lm_head))
+    return nearest(QuantizeOptions(how, lm_head))(source)
 
 
 def parts_of(source: WeightSource, rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,7 +213,7 @@ def test_shards_are_parts_of_one_quantized_model(
     how, checkpoint = FORMATS[precision], opt_checkpoint("vocabulary_odd")
     floats = checkpoint.weights(DType.BFLOAT16)
     view = quantized(checkpoint, how, DType.BFLOAT16, lm_head=True, tp_size=tp_size)
-    assert view.quantization.weights == QuantizeOptions(how, True).choose(floats.weights())
+    assert view.quantization == QuantizeOptions(how, True).choose(floats.weights())
     assert not view.aliases
     for name in view.quantization.weights:
         whole = round_to_nearest(floats.read(0, name), how, name=name)
@@ -229,7 +229,7 @@ def test_shards_are_parts_of_one_quantized_model(
             assert not torch.cat(integers)[rows:].any()
     convert(
         checkpoint.hf, checkpoint.family.weight_table(checkpoint.config), checkpoint.config, tmp_path / "out",
-        dtype=DType.BFLOAT16, sharding=view.sharding, quantize=QuantizeOptions(how, True), workers=2,
+        dtype=DType.BFLOAT16, sharding=view.sharding, quantize=nearest(QuantizeOptions(how, True)), workers=2,
     )  # fmt: skip
     stored = TrtcCheckpoint.open(tmp_path / "out")
     assert stored.quantization == view.quantization

@@ -15,7 +15,7 @@ from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext
 from trtc.core.quantize.integers import Quantized, pack_int4, round_to_nearest
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
-from trtc.core.quantize.source import QuantizedWeights
+from trtc.core.quantize.source import nearest
 from trtc.core.sharding import ShardingOptions
 from trtc.core.targets.tensorrt import TARGET
 from trtc.core.targets.tensorrt.flavour import find_flavour
@@ -85,7 +85,7 @@ def test_a_weight_is_what_its_integers_stand_for(form: str, dtype: DType) -> Non
 def quantized(checkpoint: OptCheckpoint, dtype: DType, precision: str, tp_size: int = 1) -> list[Rank]:
     how = WeightFormat(precision, 32 if precision == "int4" else None)
     floats = checkpoint.weights(dtype, ShardingOptions(tp_size))
-    return ranks_of(checkpoint, dtype, source=QuantizedWeights(floats, QuantizeOptions(how, lm_head=True)))
+    return ranks_of(checkpoint, dtype, source=nearest(QuantizeOptions(how, lm_head=True))(floats))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
