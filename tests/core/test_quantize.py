@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trtc.core import weight_source
 from trtc.core.build import build_engine, plan
@@ -25,6 +25,7 @@ from trtc.core.ops import ReferenceContext, op_names
 from trtc.core.passes import Partition, fuse, optimize
 from trtc.core.passes.quantize import quantize
 from trtc.core.passes.rewrite import rewrite
+from trtc.core.quantize import source as source_module
 from trtc.core.quantize.integers import Quantized, dequantize, pack_int4, round_to_nearest, unpack_int4
 from trtc.core.quantize.scheme import KINDS, Quantization, QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import QuantizedWeights, nearest
@@ -74,6 +75,7 @@ def by_definition(
     seed=st.integers(0, 2**32),
     spikes=st.integers(0, 5),
 )
+@example(how=INT8, dtype=torch.float16, magnitude=-5.3, seed=0, spikes=0)
 def test_rounding_is_off_by_half_a_scale_at_most(
     how: WeightFormat, dtype: torch.dtype, magnitude: float, seed: int, spikes: int
 ) -> None:
@@ -241,6 +243,25 @@ def test_shards_are_parts_of_one_quantized_model(
             assert stored.dtype(rank, name) == view.dtype(rank, name)
             assert stored.shape(rank, name) == view.shape(rank, name) == tuple(value.shape)
     stored.close()
+
+
+def test_weights_are_quantized_block_by_block(
+    opt_checkpoint: Callable[[str], OptCheckpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is that of a block of rows, whatever the size of the weight."""
+    sizes: list[int] = []
+
+    def recorded(weight: torch.Tensor, how: WeightFormat, *, name: str) -> Quantized:
+        sizes.append(weight.numel() * 4)
+        return round_to_nearest(weight, how, name=name)
+
+    monkeypatch.setattr(weight_source, "BLOCK_BYTES", 2048)
+    monkeypatch.setattr(source_module, "round_to_nearest", recorded)
+    view = quantized(opt_checkpoint("pre_norm"), INT8)
+    for name in view.quantization.weights:
+        view.read(0, name)
+    assert len(sizes) > 100
+    assert max(sizes) <= 2048
 
 
 def test_a_head_that_is_not_quantized_stays_tied(opt_checkpoint: Callable[[str], OptCheckpoint]) -> None:
