@@ -1,6 +1,7 @@
 """The CPU target: runs a graph with torch, no compiler and no accelerator needed.
 
-Ops run as their reference implementations, except attention, which works on whole batches, and what plugins bring.
+Ops run as their reference implementations, except attention, which works on whole batches, linear layers, which oneDNN
+computes, and what plugins bring.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from ..errors import ConfigError
 from ..graph import Graph
 from ..ops import ReferenceContext, op_names
 from ..ops.registry import Communicator
-from ..passes.fuse import ACTIVATION, ADD_NORM, DEQUANTIZE, SIBLINGS
+from ..passes.fuse import ACTIVATION, ADD_NORM, DEQUANTIZE, POSITIONS, RESIDUAL, SIBLINGS
 from ..quantize.scheme import KINDS
 from .base import CacheShape, Capabilities
 from .cpu_attention import CpuAttention, KVCache
+from .cpu_linear import linear_kernel
 from .program import KernelFactory, Program
 
 
@@ -34,7 +36,7 @@ class CpuTarget:
             raise ConfigError(f"target cpu has no options, found: {', '.join(build.target_options)}")
         return Capabilities(
             ops=op_names(),
-            fusions=frozenset({SIBLINGS, ACTIVATION, ADD_NORM, DEQUANTIZE}),
+            fusions=frozenset({SIBLINGS, ACTIVATION, POSITIONS, RESIDUAL, ADD_NORM, DEQUANTIZE}),
             dtypes=frozenset(MODEL_DTYPES),
             tensor_parallel=True,
             pipeline_parallel=True,
@@ -84,7 +86,11 @@ class CpuProgram:
         kernels: factories by op name that take precedence over this target's own (from plugins).
         """
         self._attention = CpuAttention(cache)
-        factories: dict[str, KernelFactory] = {"attention": self._attention.kernel, **(kernels or {})}
+        factories: dict[str, KernelFactory] = {
+            "attention": self._attention.kernel,
+            "linear": linear_kernel,
+            **(kernels or {}),
+        }
         self._program = Program(graph, weights, factories, ReferenceContext(cache, communicator))
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

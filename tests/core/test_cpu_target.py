@@ -14,8 +14,10 @@ from trtc.core.errors import ConfigError
 from trtc.core.graph import Graph, Node
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext
+from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.targets.base import CacheShape, get_target
 from trtc.core.targets.cpu import CpuProgram, allocate_cache
+from trtc.core.targets.cpu_linear import linear_kernel
 from trtc.tests.packed_steps import PagedSequences, filled_cache
 from trtc.tests.tolerances import logits_tolerance, max_error
 from trtc.tests.toy_decoder import HEAD_DIM, KV_HEADS, LAYERS, VOCAB, random_weights, toy_decoder
@@ -198,6 +200,31 @@ def test_the_program_forgets_tensors_that_nothing_reads_any_more() -> None:
     program.run(PagedSequences(16, 4).step({"a": tokens(9)}))
     assert len(alive) == LAYERS
     assert at_head == [0]
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_linear_layers_agree_with_float64(rows: int, activation: str | None, dtype: DType) -> None:
+    """Bias, activation and residual, through whatever library this processor's linear layers go to."""
+    random = torch.Generator().manual_seed(1)
+    sizes = {"x": (rows, 48), "weight": (40, 48), "bias": (40,), "residual": (rows, 40)}
+    values = {name: torch.randn(size, generator=random) for name, size in sizes.items()}
+    x, weight, bias, residual = (value.to(to_torch(dtype)) for value in values.values())
+    kernel = linear_kernel(
+        Node("fc", "linear", attrs={} if activation is None else {"activation": activation})
+    )
+    for with_bias, with_residual in ((True, True), (True, False), (False, True), (False, False)):
+        added = residual.clone()
+        y = kernel(x, weight, bias if with_bias else None, added if with_residual else None)
+        expected = x.double() @ weight.double().t() + with_bias * bias.double()
+        if activation is not None:
+            expected = ACTIVATIONS[activation](expected)
+        expected = expected + with_residual * residual.double()
+        assert y.dtype == x.dtype and y.shape == expected.shape
+        assert torch.equal(added, residual), "the residual is somebody else's tensor"
+        if rows:
+            assert max_error(y, expected) <= logits_tolerance(dtype, expected)
 
 
 def test_the_cache_has_the_shape_of_the_graph() -> None:
