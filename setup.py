@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -23,6 +23,14 @@ class BuildPackage(build_py):
         modules = super().find_package_modules(package, package_dir)
         return [found for found in modules if found[:2] != ("trtc", "setup")]
 
+
+STEP = Extension(
+    "trtc.kernels.cpu_step._step",
+    ["kernels/cpu_step/step.c"],
+    extra_compile_args=["-O3", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
+    optional=True,  # without a C compiler, or off x86-64, target cpu runs on torch alone
+)
 
 CUDA = [
     "cuda-python>=13.0,<14",
@@ -48,6 +56,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"trtc": "."},
     cmdclass={"build_py": BuildPackage},
+    ext_modules=[STEP],
     packages=["trtc", *(f"trtc.{name}" for name in find_packages(str(ROOT)) if name.split(".")[0] in ROOMS)],
     package_data={
         "trtc": ["py.typed"],

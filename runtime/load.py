@@ -51,9 +51,9 @@ def executor_of(
 
 
 def _cpu(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:
-    from .cpu_executor import CpuExecutor
+    from .cpu_executor import cpu_executor
 
-    return CpuExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)
+    return cpu_executor(engine, num_pages, kv_cache_memory_bytes)
 
 
 def _cuda(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:

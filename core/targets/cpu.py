@@ -7,6 +7,7 @@ computes, and what plugins bring.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..quantize.scheme import KINDS
 from .base import CacheShape, Capabilities
 from .cpu_attention import CpuAttention, KVCache
 from .cpu_linear import linear_kernel
+from .cpu_step import DecodeLimits, DecodeStep, Unsupported
 from .program import KernelFactory, Program
 
 
@@ -80,10 +82,12 @@ class CpuProgram:
         *,
         kernels: Mapping[str, KernelFactory] | None = None,
         communicator: Communicator | None = None,
+        decode_limits: DecodeLimits | None = None,
     ) -> None:
         """weights: a tensor for every weight node of `graph`, memory-mapped ones included.
 
         kernels: factories by op name that take precedence over this target's own (from plugins).
+        decode_limits: run decode steps within them as one call of compiled code, where graph and machine allow it.
         """
         self._attention = CpuAttention(cache)
         factories: dict[str, KernelFactory] = {
@@ -92,8 +96,26 @@ class CpuProgram:
             **(kernels or {}),
         }
         self._program = Program(graph, weights, factories, ReferenceContext(cache, communicator))
+        self._decode: DecodeStep | None = None
+        if decode_limits is not None and not {node.op for node in graph.nodes} & set(kernels or {}):
+            with suppress(Unsupported):  # then every step runs node by node
+                self._decode = DecodeStep(graph, weights, cache, decode_limits)
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """One step. inputs: the tensors of `core.graph.GRAPH_INPUTS`, int32. Returns the graph's output."""
+        """One step. inputs: the tensors of `core.graph.GRAPH_INPUTS`, int32. Returns the graph's output, which the next
+        step may overwrite."""
+        if self._decode is not None and self._decode.fits(inputs):
+            return self._decode.logits(inputs)
         self._attention.begin_step(inputs["query_start"], inputs["kv_length"], inputs["page_table"])
         return self._program.run(inputs)
+
+    @property
+    def decodes_greedily(self) -> bool:
+        """Whether `next_tokens` is there."""
+        return self._decode is not None
+
+    def next_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A step of one token for each sequence, within the decode limits. Returns [B] int32: the tokens with the largest
+        logits, -1 for a sequence whose logits are not finite."""
+        assert self._decode is not None and self._decode.fits(inputs), "not a step for compiled code"
+        return self._decode.next_tokens(inputs)

@@ -38,11 +38,11 @@ def linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if not _has_onednn(weight.dtype):
-            y = F.linear(x, weight, bias)
-            y = y if activation is None else ACTIVATIONS[activation](y)
-            return y if residual is None else y + residual
+            plain = F.linear(x, weight, bias)
+            plain = plain if activation is None else ACTIVATIONS[activation](plain)
+            return plain if residual is None else plain + residual
         product = torch.ops.mkldnn._linear_pointwise
-        y = product(x, weight, bias, attr, [], algorithm)
+        y: torch.Tensor = product(x, weight, bias, attr, [], algorithm)
         return y if residual is None else y.add_(residual)
 
     return linear

@@ -8,19 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from trtc.core import layers
 from trtc.core.config import BuildConfig
-from trtc.core.dtypes import DType, to_torch
+from trtc.core.dtypes import DType, from_torch, to_torch
 from trtc.core.errors import ConfigError
-from trtc.core.graph import Graph, Node
+from trtc.core.graph import Graph, GraphBuilder, Node
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext
 from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.targets.base import CacheShape, get_target
 from trtc.core.targets.cpu import CpuProgram, allocate_cache
 from trtc.core.targets.cpu_linear import linear_kernel
+from trtc.core.targets.cpu_step import DecodeLimits, DecodeStep
+from trtc.kernels import cpu_step
 from trtc.tests.packed_steps import PagedSequences, filled_cache
 from trtc.tests.tolerances import logits_tolerance, max_error
-from trtc.tests.toy_decoder import HEAD_DIM, KV_HEADS, LAYERS, VOCAB, random_weights, toy_decoder
+from trtc.tests.toy_decoder import HEAD_DIM, KV_HEADS, LAYERS, VOCAB, random_weights, toy_decoder, weight_rows
 
 NUM_PAGES = 24
 Step = Mapping[str, Sequence[int]]
@@ -33,13 +36,22 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 class Pair:
     """The program and the interpreter side by side, each with a cache of its own that starts full of NaN."""
 
-    def __init__(self, page_size: int, dtype: DType = DType.FLOAT32, fill: float = float("nan")) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        dtype: DType = DType.FLOAT32,
+        fill: float = float("nan"),
+        *,
+        compiled: bool = False,
+    ) -> None:
         graph = toy_decoder(dtype)
         weights = {name: value.to(to_torch(dtype)) for name, value in random_weights(graph).items()}
         self.sequences = PagedSequences(page_size, NUM_PAGES)
         self._graph, self._dtype = graph, dtype
         cache = filled_cache(graph, page_size, NUM_PAGES, to_torch(dtype), fill)
-        self._program = CpuProgram(graph, weights, cache)
+        limits = DecodeLimits(max_tokens=8, max_len=100) if compiled else None
+        self._program = CpuProgram(graph, weights, cache, decode_limits=limits)
+        assert self._program.decodes_greedily == compiled
         self._wide = {name: value.double() for name, value in weights.items()}
         self._context = ReferenceContext(filled_cache(graph, page_size, NUM_PAGES, torch.float64, fill))
 
@@ -92,6 +104,91 @@ def test_16_bit_types_agree_within_their_tolerance(dtype: DType) -> None:
     pair = Pair(16, dtype)
     for work in schedules(16)["mixed"]:
         pair.check(work)
+
+
+needs_kernels = pytest.mark.skipif(
+    cpu_step.library() is None,
+    reason="step.c is not compiled (setup.py build_ext --inplace) or needs AVX-512",
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16])
+@pytest.mark.parametrize("schedule", list(schedules(16)))
+def test_compiled_decode_steps_agree_with_the_interpreter(schedule: str, dtype: DType) -> None:
+    """Steps of one token a sequence run as one call, the others node by node, over one cache that starts full of NaN."""
+    pair = Pair(16, dtype, compiled=True)
+    for work in schedules(16)[schedule]:
+        pair.check(work)
+
+
+@needs_kernels
+def test_compiled_steps_choose_the_token_with_the_largest_logit() -> None:
+    """Oracle: the largest of all logits, in batches of every size up to the limit."""
+    pair = Pair(16, compiled=True)
+    names = "abcdefgh"
+    pair.check({name: tokens(17 + i, i) for i, name in enumerate(names)})
+    for i in range(1, len(names) + 1):
+        inputs = pair.sequences.step({name: tokens(1, i) for name in names[:i]})
+        logits = pair._program.run(inputs).clone()
+        assert torch.equal(pair._program.next_tokens(inputs).long(), logits.argmax(-1))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4, 0.0])
+def test_the_screened_head_finds_the_best_of_rows_that_differ_little(
+    spread: float, dtype: torch.dtype
+) -> None:
+    """Rows so alike that int8 cannot tell them apart, equal ones included. Oracle: all logits in float64."""
+    random = torch.Generator().manual_seed(2)
+    base, noise = torch.randn(1, 96, generator=random), torch.randn(300, 96, generator=random)
+    program = HeadOnly((base + spread * noise).to(dtype))
+    for _ in range(8):
+        x = torch.randn(5, 96, generator=random).to(dtype)
+        chosen = program.next_tokens(x)
+        logits = x.double() @ program.head.double().t()
+        best = logits.amax(-1)
+        assert (best - logits.gather(1, chosen.long()[:, None])[:, 0]).max() < 1e-5 * best.abs().max()
+        if spread >= 1e-2:
+            assert torch.equal(chosen.long(), logits.argmax(-1))
+        if spread == 0.0:
+            assert chosen.tolist() == [0] * 5  # the first of equals
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_screened_head_reports_logits_that_are_not_finite(bad: float) -> None:
+    program = HeadOnly(torch.ones(40, 32))
+    x = torch.ones(3, 32)
+    x[1, 7] = bad
+    assert program.next_tokens(x).tolist() == [0, -1, 0]
+
+
+class HeadOnly:
+    """An embedding and a head: the hidden state of token i is row i of what is asked."""
+
+    def __init__(self, head: torch.Tensor) -> None:
+        vocab, width = head.shape
+        g = GraphBuilder(
+            from_torch(head.dtype), weight_rows(x__weight=(5, width), lm_head__weight=(vocab, width))
+        )
+        graph = g.finish(layers.lm_head(g, layers.embedding(g, "token_ids", "x")))
+        self.head, self._x = head, torch.zeros(5, width, dtype=head.dtype)
+        weights = {"x.weight": self._x, "lm_head.weight": head}
+        cache = [(torch.zeros(1, 16, 1, 16), torch.zeros(1, 16, 1, 16))]
+        self._step = DecodeStep(graph, weights, cache, DecodeLimits(max_tokens=5, max_len=16))
+
+    def next_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        count = len(x)
+        self._x[:count] = x
+        inputs = {
+            "token_ids": torch.arange(count),
+            "positions": torch.zeros(count),
+            "kv_length": torch.ones(count),
+            "page_table": torch.zeros(count, 1),
+        }
+        return self._step.next_tokens({name: value.int() for name, value in inputs.items()})
 
 
 def test_the_oracle_sees_a_wrong_page() -> None:

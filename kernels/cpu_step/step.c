@@ -1,0 +1,436 @@
+/* One decode step of a transformer on AVX-512 processors: a list of instructions, run by all threads with a barrier after each.
+ *
+ * Activations are float32; weights are read as they lie in the engine, float32, float16, bfloat16 or int8 with one scale per row,
+ * and every product is summed in float32. A step has one token per sequence, so that a weight is read once whatever the batch.
+ * Memory is the limit: rows of a weight go through four at a time, against up to four tokens in registers.
+ */
+#include <immintrin.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define ISA __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#define INLINE ISA static inline __attribute__((always_inline))
+
+enum { EMBEDDING, LINEAR, NORM, ATTENTION, ROTARY, ACTIVATION, MULTIPLY, ADD, SCREEN, RESCORE, PICK };
+enum { F32, BF16, F16, I8 };
+enum { NONE, RELU, SILU, GELU_TANH };
+
+typedef struct {
+    int32_t op, kind;           /* kind: activation; 0 layer norm or 1 RMS norm; embedding: 1 looks up positions */
+    int32_t wtype;              /* of w; attention: of the cache */
+    int32_t n, k;               /* outputs and inputs; attention: heads and kv heads */
+    int32_t ldx, ld2, dim;      /* floats from one token to the next in x and in w (k, v of attention); head_dim */
+    int32_t offset, offset2;    /* embedding: added to token ids and to positions */
+    float number;               /* eps; scale of the scores */
+    int32_t unused;
+    const void *x, *w, *bias, *residual, *scale;
+    void *y, *y2;
+} Instr;
+
+typedef struct {
+    int32_t tokens, pages, page_size, max_len;
+    const int32_t *token_ids, *positions, *kv_length, *page_table;
+    float *scratch;             /* per thread max_len floats */
+    float *best;                /* per thread and token: bound, then best logit */
+    int32_t *best_id, *picked;
+} Step;
+
+/* ---- vectors of 16 --------------------------------------------------------------------------- */
+
+INLINE __m512 load(int type, const void *base, ptrdiff_t at, __mmask16 m) {
+    if (type == F32) return _mm512_maskz_loadu_ps(m, (const float *)base + at);
+    if (type == I8)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, (const int8_t *)base + at)));
+    __m256i half = _mm256_maskz_loadu_epi16(m, (const uint16_t *)base + at);
+    if (type == F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE __m512 load_all(int type, const void *base, ptrdiff_t at) {
+    if (type == F32) return _mm512_loadu_ps((const float *)base + at);
+    if (type == I8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)((const int8_t *)base + at))));
+    __m256i half = _mm256_loadu_si256((const void *)((const uint16_t *)base + at));
+    if (type == F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE void store(int type, void *base, ptrdiff_t at, __mmask16 m, __m512 v) {
+    if (type == F32) { _mm512_mask_storeu_ps((float *)base + at, m, v); return; }
+    __m256i half;
+    if (type == F16) half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    else { /* round to nearest even; NaN stays NaN */
+        __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+        half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    }
+    _mm256_mask_storeu_epi16((uint16_t *)base + at, m, half);
+}
+
+INLINE __mmask16 first(ptrdiff_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
+
+/* e^x to about 1e-7, 0 below -87: 2^i times a polynomial on [-ln2/2, ln2/2] */
+INLINE __m512 exp16(__m512 x) {
+    __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
+    x = _mm512_min_ps(_mm512_set1_ps(88.0f), x);
+    __m512 i = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(i, _mm512_set1_ps(0.693145752f), x);
+    r = _mm512_fnmadd_ps(i, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 5040);
+    const float c[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    for (int j = 0; j < 7; j++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c[j]));
+    return _mm512_maskz_scalef_ps((__mmask16)~tiny, p, i);
+}
+
+INLINE __m512 sigmoid(__m512 x) {
+    __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), x));
+    return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
+INLINE __m512 activate(int kind, __m512 x) {
+    if (kind == RELU) return _mm512_max_ps(_mm512_setzero_ps(), x); /* this order keeps a NaN of x */
+    if (kind == SILU) return _mm512_mul_ps(x, sigmoid(x));
+    if (kind == GELU_TANH) { /* x/2 (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) */
+        __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+        __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
+        return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(u, _mm512_set1_ps(1.59576912f))));
+    }
+    return x;
+}
+
+/* ---- products -------------------------------------------------------------------------------- */
+
+/* out[r][m] = w row r . x of token m, for R rows and M tokens */
+#define AHEAD 1536 /* bytes ahead of the loads of a row that it is prefetched */
+INLINE void dots(const int type, const int R, const int M, const void *w, ptrdiff_t k, const float *x, ptrdiff_t ldx,
+                 float out[4][4]) {
+    const ptrdiff_t size = type == F32 ? 4 : type == I8 ? 1 : 2, whole = k & ~(ptrdiff_t)15;
+    __m512 acc[4][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) acc[r][m] = _mm512_setzero_ps();
+    for (ptrdiff_t i = 0; i < whole; i += 16) {
+        __m512 row[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            if (type == F32 || (i & 31) == 0) _mm_prefetch((const char *)w + (r * k + i) * size + AHEAD, _MM_HINT_T0);
+            row[r] = load_all(type, w, r * k + i);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            __m512 v = _mm512_loadu_ps(x + m * ldx + i);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) acc[r][m] = _mm512_fmadd_ps(row[r], v, acc[r][m]);
+        }
+    }
+    if (whole < k) {
+        __mmask16 mask = first(k - whole);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            __m512 v = _mm512_maskz_loadu_ps(mask, x + m * ldx + whole);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) acc[r][m] = _mm512_fmadd_ps(load(type, w, r * k + whole, mask), v, acc[r][m]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) out[r][m] = _mm512_reduce_add_ps(acc[r][m]);
+}
+
+#define DOTS(TYPE, NAME)                                                                                          \
+    ISA static void NAME(int R, int M, const void *w, ptrdiff_t k, const float *x, ptrdiff_t ldx, float out[4][4]) { \
+        if (R < 4) { for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) {                                     \
+            float one[4][4];                                                                                       \
+            dots(TYPE, 1, 1, (const char *)w + r * k * (TYPE == F32 ? 4 : TYPE == I8 ? 1 : 2), k, x + m * ldx, ldx, one);   \
+            out[r][m] = one[0][0]; } }                                                                              \
+        else if (M == 1) dots(TYPE, 4, 1, w, k, x, ldx, out);                                                      \
+        else if (M == 2) dots(TYPE, 4, 2, w, k, x, ldx, out);                                                      \
+        else if (M == 3) dots(TYPE, 4, 3, w, k, x, ldx, out);                                                      \
+        else dots(TYPE, 4, 4, w, k, x, ldx, out);                                                                  \
+    }
+DOTS(F32, dots_f32)
+DOTS(BF16, dots_bf16)
+DOTS(F16, dots_f16)
+DOTS(I8, dots_i8)
+static void (*const DOTS_OF[])(int, int, const void *, ptrdiff_t, const float *, ptrdiff_t, float[4][4]) = {
+    dots_f32, dots_bf16, dots_f16, dots_i8};
+
+static const ptrdiff_t SIZE_OF[] = {4, 2, 2, 1};
+
+/* y = activation(x w^T + bias) + residual, rows [begin, end) of w */
+ISA static void linear(const Instr *in, const Step *step, ptrdiff_t begin, ptrdiff_t end) {
+    const float *x = in->x, *bias = in->bias, *residual = in->residual, *scale = in->scale;
+    float *y = in->y;
+    for (ptrdiff_t row = begin; row < end; row += 4) {
+        const int R = end - row < 4 ? (int)(end - row) : 4;
+        const __mmask16 mask = first(R);
+        const void *w = (const char *)in->w + row * in->k * SIZE_OF[in->wtype];
+        for (int m = 0; m < step->tokens; m += 4) {
+            float out[4][4];
+            const int M = step->tokens - m < 4 ? step->tokens - m : 4;
+            DOTS_OF[in->wtype](R, M, w, in->k, x + (ptrdiff_t)m * in->ldx, in->ldx, out);
+            for (int j = 0; j < M; j++) {
+                float one[16] = {0};
+                for (int r = 0; r < R; r++) {
+                    one[r] = out[r][j];
+                    if (scale) one[r] *= scale[row + r];
+                    if (bias) one[r] += bias[row + r];
+                }
+                ptrdiff_t at = (ptrdiff_t)(m + j) * in->n + row;
+                __m512 v = activate(in->kind, _mm512_loadu_ps(one));
+                if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, residual + at));
+                _mm512_mask_storeu_ps(y + at, mask, v);
+            }
+        }
+    }
+}
+
+/* ---- the next token without all of the head --------------------------------------------------- */
+
+ISA static float length(const float *x, ptrdiff_t k) {
+    __m512 sum = _mm512_setzero_ps();
+    for (ptrdiff_t i = 0; i < k; i += 16) {
+        __m512 v = _mm512_maskz_loadu_ps(first(k - i), x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    return sqrtf(_mm512_reduce_add_ps(sum)) * 1.00001f;
+}
+
+/* After `linear` over the int8 head: the largest lower bound of a logit among this thread's rows. */
+ISA static void screen(const Instr *in, const Step *step, int thread, ptrdiff_t begin, ptrdiff_t end) {
+    const float *error = in->bias;
+    for (int t = 0; t < step->tokens; t++) {
+        const float *approx = (const float *)in->y + (ptrdiff_t)t * in->n;
+        const __m512 size = _mm512_set1_ps(length((const float *)in->x + (ptrdiff_t)t * in->ldx, in->k));
+        __m512 best = _mm512_set1_ps(-INFINITY);
+        for (ptrdiff_t i = begin; i < end; i += 16) {
+            __mmask16 mask = first(end - i);
+            __m512 low = _mm512_fnmadd_ps(_mm512_maskz_loadu_ps(mask, error + i), size, _mm512_maskz_loadu_ps(mask, approx + i));
+            best = _mm512_mask_max_ps(best, mask, best, low);
+        }
+        step->best[thread * step->tokens + t] = _mm512_reduce_max_ps(best);
+    }
+}
+
+/* The logits that can be the largest, exactly. */
+ISA static void rescore(const Instr *in, const Step *step, int thread, int threads, ptrdiff_t begin, ptrdiff_t end) {
+    const float *error = in->bias;
+    float *exact = step->best + threads * step->tokens;
+    for (int t = 0; t < step->tokens; t++) {
+        const float *approx = (const float *)in->y + (ptrdiff_t)t * in->n, *x = (const float *)in->x + (ptrdiff_t)t * in->ldx;
+        const __m512 size = _mm512_set1_ps(length(x, in->k));
+        float low = -INFINITY, best = -INFINITY;
+        int32_t id = -1;
+        for (int i = 0; i < threads; i++) low = fmaxf(low, step->best[i * step->tokens + t]);
+        for (ptrdiff_t i = begin; i < end; i += 16) {
+            __mmask16 mask = first(end - i);
+            __m512 high = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, error + i), size, _mm512_maskz_loadu_ps(mask, approx + i));
+            /* not "less than": a NaN is a candidate, so that it is found */
+            uint32_t left = _mm512_mask_cmp_ps_mask(mask, high, _mm512_set1_ps(low), _CMP_NLT_UQ);
+            for (; left; left &= left - 1) {
+                ptrdiff_t row = i + __builtin_ctz(left);
+                float one[4][4];
+                DOTS_OF[in->wtype](1, 1, (const char *)in->w + row * in->k * SIZE_OF[in->wtype], in->k, x, in->ldx, one);
+                float logit = in->scale ? one[0][0] * ((const float *)in->scale)[row] : one[0][0];
+                if (in->residual) logit += ((const float *)in->residual)[row];
+                if (!(logit <= best)) { best = logit; id = (int32_t)row; }
+                if (logit != logit) { best = INFINITY; id = -1; }
+            }
+        }
+        exact[thread * step->tokens + t] = best;
+        step->best_id[thread * step->tokens + t] = id;
+    }
+}
+
+/* -1 where no logit is finite or one is not a number */
+static void pick(const Step *step, int threads) {
+    const float *exact = step->best + threads * step->tokens;
+    for (int t = 0; t < step->tokens; t++) {
+        float best = -INFINITY;
+        int32_t id = -1;
+        for (int i = 0; i < threads; i++)
+            if (exact[i * step->tokens + t] > best) {
+                best = exact[i * step->tokens + t];
+                id = step->best_id[i * step->tokens + t];
+            }
+        step->picked[t] = isfinite(best) ? id : -1;
+    }
+}
+
+/* ---- the rest --------------------------------------------------------------------------------- */
+
+ISA static void embedding(const Instr *in, const Step *step, int thread, int threads) {
+    for (int t = thread; t < step->tokens; t += threads) {
+        ptrdiff_t row = (ptrdiff_t)((in->kind ? step->positions : step->token_ids)[t] + in->offset) * in->n;
+        ptrdiff_t at = (ptrdiff_t)(step->positions[t] + in->offset2) * in->n;
+        for (ptrdiff_t i = 0; i < in->n; i += 16) {
+            __mmask16 mask = first(in->n - i);
+            __m512 v = load(in->wtype, in->w, row + i, mask);
+            if (in->residual) v = _mm512_add_ps(v, load(in->wtype, in->residual, at + i, mask));
+            _mm512_mask_storeu_ps((float *)in->y + (ptrdiff_t)t * in->n + i, mask, v);
+        }
+    }
+}
+
+/* y2 = x + residual where there is one; y = its norm */
+ISA static void norm(const Instr *in, const Step *step, int thread, int threads) {
+    const float *scale = in->scale, *shift = in->bias;
+    const ptrdiff_t n = in->n;
+    for (int t = thread; t < step->tokens; t += threads) {
+        const float *x = (const float *)in->x + t * n;
+        float *y = (float *)in->y + t * n;
+        if (in->residual) {
+            float *sum = (float *)in->y2 + t * n;
+            for (ptrdiff_t i = 0; i < n; i++) sum[i] = x[i] + ((const float *)in->residual)[t * n + i];
+            x = sum;
+        }
+        __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        for (ptrdiff_t i = 0; i < n; i += 16) total = _mm512_add_ps(total, _mm512_maskz_loadu_ps(first(n - i), x + i));
+        const float mean = in->kind == 0 ? _mm512_reduce_add_ps(total) / n : 0.0f;
+        for (ptrdiff_t i = 0; i < n; i += 16) {
+            __mmask16 mask = first(n - i);
+            __m512 d = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(mean));
+            squares = _mm512_fmadd_ps(d, d, squares);
+        }
+        const float factor = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / n + in->number);
+        for (ptrdiff_t i = 0; i < n; i++) {
+            float v = (x[i] - mean) * factor;
+            if (scale) v *= scale[i];
+            y[i] = shift ? v + shift[i] : v;
+        }
+    }
+}
+
+/* One token of one sequence and the query heads of one kv head, over the pages of its cache. */
+ISA static void attend(const Instr *in, const Step *step, int t, int kv, float *scores) {
+    const ptrdiff_t dim = in->dim, heads = in->n, kv_heads = in->k, token = kv_heads * dim, group = heads / kv_heads;
+    const ptrdiff_t length = step->kv_length[t];
+    const int32_t *pages = step->page_table + (ptrdiff_t)t * step->pages;
+    char *keys = (char *)in->scale, *values = (char *)in->residual;
+    ptrdiff_t last = length - 1;
+    ptrdiff_t slot = ((ptrdiff_t)pages[last / step->page_size] * step->page_size + last % step->page_size) * token + kv * dim;
+    for (ptrdiff_t i = 0; i < dim; i += 16) {
+        __mmask16 mask = first(dim - i);
+        store(in->wtype, keys, slot + i, mask, _mm512_maskz_loadu_ps(mask, (const float *)in->w + t * in->ld2 + kv * dim + i));
+        store(in->wtype, values, slot + i, mask, _mm512_maskz_loadu_ps(mask, (const float *)in->bias + t * in->ld2 + kv * dim + i));
+    }
+    for (ptrdiff_t head = kv * group; head < (kv + 1) * group; head++) {
+        const float *q = (const float *)in->x + t * in->ldx + head * dim;
+        float *y = (float *)in->y + (t * heads + head) * dim;
+        float top = -INFINITY;
+        for (ptrdiff_t begin = 0; begin < length; begin += step->page_size) {
+            ptrdiff_t count = length - begin < step->page_size ? length - begin : step->page_size;
+            ptrdiff_t base = (ptrdiff_t)pages[begin / step->page_size] * step->page_size * token + kv * dim;
+            for (ptrdiff_t j = 0; j < count; j++) {
+                __m512 sum = _mm512_setzero_ps();
+                for (ptrdiff_t i = 0; i < dim; i += 16) {
+                    __mmask16 mask = first(dim - i);
+                    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, q + i), load(in->wtype, keys, base + j * token + i, mask), sum);
+                }
+                float score = _mm512_reduce_add_ps(sum) * in->number;
+                scores[begin + j] = score;
+                top = score > top ? score : top;
+            }
+        }
+        __m512 total = _mm512_setzero_ps();
+        for (ptrdiff_t i = 0; i < length; i += 16) {
+            __mmask16 mask = first(length - i);
+            __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + i), _mm512_set1_ps(top)));
+            _mm512_mask_storeu_ps(scores + i, mask, e);
+            total = _mm512_mask_add_ps(total, mask, total, e);
+        }
+        const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+        for (ptrdiff_t i = 0; i < dim; i += 16) {
+            __mmask16 mask = first(dim - i);
+            __m512 sum = _mm512_setzero_ps(), other = _mm512_setzero_ps();
+            for (ptrdiff_t begin = 0; begin < length; begin += step->page_size) {
+                ptrdiff_t count = length - begin < step->page_size ? length - begin : step->page_size;
+                ptrdiff_t base = (ptrdiff_t)pages[begin / step->page_size] * step->page_size * token + kv * dim + i, j = 0;
+                for (; j + 1 < count; j += 2) {
+                    sum = _mm512_fmadd_ps(_mm512_set1_ps(scores[begin + j]), load(in->wtype, values, base + j * token, mask), sum);
+                    other = _mm512_fmadd_ps(_mm512_set1_ps(scores[begin + j + 1]),
+                                            load(in->wtype, values, base + (j + 1) * token, mask), other);
+                }
+                if (j < count)
+                    sum = _mm512_fmadd_ps(_mm512_set1_ps(scores[begin + j]), load(in->wtype, values, base + j * token, mask), sum);
+            }
+            _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(_mm512_add_ps(sum, other), share));
+        }
+    }
+}
+
+/* Halves of each head rotated against each other; w: the frequencies of a half. */
+static void rotary(const Instr *in, const Step *step, int thread, int threads) {
+    const int half = in->dim / 2, heads = in->n / in->dim;
+    for (int t = thread; t < step->tokens; t += threads)
+        for (int i = 0; i < half; i++) {
+            const float angle = (float)step->positions[t] * ((const float *)in->w)[i], c = cosf(angle), s = sinf(angle);
+            for (int head = 0; head < heads; head++) {
+                const float *x = (const float *)in->x + (ptrdiff_t)t * in->ldx + head * in->dim + i;
+                float *y = (float *)in->y + (ptrdiff_t)t * in->n + head * in->dim + i;
+                y[0] = x[0] * c - x[half] * s;
+                y[half] = x[half] * c + x[0] * s;
+            }
+        }
+}
+
+ISA static void elementwise(const Instr *in, ptrdiff_t begin, ptrdiff_t end) {
+    for (ptrdiff_t i = begin; i < end; i += 16) {
+        __mmask16 mask = first(end - i);
+        __m512 v = _mm512_maskz_loadu_ps(mask, (const float *)in->x + i);
+        if (in->op == ACTIVATION) v = activate(in->kind, v);
+        else {
+            __m512 other = _mm512_maskz_loadu_ps(mask, (const float *)in->w + i);
+            v = in->op == ADD ? _mm512_add_ps(v, other) : _mm512_mul_ps(v, other);
+        }
+        _mm512_mask_storeu_ps((float *)in->y + i, mask, v);
+    }
+}
+
+static void run_one(const Instr *in, const Step *step, int thread, int threads) {
+    const int flat = in->op == ACTIVATION || in->op == MULTIPLY || in->op == ADD;
+    const ptrdiff_t count = flat ? (ptrdiff_t)in->n * step->tokens : in->n;
+    const ptrdiff_t share = ((count + threads - 1) / threads + 15) & ~(ptrdiff_t)15;
+    ptrdiff_t begin = thread * share, end = begin + share;
+    begin = begin < count ? begin : count;
+    end = end < count ? end : count;
+    switch (in->op) {
+    case EMBEDDING: embedding(in, step, thread, threads); break;
+    case LINEAR: linear(in, step, begin, end); break;
+    case NORM: norm(in, step, thread, threads); break;
+    case ATTENTION:
+        for (int item = thread; item < step->tokens * in->k; item += threads)
+            attend(in, step, item / in->k, item % in->k, step->scratch + (ptrdiff_t)thread * step->max_len);
+        break;
+    case ROTARY: rotary(in, step, thread, threads); break;
+    case ACTIVATION: case MULTIPLY: case ADD: elementwise(in, begin, end); break;
+    case SCREEN: screen(in, step, thread, begin, end); break;
+    case RESCORE: rescore(in, step, thread, threads, begin, end); break;
+    case PICK: if (thread == 0) pick(step, threads); break;
+    }
+}
+
+int trtc_step_supported(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+}
+
+void trtc_step_run(const Instr *program, int count, const Step *step, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int thread = 0, team = 1;
+#ifdef _OPENMP
+        extern int omp_get_thread_num(void), omp_get_num_threads(void);
+        thread = omp_get_thread_num();
+        team = omp_get_num_threads();
+#endif
+        for (int i = 0; i < count; i++) {
+            run_one(program + i, step, thread, team);
+#pragma omp barrier
+        }
+    }
+}
