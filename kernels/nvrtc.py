@@ -244,9 +244,11 @@ def _compile(
 
 
 def _read_bytes(program: Any, size_of: Any, read: Any) -> bytes:
-    buffer = b" " * int(_check(size_of(program)))
+    size = int(_check(size_of(program)))
+    # One byte more: `b" " * 1` would be the interpreter's own object for that byte, and NVRTC writes an empty log into it.
+    buffer = b" " * (size + 1)
     _check(read(program, buffer))
-    return buffer
+    return buffer[:size]
 
 
 def _read_text(program: Any, size_of: Any, read: Any) -> str:
