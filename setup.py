@@ -80,6 +80,7 @@ setup(
         "mpi": MPI,
         "serve": SERVE,
         "eval": EVAL,
+        "bench": ["ctranslate2>=4.8"],  # the peer of trtc.bench.cpu
         "lm-eval": [
             "lm-eval>=0.4.13,<0.5",
             "aiohttp>=3.9",

@@ -29,8 +29,10 @@ class Screen:
             scale = wide.abs().amax(1).div_(127.0).clamp_(min=torch.finfo(torch.float32).tiny)
             rows = torch.div(wide, scale[:, None]).round_()
             error = torch.addcmul(wide, rows, scale[:, None], value=-1.0).norm(dim=1)
-            # Sums in float32 differ from exact ones by a few units for each of the width / 16 terms of a lane.
-            rounding = (width / 16 + 32) * 2.0**-23 * (wide.norm(dim=1) + error)
+            # Sums in float32 differ from exact ones by a few units for each of the width / 16 terms of a lane, and the
+            # hidden state is rounded to steps of its largest value / limit: by half a step in each column.
+            limit = min(32767.0, (2.0**31 - 1) / (127 * (width // 16 + 2)) - 1)
+            rounding = ((width / 16 + 32) * 2.0**-23 + 0.51 * width**0.5 / limit) * (wide.norm(dim=1) + error)
             self._rows[part], self._scale[part], self._error[part] = rows, scale, error + rounding
 
     def instructions(self, head: Instruction) -> list[Instruction]:

@@ -89,6 +89,8 @@ class DecodeStep:
         self._best = torch.empty(2, self._threads, max_tokens)
         self._best_id = torch.empty(self._threads, max_tokens, dtype=torch.int32)
         self._picked = torch.empty(max_tokens, dtype=torch.int32)
+        widest = -(-max((i.k for i in instructions if i.op == Op.LINEAR), default=0) // 32) * 32
+        self._narrow = torch.empty(self._threads, max_tokens, widest, dtype=torch.int16)
         self._step = cpu_step.Step(
             page_size=cache[0][0].shape[1],
             max_len=max_len,
@@ -96,6 +98,8 @@ class DecodeStep:
             best=self._best.data_ptr(),
             best_id=self._best_id.data_ptr(),
             picked=self._picked.data_ptr(),
+            narrow=self._narrow.data_ptr(),
+            narrow_k=widest,
         )
 
     def fits(self, inputs: Mapping[str, torch.Tensor]) -> bool:
@@ -145,7 +149,8 @@ class _Compiler:
         result = self.values[graph.outputs[0]]
         if not result.whole:
             raise Unsupported("the output is part of a register")
-        if last.op == Op.LINEAR and last.y == result.pointer and not last.kind and not last.residual:
+        plain = last.op == Op.LINEAR and not (last.kind or last.residual or last.scale)
+        if plain and last.y == result.pointer:
             self.head = next(w for w in weights.values() if w.data_ptr() == last.w and len(w) == last.n)
 
     def _compile(self, node: Node) -> None:
@@ -264,6 +269,24 @@ class _Compiler:
         self._emit(
             Op.LINEAR, kind=cpu_step.ACTIVATION_KINDS[activation], wtype=kind, n=out.width, k=x.width, ldx=x.stride,
             x=x.pointer, w=weight, bias=self._vector(node, 2), residual=residual, y=out.pointer,
+        )  # fmt: skip
+
+    def _quantized_linear(self, node: Node) -> None:
+        """int8 rows with one scale each."""
+        x = self._value(node, 0, whole=False)
+        rows, scale, zero = (self._weight(node, i) for i in (1, 2, 3))
+        activation = node.attrs.get("activation")
+        assert rows is not None and scale is not None
+        if rows.dtype is not torch.int8 or scale.dim() != 1 or zero is not None or not rows.is_contiguous():
+            raise Unsupported(f"quantized_linear '{node.name}': {rows.dtype}, scales {list(scale.shape)}")
+        if activation not in cpu_step.ACTIVATION_KINDS or "norm" in node.attrs:
+            raise Unsupported(f"quantized_linear '{node.name}': {dict(node.attrs)}")
+        residual = self._value(node, 5).pointer if len(node.inputs) > 5 and node.inputs[5] else None
+        out = self._new(node)
+        self._emit(
+            Op.LINEAR, kind=cpu_step.ACTIVATION_KINDS[activation], wtype=cpu_step.WEIGHT_TYPES["int8"], n=out.width,
+            k=x.width, ldx=x.stride, x=x.pointer, w=rows.data_ptr(), scale=self._vector(node, 2),
+            bias=self._vector(node, 4), residual=residual, y=out.pointer,
         )  # fmt: skip
 
     def _norm(self, node: Node, kind: str, *, add: bool) -> None:

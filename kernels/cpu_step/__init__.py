@@ -50,7 +50,9 @@ class Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("tokens", "pages", "page_size", "max_len")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "kv_length", "page_table")),
-        *((name, ctypes.c_void_p) for name in ("scratch", "best", "best_id", "picked")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "best", "best_id", "picked", "narrow")),
+        ("narrow_k", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
     )
 
 

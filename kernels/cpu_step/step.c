@@ -34,6 +34,8 @@ typedef struct {
     float *scratch;             /* per thread max_len floats */
     float *best;                /* per thread and token: bound, then best logit */
     int32_t *best_id, *picked;
+    int16_t *narrow;            /* per thread tokens x narrow_k: activations for int8 weights */
+    int32_t narrow_k, unused;
 } Step;
 
 /* ---- vectors of 16 --------------------------------------------------------------------------- */
@@ -102,89 +104,161 @@ INLINE __m512 activate(int kind, __m512 x) {
 
 /* ---- products -------------------------------------------------------------------------------- */
 
-/* out[r][m] = w row r . x of token m, for R rows and M tokens */
-#define AHEAD 1536 /* bytes ahead of the loads of a row that it is prefetched */
-INLINE void dots(const int type, const int R, const int M, const void *w, ptrdiff_t k, const float *x, ptrdiff_t ldx,
-                 float out[4][4]) {
-    const ptrdiff_t size = type == F32 ? 4 : type == I8 ? 1 : 2, whole = k & ~(ptrdiff_t)15;
+/* the sums of four vectors' elements */
+INLINE __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* out[m][r] = row r of w . x of token m, for four rows and M tokens; rows past the last one repeat it */
+INLINE void dots(const int type, const int M, const char *const rows[4], ptrdiff_t k, const float *x, ptrdiff_t ldx,
+                 __m128 out[4]) {
+    const ptrdiff_t size = type == F32 ? 4 : type == I8 ? 1 : 2, line = 64 / size, whole = k & ~(ptrdiff_t)15;
+    /* Bytes ahead of a row's loads that it is prefetched: the row of the next four where that is near, as rows of a few
+       kilobytes end before a processor's own prefetcher has caught up with them. */
+    const ptrdiff_t ahead = 4 * k * size <= 16384 ? rows[3] - rows[0] + k * size : 1024;
     __m512 acc[4][4];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < 4; r++)
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) acc[r][m] = _mm512_setzero_ps();
-    for (ptrdiff_t i = 0; i < whole; i += 16) {
-        __m512 row[4];
+#define PRODUCT(AT)                                                                                                    \
+    do {                                                                                                               \
+        __m512 row[4];                                                                                                 \
+        _Pragma("GCC unroll 4") for (int r = 0; r < 4; r++) row[r] = load_all(type, rows[r], (AT));                    \
+        _Pragma("GCC unroll 4") for (int m = 0; m < M; m++) {                                                          \
+            __m512 v = _mm512_loadu_ps(x + m * ldx + (AT));                                                            \
+            _Pragma("GCC unroll 4") for (int r = 0; r < 4; r++) acc[r][m] = _mm512_fmadd_ps(row[r], v, acc[r][m]);     \
+        }                                                                                                              \
+    } while (0)
+    ptrdiff_t i = 0;
+    for (; i + line <= whole; i += line) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            if (type == F32 || (i & 31) == 0) _mm_prefetch((const char *)w + (r * k + i) * size + AHEAD, _MM_HINT_T0);
-            row[r] = load_all(type, w, r * k + i);
-        }
+        for (int r = 0; r < 4; r++) _mm_prefetch(rows[r] + i * size + ahead, _MM_HINT_T0);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; m++) {
-            __m512 v = _mm512_loadu_ps(x + m * ldx + i);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) acc[r][m] = _mm512_fmadd_ps(row[r], v, acc[r][m]);
-        }
+        for (ptrdiff_t j = 0; j < line; j += 16) PRODUCT(i + j);
     }
+    for (; i < whole; i += 16) PRODUCT(i);
+#undef PRODUCT
     if (whole < k) {
         __mmask16 mask = first(k - whole);
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {
             __m512 v = _mm512_maskz_loadu_ps(mask, x + m * ldx + whole);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) acc[r][m] = _mm512_fmadd_ps(load(type, w, r * k + whole, mask), v, acc[r][m]);
+            for (int r = 0; r < 4; r++) acc[r][m] = _mm512_fmadd_ps(load(type, rows[r], whole, mask), v, acc[r][m]);
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int m = 0; m < M; m++) out[r][m] = _mm512_reduce_add_ps(acc[r][m]);
+    for (int m = 0; m < M; m++) out[m] = sums(acc[0][m], acc[1][m], acc[2][m], acc[3][m]);
 }
 
-#define DOTS(TYPE, NAME)                                                                                          \
-    ISA static void NAME(int R, int M, const void *w, ptrdiff_t k, const float *x, ptrdiff_t ldx, float out[4][4]) { \
-        if (R < 4) { for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) {                                     \
-            float one[4][4];                                                                                       \
-            dots(TYPE, 1, 1, (const char *)w + r * k * (TYPE == F32 ? 4 : TYPE == I8 ? 1 : 2), k, x + m * ldx, ldx, one);   \
-            out[r][m] = one[0][0]; } }                                                                              \
-        else if (M == 1) dots(TYPE, 4, 1, w, k, x, ldx, out);                                                      \
-        else if (M == 2) dots(TYPE, 4, 2, w, k, x, ldx, out);                                                      \
-        else if (M == 3) dots(TYPE, 4, 3, w, k, x, ldx, out);                                                      \
-        else dots(TYPE, 4, 4, w, k, x, ldx, out);                                                                  \
+typedef void Dots(int M, const char *const rows[4], ptrdiff_t k, const float *x, ptrdiff_t ldx, __m128 out[4]);
+#define DOTS(TYPE, NAME)                                                                                               \
+    ISA static void NAME(int M, const char *const rows[4], ptrdiff_t k, const float *x, ptrdiff_t ldx, __m128 out[4]) { \
+        if (M == 1) dots(TYPE, 1, rows, k, x, ldx, out);                                                               \
+        else if (M == 2) dots(TYPE, 2, rows, k, x, ldx, out);                                                          \
+        else if (M == 3) dots(TYPE, 3, rows, k, x, ldx, out);                                                          \
+        else dots(TYPE, 4, rows, k, x, ldx, out);                                                                      \
     }
 DOTS(F32, dots_f32)
 DOTS(BF16, dots_bf16)
 DOTS(F16, dots_f16)
-DOTS(I8, dots_i8)
-static void (*const DOTS_OF[])(int, int, const void *, ptrdiff_t, const float *, ptrdiff_t, float[4][4]) = {
-    dots_f32, dots_bf16, dots_f16, dots_i8};
+static Dots *const DOTS_OF[] = {dots_f32, dots_bf16, dots_f16, 0};
 
 static const ptrdiff_t SIZE_OF[] = {4, 2, 2, 1};
 
-/* y = activation(x w^T + bias) + residual, rows [begin, end) of w */
-ISA static void linear(const Instr *in, const Step *step, ptrdiff_t begin, ptrdiff_t end) {
-    const float *x = in->x, *bias = in->bias, *residual = in->residual, *scale = in->scale;
-    float *y = in->y;
+/* The same for int8 rows and activations in int16: integers are multiplied two at a time and summed exactly. */
+INLINE void dots_narrow(const int M, const char *const rows[4], ptrdiff_t k, const int16_t *x, ptrdiff_t ldx, __m128 out[4]) {
+    __m512i acc[4][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) acc[r][m] = _mm512_setzero_si512();
+    const ptrdiff_t ahead = 4 * k <= 16384 ? rows[3] - rows[0] + k : 1024;
+    for (ptrdiff_t i = 0; i < k; i += 32) {
+        const __mmask32 mask = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1;
+        __m512i row[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            if ((i & 32) == 0) _mm_prefetch(rows[r] + i + ahead, _MM_HINT_T0);
+            row[r] = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, rows[r] + i));
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            __m512i v = _mm512_loadu_si512(x + m * ldx + i); /* zeros behind k */
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) acc[r][m] = _mm512_add_epi32(acc[r][m], _mm512_madd_epi16(row[r], v));
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+        out[m] = sums(_mm512_cvtepi32_ps(acc[0][m]), _mm512_cvtepi32_ps(acc[1][m]), _mm512_cvtepi32_ps(acc[2][m]),
+                      _mm512_cvtepi32_ps(acc[3][m]));
+}
+
+ISA static void dots_i8(int M, const char *const rows[4], ptrdiff_t k, const int16_t *x, ptrdiff_t ldx, __m128 out[4]) {
+    if (M == 1) dots_narrow(1, rows, k, x, ldx, out);
+    else if (M == 2) dots_narrow(2, rows, k, x, ldx, out);
+    else if (M == 3) dots_narrow(3, rows, k, x, ldx, out);
+    else dots_narrow(4, rows, k, x, ldx, out);
+}
+
+/* x in steps of the result, with zeros up to a multiple of 32. A lane sums k / 16 products of at most 127 * limit, which must
+   fit 31 bits. Values that are not finite make the step one that is not. */
+ISA static float narrow(const float *x, ptrdiff_t k, int16_t *y) {
+    const float room = 2147483647.0f / (127.0f * (float)(k / 16 + 2)), limit = room < 32767.0f ? floorf(room) : 32767.0f;
+    __m512 top = _mm512_setzero_ps(), bad = _mm512_setzero_ps();
+    for (ptrdiff_t i = 0; i < k; i += 16) {
+        __m512 v = _mm512_maskz_loadu_ps(first(k - i), x + i);
+        top = _mm512_max_ps(top, _mm512_abs_ps(v));
+        bad = _mm512_fmadd_ps(v, _mm512_setzero_ps(), bad);
+    }
+    const float size = _mm512_reduce_max_ps(top), step = size / limit, inverse = size > 0 ? limit / size : 0.0f;
+    for (ptrdiff_t i = 0; i < ((k + 31) & ~(ptrdiff_t)31); i += 16) {
+        __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(i < k ? first(k - i) : 0, x + i), _mm512_set1_ps(inverse));
+        _mm256_storeu_si256((void *)(y + i), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+    }
+    return step + _mm512_reduce_add_ps(bad);
+}
+
+/* rows row .. row + count - 1 of token t: y = activation(v * scale + bias) + residual */
+INLINE void finish(const Instr *in, ptrdiff_t t, ptrdiff_t row, ptrdiff_t count, __m128 v) {
+    const __mmask8 mask = (__mmask8)((1 << count) - 1);
+    const ptrdiff_t at = t * in->n + row;
+    if (in->scale) v = _mm_mul_ps(v, _mm_maskz_loadu_ps(mask, (const float *)in->scale + row));
+    if (in->bias) v = _mm_add_ps(v, _mm_maskz_loadu_ps(mask, (const float *)in->bias + row));
+    if (in->kind == RELU) v = _mm_max_ps(_mm_setzero_ps(), v); /* this order keeps a NaN */
+    else if (in->kind) v = _mm512_castps512_ps128(activate(in->kind, _mm512_castps128_ps512(v)));
+    if (in->residual) v = _mm_add_ps(v, _mm_maskz_loadu_ps(mask, (const float *)in->residual + at));
+    _mm_mask_storeu_ps((float *)in->y + at, mask, v);
+}
+
+/* y = activation(x w^T * scale + bias) + residual, rows [begin, end) of w */
+ISA static void linear(const Instr *in, const Step *step, int thread, ptrdiff_t begin, ptrdiff_t end) {
+    const float *x = in->x;
+    const ptrdiff_t bytes = in->k * SIZE_OF[in->wtype], width = step->narrow_k;
+    int16_t *small = step->narrow + (ptrdiff_t)thread * step->tokens * width;
+    float steps[step->tokens];
+    if (in->wtype == I8 && begin < end)
+        for (int t = 0; t < step->tokens; t++) steps[t] = narrow(x + (ptrdiff_t)t * in->ldx, in->k, small + t * width);
     for (ptrdiff_t row = begin; row < end; row += 4) {
-        const int R = end - row < 4 ? (int)(end - row) : 4;
-        const __mmask16 mask = first(R);
-        const void *w = (const char *)in->w + row * in->k * SIZE_OF[in->wtype];
-        for (int m = 0; m < step->tokens; m += 4) {
-            float out[4][4];
-            const int M = step->tokens - m < 4 ? step->tokens - m : 4;
-            DOTS_OF[in->wtype](R, M, w, in->k, x + (ptrdiff_t)m * in->ldx, in->ldx, out);
-            for (int j = 0; j < M; j++) {
-                float one[16] = {0};
-                for (int r = 0; r < R; r++) {
-                    one[r] = out[r][j];
-                    if (scale) one[r] *= scale[row + r];
-                    if (bias) one[r] += bias[row + r];
-                }
-                ptrdiff_t at = (ptrdiff_t)(m + j) * in->n + row;
-                __m512 v = activate(in->kind, _mm512_loadu_ps(one));
-                if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, residual + at));
-                _mm512_mask_storeu_ps(y + at, mask, v);
-            }
+        const ptrdiff_t count = end - row < 4 ? end - row : 4;
+        const char *rows[4];
+        for (int r = 0; r < 4; r++) rows[r] = (const char *)in->w + (row + (r < count ? r : count - 1)) * bytes;
+        for (int t = 0; t < step->tokens; t += 4) {
+            const int M = step->tokens - t < 4 ? step->tokens - t : 4;
+            __m128 out[4];
+            if (in->wtype == I8) {
+                dots_i8(M, rows, in->k, small + t * width, width, out);
+                for (int m = 0; m < M; m++) out[m] = _mm_mul_ps(out[m], _mm_set1_ps(steps[t + m]));
+            } else DOTS_OF[in->wtype](M, rows, in->k, x + (ptrdiff_t)t * in->ldx, in->ldx, out);
+            for (int m = 0; m < M; m++) finish(in, t + m, row, count, out[m]);
         }
     }
 }
@@ -233,9 +307,10 @@ ISA static void rescore(const Instr *in, const Step *step, int thread, int threa
             uint32_t left = _mm512_mask_cmp_ps_mask(mask, high, _mm512_set1_ps(low), _CMP_NLT_UQ);
             for (; left; left &= left - 1) {
                 ptrdiff_t row = i + __builtin_ctz(left);
-                float one[4][4];
-                DOTS_OF[in->wtype](1, 1, (const char *)in->w + row * in->k * SIZE_OF[in->wtype], in->k, x, in->ldx, one);
-                float logit = in->scale ? one[0][0] * ((const float *)in->scale)[row] : one[0][0];
+                const char *w = (const char *)in->w + row * in->k * SIZE_OF[in->wtype], *rows[4] = {w, w, w, w};
+                __m128 out[4];
+                DOTS_OF[in->wtype](1, rows, in->k, x, in->ldx, out);
+                float logit = _mm_cvtss_f32(out[0]);
                 if (in->residual) logit += ((const float *)in->residual)[row];
                 if (!(logit <= best)) { best = logit; id = (int32_t)row; }
                 if (logit != logit) { best = INFINITY; id = -1; }
@@ -400,7 +475,7 @@ static void run_one(const Instr *in, const Step *step, int thread, int threads) 
     end = end < count ? end : count;
     switch (in->op) {
     case EMBEDDING: embedding(in, step, thread, threads); break;
-    case LINEAR: linear(in, step, begin, end); break;
+    case LINEAR: linear(in, step, thread, begin, end); break;
     case NORM: norm(in, step, thread, threads); break;
     case ATTENTION:
         for (int item = thread; item < step->tokens * in->k; item += threads)

@@ -157,6 +157,28 @@ def test_the_screened_head_finds_the_best_of_rows_that_differ_little(
 
 
 @needs_kernels
+@pytest.mark.parametrize(("rows", "columns"), [(7, 40), (130, 768), (5, 20000)])
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_int8_products_are_those_of_the_dequantized_weight(count: int, rows: int, columns: int) -> None:
+    """Weights at both ends of int8, so that a sum that leaves 32 bits shows. Oracle: float64."""
+    random = torch.Generator().manual_seed(3)
+    weight = torch.randint(-127, 128, (rows, columns), generator=random, dtype=torch.int8)
+    weight[0] = 127
+    scale, bias = torch.rand(rows, generator=random), torch.randn(rows, generator=random)
+    x, y = torch.randn(count, columns, generator=random), torch.full((count, rows), float("nan"))
+    x[-1] = x[-1].abs().amax()
+    narrow = torch.empty(2, count, -(-columns // 32) * 32, dtype=torch.int16)
+    one = cpu_step.Instruction(
+        op=cpu_step.Op.LINEAR, wtype=cpu_step.WEIGHT_TYPES["int8"], n=rows, k=columns, ldx=columns, x=x.data_ptr(),
+        w=weight.data_ptr(), scale=scale.data_ptr(), bias=bias.data_ptr(), y=y.data_ptr(),
+    )  # fmt: skip
+    step = cpu_step.Step(tokens=count, narrow=narrow.data_ptr(), narrow_k=narrow.shape[2])
+    cpu_step.run((cpu_step.Instruction * 1)(one), step, 2)
+    expected = (x.double() @ weight.double().t()) * scale.double() + bias.double()
+    assert max_error(y, expected) <= 1e-3 * float(expected.abs().max())
+
+
+@needs_kernels
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_screened_head_reports_logits_that_are_not_finite(bad: float) -> None:
     program = HeadOnly(torch.ones(40, 32))
