@@ -17,6 +17,7 @@ from ..core.targets.base import CacheShape
 from ..core.targets.cpu import CpuProgram, allocate_cache
 from ..core.targets.cpu_step import DecodeLimits, Unsupported
 from .cache_size import cache_pages
+from .cpu_threads import limit_threads
 from .engine_limits import EngineLimits
 from .step_input import Int32Array, StepInput
 
@@ -34,6 +35,7 @@ class CpuExecutor(EngineLimits):
         communicator: Communicator | None = None,
     ) -> None:
         assert len(engine.ranks) == 1 or communicator is not None, "ranks that cannot talk to each other"
+        limit_threads()
         part = engine.ranks[rank]
         shapes = [CacheShape.of(one.graph, engine.build.page_size) for one in engine.ranks]
         largest = max(shapes, key=lambda shape: shape.bytes_per_page)  # every rank has equally many pages
