@@ -42,7 +42,7 @@ def add_model_source(parser: argparse.ArgumentParser) -> None:
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N",
-                        help="threads that read, convert and write (default: %(default)s)")  # fmt: skip
+                        help="threads that read, convert and write, ranks built at once (default: %(default)s)")  # fmt: skip
 
 
 def add_kv_cache(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
@@ -85,7 +85,8 @@ def build_engine(
     """Writes the engine of `source` to the folder `output_dir`, which appears complete or not at all.
 
     text_files: folder with tokenizer files to take along.
-    workers: threads that make weights; memory grows by about one weight for each.
+    workers: threads that make weights, and ranks that the target compiles side by side; memory grows by about one weight
+        for each, and where a target puts weights into what it compiles, by the weights of a rank.
     progress: called from this thread after every weight.
     Raises TrtcError (ConfigError, BuildError, CheckpointError, GraphError) naming what does not fit.
     """
@@ -96,41 +97,63 @@ def build_engine(
     plans = [plan(family, model, source, build, rank) for rank in range(build.num_ranks)]
     with atomic_directory(output_dir, is_engine, seal=DESCRIPTION) as folder:
         parts = [
-            _build_rank(target, one, source, build, folder, rank, workers, progress)
-            for rank, one in enumerate(plans)
+            part
+            for first in range(0, len(plans), workers)
+            for part in _build_ranks(target, plans, first, source, build, folder, workers, progress)
         ]
         if text_files is not None:
             copy_text_files(text_files, folder)
         write_description(folder, describe(folder, model, build, parts, workers))
 
 
-def _build_rank(
+def _build_ranks(
     target: Target,
-    planned: Partition,
+    plans: Sequence[Partition],
+    first: int,
     source: WeightSource,
     build: BuildConfig,
     folder: Path,
+    workers: int,
+    progress: Progress | None,
+) -> list[RankPart]:
+    """The next `workers` ranks from `first` on: their weights one after the other, then the target for all at once."""
+    ranks = range(first, min(first + workers, len(plans)))
+    with ExitStack() as stack:
+        homes = []
+        for rank in ranks:
+            home = folder
+            if target.embeds_weights:  # the files are needed only until the target has read them
+                home = Path(stack.enter_context(TemporaryDirectory(prefix="weights-", dir=folder)))
+            homes.append((home, _write_rank(plans[rank], source, home, rank, workers, progress)))
+
+        def compiled(rank: int) -> RankPart:
+            home, files = homes[rank - first]
+            graph, weights = plans[rank].graph, map_files(home / name for name in files)
+            artifacts = target.compile(graph, build, folder, rank, weights)
+            return RankPart(graph, () if target.embeds_weights else files, artifacts)
+
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(compiled, ranks))
+
+
+def _write_rank(
+    planned: Partition,
+    source: WeightSource,
+    home: Path,
     rank: int,
     workers: int,
     progress: Progress | None,
-) -> RankPart:
+) -> tuple[str, ...]:
+    """Writes the weights of a rank; the names of their files."""
     specs = {node.name: node.outputs[0] for node in planned.graph.weights}
     files = {f"rank{rank}-{n}.safetensors": names for n, names in enumerate(_file_contents(specs))}
-    with ExitStack() as stack:
-        home = folder
-        if target.embeds_weights:  # the files are needed only until the target has read them
-            home = Path(stack.enter_context(TemporaryDirectory(prefix="weights-", dir=folder)))
-        with ExitStack() as writing:
-            writers: dict[str, SafetensorsWriter] = {}
-            for name, tensors in files.items():
-                layout = {tensor: (specs[tensor].dtype, _sizes(specs[tensor])) for tensor in tensors}
-                writers |= dict.fromkeys(
-                    tensors, writing.enter_context(SafetensorsWriter(home / name, layout))
-                )
-            _write_weights(planned, source, writers, rank, workers, progress)
-        weights = map_files(home / name for name in files)
-        artifacts = target.compile(planned.graph, build, folder, rank, weights)
-    return RankPart(planned.graph, () if target.embeds_weights else tuple(files), artifacts)
+    with ExitStack() as writing:
+        writers: dict[str, SafetensorsWriter] = {}
+        for name, tensors in files.items():
+            layout = {tensor: (specs[tensor].dtype, _sizes(specs[tensor])) for tensor in tensors}
+            writers |= dict.fromkeys(tensors, writing.enter_context(SafetensorsWriter(home / name, layout)))
+        _write_weights(planned, source, writers, rank, workers, progress)
+    return tuple(files)
 
 
 def _write_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from trtc.cli.main import main
 from trtc.core.engine import Engine
 from trtc.core.sharding import ShardingOptions
+from trtc.core.targets.tensorrt import TARGET
 from trtc.core.targets.tensorrt.flavour import find_flavour
 from trtc.core.targets.tensorrt.lower import LoweringOptions, lower_graph
 from trtc.tests.core.targets.tensorrt_opt import CAPACITY, Session, ranks_of
@@ -102,6 +104,29 @@ def test_ranks_of_a_build_together_compute_what_one_does(
         found, expected = sharded.step(new), alone.step(new)
         assert max_error(found, expected) <= LOGITS_FLOAT32_ABS
         assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def test_workers_build_ranks_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two workers, neither of two ranks is compiled before the other has begun; with one, they follow each other."""
+    running, most = set[int](), list[int]()
+    together = threading.Barrier(2, timeout=30)
+
+    def compile_rank(
+        graph: object, build: object, directory: Path, rank: int, weights: object
+    ) -> dict[str, object]:
+        running.add(rank)
+        if parallel:
+            together.wait()
+        most.append(len(running))
+        running.discard(rank)
+        (directory / f"rank{rank}.plan").write_bytes(b"plan")
+        return {"plan": f"rank{rank}.plan"}
+
+    monkeypatch.setattr(TARGET, "compile", compile_rank)
+    for workers, parallel in (("2", True), ("1", False)):
+        most.clear()
+        build(tmp_path, "pre_norm", "--dtype", "float32", "--tp_size", "2", "--workers", workers)
+        assert max(most) == (2 if parallel else 1)
 
 
 @pytest.mark.parametrize(
