@@ -33,7 +33,7 @@ class PaddedBatch:
     """One execution of the plan, over the KV rows first_row ... first_row + B - 1.
 
     token_ids, positions: [B, S] int32    past_length: [B] int32    logits_index: [R] int32, of the flattened [B * S]
-    results: [R] where in the step's logits these rows belong
+    results: where in the step's logits the first of these R rows belong; the others are not wanted
     """
 
     profile: str
@@ -142,10 +142,11 @@ class StepPadder:
             yield _Piece(slot, length - (stop - first), step.token_ids[first:last], wanted)
 
     def _decode(self, pieces: Sequence[_Piece]) -> Iterator[PaddedBatch]:
-        """One batch from row 0 to the last row that decodes: sizes repeat from step to step."""
+        """One batch from row 0 on, to the last row that decodes and then to a power of two: few shapes, that repeat."""
         by_slot = {piece.slot: piece for piece in pieces}
-        run = [by_slot.get(slot) or self._idle(slot) for slot in range(max(by_slot) + 1)]
-        assert len(run) <= self._limits.decode_rows
+        rows = min(1 << max(by_slot).bit_length(), len(self._lengths))
+        assert rows <= self._limits.decode_rows
+        run = [by_slot.get(slot) or self._idle(slot) for slot in range(rows)]
         yield from self._padded(DECODE, 0, run)
 
     def _idle(self, slot: int) -> _Piece:
@@ -183,6 +184,10 @@ class StepPadder:
         limit = self._limits.decode_rows if profile == DECODE else self._limits.prefill_rows
         for first in range(0, max(len(wanted), 1), limit):
             part = wanted[first : first + limit]
-            index = np.array([row for row, _ in part] or [0], np.int32)
+            count = (
+                len(run) if profile == DECODE else max(len(part), 1)
+            )  # of a decode always as many, to repeat
+            index = np.zeros(count, np.int32)
+            index[: len(part)] = [row for row, _ in part]
             results = np.array([result for _, result in part], np.int32)
             yield PaddedBatch(profile, first_row, token_ids, positions, past, index, results)

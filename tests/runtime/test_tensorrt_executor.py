@@ -154,10 +154,10 @@ def test_decodes_run_from_row_0_and_idle_rows_write_behind_their_sequence() -> N
     list(padder.batches(step_of((1, 0, [5, 6, 7]), wanted=[])))
     (batch,) = padder.batches(step_of((2, 9, [8]), (0, 3, [4]), wanted=[0, 1]))
     assert (batch.profile, batch.first_row) == ("decode", 0)
-    assert batch.token_ids.tolist() == [[4], [0], [8]]
-    assert batch.past_length.tolist() == [3, 3, 9]
-    assert batch.positions.tolist() == [[3], [3], [9]]
-    assert batch.logits_index.tolist() == [0, 2]
+    assert batch.token_ids.tolist() == [[4], [0], [8], [0]]
+    assert batch.past_length.tolist() == [3, 3, 9, 0]
+    assert batch.positions.tolist() == [[3], [3], [9], [0]]
+    assert batch.logits_index.tolist() == [0, 2, 0, 0]
     assert batch.results.tolist() == [1, 0]
 
 
@@ -166,6 +166,17 @@ def test_a_row_that_is_full_belongs_to_nobody() -> None:
     list(padder.batches(step_of((0, 15, [1]), wanted=[0])))
     (batch,) = padder.batches(step_of((1, 2, [7]), wanted=[0]))
     assert batch.past_length.tolist() == [0, 2]
+
+
+def test_decode_batches_have_few_sizes() -> None:
+    """Powers of two, or all rows: every size has an execution context and a CUDA graph of its own."""
+    wide = Limits(decode_rows=6, prefill_rows=2, prefill_tokens=4, capacity=16)
+    sizes = [
+        (len(batch.past_length), len(batch.logits_index))
+        for slot in range(6)
+        for batch in StepPadder(wide, 6).batches(step_of((slot, 1, [7]), wanted=[0]))
+    ]
+    assert sizes == [(1, 1), (2, 2), (4, 4), (4, 4), (6, 6), (6, 6)]
 
 
 def test_prompts_run_with_neighbours_that_fit() -> None:
