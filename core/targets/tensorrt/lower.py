@@ -17,14 +17,11 @@ from ...errors import BuildError
 from ...graph import Graph, Node
 from ...spec import TensorSpec
 from .attention import FUSED_OR_NOT, Attend, NativeAttention, PaddedBatch
+from .collectives import ALL_GATHER, ALL_REDUCE, collective
 from .flavour import Flavour
 from .network import ITensor, Network
 from .packed import PackedBatch
 from .quantized import lower_dequantize
-
-ALL_REDUCE, ALL_GATHER = "all_reduce_sum", "all_gather"
-"""Metadata of collective layers: the bindings do not tell afterwards what a collective does."""
-
 
 Result = Sequence[ITensor]
 PluginLowering = Callable[[Any, Node, Sequence[Any]], Result]
@@ -365,27 +362,14 @@ def _select_rows(low: Lowering, node: Node) -> Result:
     return (low.network.gather(low.value(node, 0), low.value(node, 1), node.name),)
 
 
-def _collective(low: Lowering, x: ITensor, kind: str, tp_size: int, name: str) -> ITensor:
-    """A collective of the ranks 0..tp_size - 1 of the communicator that the runtime sets."""
-    trt = low.network.trt
-    operation, reduction = {
-        ALL_REDUCE: (trt.CollectiveOperation.ALL_REDUCE, trt.ReduceOperation.SUM),
-        ALL_GATHER: (trt.CollectiveOperation.ALL_GATHER, trt.ReduceOperation.NONE),
-    }[kind]
-    no_root = -1
-    layer = low.network.definition.add_dist_collective(x, operation, reduction, no_root, list(range(tp_size)))
-    layer.num_ranks, layer.metadata = tp_size, kind
-    return low.network.output(layer, name)
-
-
 def _all_reduce(low: Lowering, node: Node) -> Result:
-    return (_collective(low, low.value(node, 0), ALL_REDUCE, node.attrs["tp_size"], node.name),)
+    return (collective(low.network, low.value(node, 0), ALL_REDUCE, node.attrs["tp_size"], node.name),)
 
 
 def _all_gather(low: Lowering, node: Node) -> Result:
     """TensorRT gathers along axis 0; the ranks' blocks are then moved to the axis that the graph wants."""
     net, name, tp_size, axis = low.network, node.name, node.attrs["tp_size"], _axis(low, node)
-    gathered = _collective(low, low.value(node, 0), ALL_GATHER, tp_size, f"{name}/gathered")
+    gathered = collective(net, low.value(node, 0), ALL_GATHER, tp_size, f"{name}/gathered")
     part = [d if isinstance(d, int) else -1 for d in low.spec(node, 0).shape]
     blocks = net.reshape(gathered, [tp_size, *part], f"{name}/blocks")
     order = [*range(1, axis + 1), 0, *range(axis + 1, len(part) + 1)]
