@@ -1,6 +1,7 @@
 """What each rank of an engine holds, with the token embedding whole on every rank, split by vocabulary and by hidden size.
 
     python -m trtc.bench.rank_memory            # builds, runs and measures; writes bench/results/cpu-rank-memory.json
+    python -m trtc.bench.rank_memory --models OPT-125M --tp-sizes 2    # these rows of it, the others stay
     python -m trtc.bench.rank_memory --table    # writes its table into docs/parallel.md, as `make docs` does
 
 The ranks are processes that generate a few tokens. Weights are files mapped into memory, of which Linux counts what was
@@ -109,7 +110,8 @@ def _peak() -> int:
 def run(models: list[str], tp_sizes: list[int]) -> dict[str, Any]:
     import torch
 
-    rows = []
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = [row for row in rows if row["model"] not in models or row["tp_size"] not in tp_sizes]
     for model, tp_size, embedding in product(models, tp_sizes, EMBEDDINGS):
         with TemporaryDirectory(prefix="trtc-memory-") as name:
             folder = Path(name)
@@ -125,7 +127,7 @@ def run(models: list[str], tp_sizes: list[int]) -> dict[str, Any]:
         "device": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "rows": rows,
+        "rows": sorted(rows, key=lambda row: (list(MODELS).index(row["model"]), row["tp_size"])),
     }
 
 

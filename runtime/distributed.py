@@ -52,6 +52,7 @@ class RankGroup:
         )
         self._peers = self._pipeline = dist.new_group(backend="gloo", timeout=timedelta(seconds=STALL_S))
         self._num_peers = self.size
+        self._sends: list[tuple[Any, torch.Tensor]] = []
 
     def divide(self, tp_size: int) -> None:
         """From now on each `tp_size` ranks in a row are the stage of a pipeline, and sums and gathers are theirs alone.
@@ -103,10 +104,19 @@ class RankGroup:
         with self._exchange():
             dist.broadcast(x, src=0)
 
-    def send(self, x: torch.Tensor, rank: int) -> None:
-        """Gives `x` to a rank of another stage, which calls `receive`. Raises TargetError when it does not come."""
-        with self._waiting():
-            dist.send(x.contiguous(), rank, group=self._pipeline)
+    def start_send(self, x: torch.Tensor, rank: int) -> None:
+        """Begins to give `x`, which must not change, to a rank of another stage, which calls `receive`. What a rank is sent
+        arrives in order."""
+        x = x.contiguous()
+        with self._blaming():
+            self._sends.append((dist.isend(x, rank, group=self._pipeline), x))
+
+    def finish_sends(self) -> None:
+        """Waits until all is received. Raises TargetError when a rank does not come."""
+        for work, _ in self._sends:
+            with self._waiting():
+                work.wait()
+        self._sends.clear()
 
     def receive(self, x: torch.Tensor, rank: int) -> None:
         """Fills `x` with what `rank` sends. Raises TargetError when nothing comes."""

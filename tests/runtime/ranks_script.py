@@ -11,12 +11,16 @@ import json
 import sys
 from pathlib import Path
 
+from trtc.runtime import stage_executor
 from trtc.runtime.llm import LLM
 from trtc.runtime.outputs import RequestOutput
 from trtc.runtime.sampling_params import SamplingParams
 
 PROMPTS = [[2, 11, 12, 13, 14], [2, 21], [2, *range(30, 70)], [2, 90, 80], [2, 5]]
 """More than a batch of the engines, of lengths that mix prefill and decode in one step."""
+
+
+stage_executor.MICRO_STEP_TOKENS = 8  # so that the steps of these short prompts are split too
 
 
 def generate(engine_dir: str | Path, max_tokens: int, first_token: Path | None = None) -> list[list[int]]:
