@@ -110,7 +110,10 @@ def _draw(engine: Engine, args: argparse.Namespace) -> int:
         sys.stdout.buffer.write(content)
         sys.stdout.flush()
         return 0
-    args.output.write_bytes(content)
+    try:
+        args.output.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"--output {args.output}: cannot be written: {error.strerror}") from None
     print(f"{args.output}: {human_bytes(len(content))}")
     return 0
 

@@ -63,7 +63,7 @@ def test_options_reach_the_plan_and_inspect_tells_them(
     for line in (
         r"plan +tensorrt_rtx 1\.\d.*, [\d.]+ [KM]iB", r"for GPUs +8\.0, 12\.0", r"plugins +none needed",
         r"network +\d+ layers, 8 inputs, 5 outputs", r"decode +profile: batch 1 to 2, length 1 to 1",
-        r"prefill +profile: batch 1 to 2, length 1 to 63", r"weights +in the plan",
+        r"prefill +profile: batch 1 to 2, length 1 to 63", r"weights +in the plan, float16",
     ):  # fmt: skip
         assert re.search(f"^{line}$", text, re.MULTILINE), (line, text)
     picture = tmp_path / "graph.html"

@@ -52,6 +52,12 @@ def test_virtual_architecture_gives_ptx_only(source: KernelSource) -> None:
     assert compiled.cubin == b"" and compiled.resources == {} and b".target sm_80" in compiled.ptx
 
 
+def test_an_empty_log_leaves_the_interpreter_alone(source: KernelSource) -> None:
+    """Oracle: the one object that Python has for the byte of a space, into which NVRTC once wrote the empty log."""
+    compile_kernel(source, {"EXTRA": 4}, "compute_80")
+    assert ord(b" ") == 32 and bytes([0x20, 0x20, 0x20]) == b"\x20" * 3
+
+
 def test_error_names_file_architecture_and_first_error(source: KernelSource) -> None:
     """Oracle: the text; EXTRA is not defined."""
     with pytest.raises(KernelCompileError) as caught:

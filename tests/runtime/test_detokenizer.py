@@ -146,8 +146,14 @@ def test_stop_strings_do_not_depend_on_how_text_is_cut_into_tokens(
     assert all(expected.startswith(part) for part in shown)
 
 
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\N{REPLACEMENT CHARACTER}"), max_size=12
+)
+"""Without U+FFFD, which half a character decodes to: a text that ends with it looks as if more were to come."""
+
+
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=12), how=st.sampled_from(["bpe", "bytes"]), data=st.data())
+@given(text=TEXTS, how=st.sampled_from(["bpe", "bytes"]), data=st.data())
 def test_random_unicode_is_shown_by_whole_characters(
     byte_level: Tokenizer, text: str, how: str, data: st.DataObject
 ) -> None:

@@ -40,7 +40,7 @@ class TensorRTTarget:
         options = TensorRTOptions.from_json(build.target_options)
         fusions = {SIBLINGS, POSITIONS} if options.lookup_plugin else {SIBLINGS}
         return Capabilities(
-            LOWERINGS.keys() | _brought(options, build),
+            frozenset(LOWERINGS.keys() | _brought(options, build)),
             frozenset(fusions),
             frozenset(MODEL_DTYPES),
             tensor_parallel=True,
