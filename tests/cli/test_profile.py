@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from trtc.cli.main import main
-from trtc.runtime.cpu_executor import CpuExecutor
-from trtc.runtime.step_input import StepInput
+from trtc.core.targets.cpu import CpuProgram
+from trtc.kernels import cpu_step
 
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 
@@ -22,16 +23,19 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def with_more(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def changed(self: CpuProgram, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        torch.cumprod(torch.ones(1 << 18), 0)
+        return method(self, inputs)
+
+    return changed
+
+
 def test_every_kernel_of_a_step_is_counted(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    execute = CpuExecutor.execute
-
-    def with_more(self: CpuExecutor, step: StepInput) -> torch.Tensor:
-        torch.cumprod(torch.ones(1 << 18), 0)
-        return execute(self, step)
-
-    monkeypatch.setattr(CpuExecutor, "execute", with_more)
+    for name in ("run", "next_tokens"):
+        monkeypatch.setattr(CpuProgram, name, with_more(getattr(CpuProgram, name)))
     report = tmp_path / "profile.json"
     command = f"profile --engine-dir {engine} --batch 2 --input-len 16 --steps 3 --top 4 --json {report}"
     assert main(command.split()) == 0
@@ -45,6 +49,8 @@ def test_every_kernel_of_a_step_is_counted(
         assert ours["calls"] == 1
         assert 0 < ours["time_us"] < sum(times)
         assert found["wall_us"] > 0
+    names = {kernel["name"]: kernel["calls"] for kernel in decode["kernels"]}
+    assert names.get("trtc::cpu_step") == (1 if cpu_step.library() else None)
     printed = capsys.readouterr().out
     assert printed.count("others") == 2
     assert "decode, batch 2: " in printed
