@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import ConfigError, RequestError
 from .common import add_kv_cache
 from .ranks import add_nproc, enter_job
+from .summarize import add_prompt_lookup
 
 if TYPE_CHECKING:
     from ..runtime.llm import Prompt
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="also write results here")
     parser.add_argument("--stream", action="store_true", help="print text as it comes (one prompt only)")
     sampling = parser.add_argument_group("sampling")
+    add_prompt_lookup(sampling)
     sampling.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default: %(default)s)")
     sampling.add_argument("--top-k", type=int, default=0, help="0: all tokens (default: %(default)s)")
     sampling.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
@@ -87,6 +89,7 @@ def main(args: argparse.Namespace) -> int:
     if code is not None:
         return code
     from ..runtime.llm import LLM
+    from ..runtime.prompt_lookup import PromptLookup
     from ..runtime.sampling_params import SamplingParams
 
     prompts = read_prompts(args)
@@ -103,6 +106,7 @@ def main(args: argparse.Namespace) -> int:
         max_tokens=args.max_output_len,
         min_tokens=args.min_tokens,
         temperature=args.temperature,
+        prompt_lookup=None if args.prompt_lookup is None else PromptLookup.parse(args.prompt_lookup),
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
@@ -139,6 +143,10 @@ def main(args: argparse.Namespace) -> int:
         _print_outputs(outputs)
     tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    if args.prompt_lookup is not None:
+        print(
+            f"prompt lookup {args.prompt_lookup}: {llm.core.lookup_stats.describe(tokens)}", file=sys.stderr
+        )
     if args.output_json is not None:
         write_json(args.output_json, [result_json(output) for output in outputs])
     return 0

@@ -25,7 +25,7 @@ HELP = "summarize articles with an engine and with transformers: ROUGE, tokens/s
 DATA_TYPES = ("fp16", "bf16", "fp32", "float16", "bfloat16", "float32")
 NEWS = Path(__file__).parents[1] / "examples" / "news.jsonl"
 """The default dataset, where trtc runs from its checkout."""
-TRTC, HF = "trtc", "transformers"
+TRTC, TRTC_LOOKUP, HF = "trtc", "trtc, lookup", "transformers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="beams of a search; 1: greedy (default: %(default)s)",
     )
+    add_prompt_lookup(data)
     data.add_argument("--show", type=int, default=1, metavar="N",
                       help="articles to print with all their summaries (default: %(default)s)")  # fmt: skip
     scores = parser.add_argument_group("scores")
@@ -71,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scores.add_argument(
         "--eval-ppl", action="store_true", help="also the mean perplexity of prompt and summary"
     )
+
+
+def add_prompt_lookup(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--prompt-lookup", metavar="N:K",
+                        help="guess up to K tokens where the last N have occurred before, and verify them in one step: the "
+                        "same greedy text in fewer steps")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -101,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
     prompts = summarize.encode_prompts(pairs, tokenizer, limit)
     sides: dict[str, tuple[Summaries, float | None]] = {}
     if args.test_trtc:
-        sides[TRTC] = _run_engine(args, prompts)
+        sides |= _run_engine(args, prompts)
     if args.test_hf:
         sides[HF] = _run_hf(args, engine, prompts)
     texts = {name: [_text(tokenizer, ids) for ids in side.token_ids] for name, (side, _) in sides.items()}
@@ -127,6 +134,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("nothing to run; give --test-trtc, --test-hf or both")
     if args.test_hf and args.hf_model_dir is None:
         raise ConfigError("--test-hf needs --hf-model-dir, the Hugging Face folder to compare with")
+    if args.prompt_lookup is not None:
+        from ..runtime.prompt_lookup import PromptLookup
+
+        if not args.test_trtc:
+            raise ConfigError("--prompt-lookup is for the engine; add --test-trtc")
+        PromptLookup.parse(args.prompt_lookup)
     if args.check_accuracy and not args.test_trtc:
         raise ConfigError("--check-accuracy checks the engine; add --test-trtc")
     if args.num_beams > 1 and args.eval_ppl:
@@ -150,7 +163,10 @@ def _dataset(args: argparse.Namespace) -> str:
     return str(NEWS)
 
 
-def _run_engine(args: argparse.Namespace, prompts: Sequence[TokenIds]) -> tuple[Summaries, float | None]:
+def _run_engine(
+    args: argparse.Namespace, prompts: Sequence[TokenIds]
+) -> dict[str, tuple[Summaries, float | None]]:
+    """The engine's side and, with --prompt-lookup, the same once more with it; what the lookup brought is printed."""
     from ..runtime.evaluation import summarize
     from ..runtime.llm import LLM
 
@@ -160,7 +176,17 @@ def _run_engine(args: argparse.Namespace, prompts: Sequence[TokenIds]) -> tuple[
             summarize.engine_generate(llm, args.output_len, args.num_beams), prompts, args.batch_size
         )
         perplexity = summarize.engine_perplexity(llm, prompts, args.output_len) if args.eval_ppl else None
-    return side, perplexity
+        if args.prompt_lookup is None:
+            return {TRTC: (side, perplexity)}
+        from ..runtime.prompt_lookup import PromptLookup
+
+        config = PromptLookup.parse(args.prompt_lookup)
+        looked_up, stats = summarize.run_lookup(llm, prompts, args.batch_size, args.output_len, config)
+    same = sum(a == b for a, b in zip(side.token_ids, looked_up.token_ids, strict=True))
+    print(f"prompt lookup {args.prompt_lookup}: {stats.describe(looked_up.num_tokens)}; "
+          f"{looked_up.tokens_per_s / side.tokens_per_s:.2f} times the tokens/s; {same} of {len(prompts)} summaries have "
+          f"the tokens of plain decoding\n")  # fmt: skip
+    return {TRTC: (side, perplexity), TRTC_LOOKUP: (looked_up, None)}
 
 
 def _run_hf(

@@ -14,6 +14,7 @@ class ScheduledRequest:
 
     num_prompt_rows: logits rows, just before the last one of `samples`, that score prompt tokens
     samples:         the part ends at the last known token, so that its logits choose the next one
+    draft:           tokens that may follow, run behind the part; each has a row of logits, after that of `samples`
     """
 
     request: Request
@@ -21,6 +22,7 @@ class ScheduledRequest:
     num_tokens: int
     num_prompt_rows: int
     samples: bool
+    draft: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -28,7 +30,12 @@ class ScheduledRequest:
 
     @property
     def num_rows(self) -> int:
-        return self.num_prompt_rows + self.samples
+        return self.num_prompt_rows + self.samples + len(self.draft)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What runs, the draft included."""
+        return [*self.request.token_ids[self.first : self.end], *self.draft]
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Batch:
 
 
 def count_tokens(scheduled: Iterable[ScheduledRequest]) -> int:
-    return sum(part.num_tokens for part in scheduled)
+    return sum(part.num_tokens + len(part.draft) for part in scheduled)
 
 
 def next_part(request: Request, num_tokens: int) -> ScheduledRequest:

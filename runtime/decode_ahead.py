@@ -71,7 +71,7 @@ class DecodeAhead:
 
     def _start(self) -> bool:
         scheduler = self._scheduler
-        if not scheduler.only_decodes() or not all(r.params.plain_greedy for r in scheduler.running):
+        if not scheduler.only_decodes() or not all(map(_needs_no_host, scheduler.running)):
             return False
         horizon = next((count for count in self._horizons() if scheduler.reserve(count)), 0)
         if not horizon:
@@ -107,3 +107,8 @@ class DecodeAhead:
         now = time.perf_counter()
         self._step_seconds = float(np.clip((now - self._last_collected) / count, 1e-5, 1.0))
         self._last_collected = now
+
+
+def _needs_no_host(request: Request) -> bool:
+    """Whether the device alone can choose its tokens: greedily, one a step."""
+    return request.params.plain_greedy and request.lookup is None

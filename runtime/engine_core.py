@@ -11,12 +11,13 @@ import numpy as np
 
 from ..core.errors import RequestError
 from .bad_words import bad_words
-from .batch import Batch
+from .batch import Batch, ScheduledRequest
 from .beam_search import BeamSearch, Hypothesis, candidates
 from .decode_ahead import DecodeAhead
 from .detokenizer import Detokenizer
 from .executor import DecodeLoop, Executor, PageCopier
 from .outputs import CompletionOutput, Logprob, RequestOutput
+from .prompt_lookup import LookupStats
 from .request import Request
 from .request_check import check_params, check_token_ids
 from .sampler import SampledToken, sample, top_logprobs
@@ -65,6 +66,7 @@ class EngineCore:
     """Serves requests on one executor. Not thread-safe: one thread calls all its methods.
 
     tokenizer: None: requests are token ids and outputs have no text
+    lookup_stats: what prompt lookup has brought so far
     seed:      of the stream from which requests without a seed draw theirs, in order of arrival
     enable_prefix_cache: use what earlier requests with the same beginning have left in the KV cache
     clock:     the seconds that deadlines are given in
@@ -99,6 +101,7 @@ class EngineCore:
         self._groups: dict[str, _Group] = {}
         self._deadlines: dict[str, float] = {}
         self._sequences: dict[Request, _Sequence] = {}
+        self.lookup_stats = LookupStats()
 
     @property
     def has_unfinished(self) -> bool:
@@ -189,8 +192,11 @@ class EngineCore:
             return []
         logits = self.executor.execute(StepInput.from_batch(batch))
         sampled = self._sample(batch, logits)
+        verdicts = self._judge_drafts(batch, logits)
         self.scheduler.update(batch, [None if token is None else token.token_id for token in sampled])
         self._detokenize(batch, sampled)
+        for part, token_ids in verdicts:
+            self._take_draft(part, token_ids)
         touched = self._groups_of(batch.sampling)
         for group in touched:
             if group.search is not None and group.search.ready:
@@ -214,6 +220,34 @@ class EngineCore:
                 for beam in search.beams:
                     self.scheduler.give_way(beam)
                 raise
+
+    def _judge_drafts(self, batch: Batch, logits: torch.Tensor) -> list[tuple[ScheduledRequest, list[int]]]:
+        """For every part with a draft, the tokens that the model chooses behind each token of it."""
+        rows: list[int] = []
+        drafted: list[ScheduledRequest] = []
+        end = 0
+        for part in batch.scheduled:
+            end += part.num_rows
+            if part.draft:
+                rows += range(end - len(part.draft), end)
+                drafted.append(part)
+        if not drafted:
+            return []
+        chosen = iter(sample(logits[rows], [part.request for part in drafted for _ in part.draft]))
+        return [(part, [next(chosen).token_id for _ in part.draft]) for part in drafted]
+
+    def _take_draft(self, part: ScheduledRequest, token_ids: list[int]) -> None:
+        """Goes on with a request as far as its draft has come true: decode steps that are computed already."""
+        request = part.request
+        self.lookup_stats.steps += 1
+        self.lookup_stats.proposed += len(part.draft)
+        for guessed, token_id in zip(part.draft, token_ids, strict=True):
+            if request.finished or request.token_ids[-1] != guessed:
+                return
+            self.lookup_stats.accepted += 1
+            step = self.scheduler.decode_batch([request])
+            self.scheduler.update(step, [token_id])
+            self._detokenize(step, [SampledToken(token_id)])
 
     def _step_ahead(self, ahead: DecodeAhead) -> list[RequestOutput]:
         """Takes the tokens of steps that the device has finished while later ones run."""
@@ -288,7 +322,7 @@ class EngineCore:
         for part in batch.scheduled:
             start, end = end, end + part.num_rows
             if part.samples:
-                sampling_rows.append(end - 1)
+                sampling_rows.append(end - len(part.draft) - 1)
             if part.num_prompt_rows:
                 self._score_prompt(part.request, logits[start : start + part.num_prompt_rows])
         if len(sampling_rows) < end:

@@ -11,6 +11,7 @@ from ..core.errors import RequestError
 from .bad_words import NONE, BadWords
 from .kv_cache import PageKey
 from .outputs import FinishReason, Logprob
+from .prompt_lookup import Lookup
 from .sampling_params import SamplingParams
 
 PRIORITY_STEP = 1024
@@ -37,6 +38,7 @@ class Request:
     token_ids:           prompt and output, one list
     logprobs:            per output token, filled when `params.logprobs` is set
     prompt_logprobs:     per prompt token (None for the first), filled when `params.prompt_logprobs` is set
+    lookup:              what guesses its next tokens, where `params.prompt_lookup` asks for it
     num_computed_tokens: leading tokens whose keys and values are in the cache
     page_ids:            its cache pages, in the order of the sequence
     page_keys:           content of its leading full pages, as far as somebody wanted to know
@@ -65,11 +67,14 @@ class Request:
     arrival: int = field(init=False, default=-1)
     finish_reason: FinishReason | None = field(init=False, default=None)
     stop_reason: int | str | None = field(init=False, default=None)
+    lookup: Lookup | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)
+        if self.params.prompt_lookup is not None:
+            self.lookup = Lookup(self.params.prompt_lookup)
 
     @property
     def place(self) -> tuple[int, int, int]:

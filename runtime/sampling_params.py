@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..core.errors import RequestError
 from .beam_params import check_beam_params
+from .prompt_lookup import PromptLookup
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy, as in vLLM: dividing logits by less says nothing more."""
@@ -45,6 +46,8 @@ class SamplingParams:
     seed:               of this request's random stream; None: the engine draws one
     logprobs:           report the k most probable tokens beside the chosen one at each output position
     prompt_logprobs:    the same for each prompt position
+    prompt_lookup:      guess tokens from what prompt and output hold already, and verify several in one step: the same
+                        tokens in fewer steps, where the output repeats the prompt. Plain greedy requests only
     skip_special_tokens: leave special tokens out of the text
     beam_width:         above 1: search for the n best outputs with so many beams, as `transformers` does; nothing is drawn or
                         streamed then, and what only changes single tokens is refused
@@ -74,6 +77,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_lookup: PromptLookup | None = None
     skip_special_tokens: bool = True
     beam_width: int = 1
     length_penalty: float = 1.0
@@ -106,6 +110,13 @@ class SamplingParams:
         _check_sequences("bad_words_ids", self.bad_words_ids)
         _check_strings("stop", self.stop)
         _check_token_ids("stop_token_ids", self.stop_token_ids)
+        if self.prompt_lookup is not None and not isinstance(self.prompt_lookup, PromptLookup):
+            raise _refusal("prompt_lookup", self.prompt_lookup, "a PromptLookup, or None")
+        if self.prompt_lookup is not None and not self.plain_greedy:
+            raise RequestError(
+                "prompt_lookup verifies plain greedy decoding; accepted with temperature 0, without penalties, logit_bias, "
+                "bad words, min_tokens and logprobs"
+            )
         if self.seed is not None:
             _check_int("seed", self.seed, 0, _MAX_SEED)
         for name in ("logprobs", "prompt_logprobs"):

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 
 from ..core.errors import ConfigError, RequestError
@@ -136,7 +136,8 @@ class Scheduler:
         while not scheduled and self.running and self.waiting:
             self._preempt(self.running[-1])
             scheduled = self._schedule()
-        return Batch(tuple(scheduled))
+        # Those with a draft go last: targets run one-token sequences at the front by kernels of their own.
+        return Batch(tuple(sorted(self._with_drafts(scheduled), key=lambda part: len(part.draft) > 0)))
 
     def fork(self, parent: Request, child: Request) -> list[tuple[int, int]]:
         """Lets a new beam go on from all that `parent`, which has computed all of its tokens, has got.
@@ -322,6 +323,26 @@ class Scheduler:
             request.num_computed_tokens < request.num_tokens and len(request.page_ids) < whole
             for request in self.running
         )
+
+    def _with_drafts(self, scheduled: list[ScheduledRequest]) -> Iterator[ScheduledRequest]:
+        """Gives the guesses of prompt lookup what tokens and pages the step has left; nobody else gets less for them."""
+        budget = self.config.max_num_tokens - count_tokens(scheduled)
+        for part in scheduled:
+            request = part.request
+            if part.samples and request.lookup is not None:
+                limit = min(budget, self.tokens_left(request) - 1, self._room(request))
+                part = replace(
+                    part, draft=request.lookup.propose(request.token_ids, limit) if limit > 0 else ()
+                )
+                missing = pages_for(part.end + len(part.draft), self.config.page_size) - len(request.page_ids)
+                request.page_ids += self.pool.allocate(max(0, missing))
+                budget -= len(part.draft)
+            yield part
+
+    def _room(self, request: Request) -> int:
+        """Tokens for which `request` has pages, or could get them with one left for each running sequence."""
+        pages = len(request.page_ids) + max(0, self.pool.num_free - len(self.running))
+        return pages * self.config.page_size - request.num_tokens
 
     def _is_decoding(self, request: Request) -> bool:
         return bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens == 1

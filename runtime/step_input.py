@@ -46,9 +46,12 @@ class StepInput:
         parts = batch.scheduled
         assert parts, "an empty batch has no step input"
         query_start = np.zeros(len(parts) + 1, np.int32)
-        query_start[1:] = np.cumsum([part.num_tokens for part in parts])
-        slices = (part.request.token_ids[part.first : part.end] for part in parts)
-        positions = [np.arange(part.first, part.end, dtype=np.int32) for part in parts]
+        ends = [part.end + len(part.draft) for part in parts]
+        query_start[1:] = np.cumsum([end - part.first for part, end in zip(parts, ends, strict=True)])
+        slices = (part.token_ids for part in parts)
+        positions = [
+            np.arange(part.first, end, dtype=np.int32) for part, end in zip(parts, ends, strict=True)
+        ]
         rows = [
             np.arange(stop - part.num_rows, stop, dtype=np.int32)
             for part, stop in zip(parts, query_start[1:], strict=True)
@@ -57,7 +60,7 @@ class StepInput:
             token_ids=np.fromiter(chain.from_iterable(slices), np.int32, count=query_start[-1]),
             positions=np.concatenate(positions),
             query_start=query_start,
-            kv_length=np.array([part.end for part in parts], np.int32),
+            kv_length=np.array(ends, np.int32),
             page_table=_page_table([part.request.page_ids for part in parts]),
             logits_index=np.concatenate(rows),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from ...core.config import BuildConfig
 from ...core.errors import ConfigError, RequestError, TargetError
 from ..llm import LLM
+from ..prompt_lookup import LookupStats, PromptLookup
 from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer
 from .dataset import Pair
@@ -82,12 +83,15 @@ def encode_prompts(pairs: Sequence[Pair], tokenizer: Tokenizer, limit: int) -> l
     return prompts
 
 
-def run(generate: Generate, prompts: Sequence[TokenIds], batch_size: int) -> Summaries:
-    """Times `generate` on the prompts, batch after batch. The first batch is run once before the clock starts."""
+def run(
+    generate: Generate, prompts: Sequence[TokenIds], batch_size: int, *, warm_up: bool = True
+) -> Summaries:
+    """Times `generate` on the prompts, batch after batch; `warm_up`: after it has run the first batch once."""
     if batch_size < 1:
         raise ConfigError(f"batch size is {batch_size}; accepted: a whole number >= 1")
     batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
-    generate(batches[0])
+    if warm_up:
+        generate(batches[0])
     outputs: list[TokenIds] = []
     seconds = []
     for batch in batches:
@@ -129,6 +133,21 @@ def engine_perplexity(llm: LLM, prompts: Sequence[TokenIds], output_len: int) ->
         count = len(output.prompt_token_ids) - 1 + len(completion.token_ids)
         values.append(math.exp(-(prompt + completion.cumulative_logprob) / count))
     return sum(values) / len(values)
+
+
+def run_lookup(
+    llm: LLM, prompts: Sequence[TokenIds], batch_size: int, output_len: int, lookup: PromptLookup
+) -> tuple[Summaries, LookupStats]:
+    """As `run` of an engine with prompt lookup, and what the lookup brought while the clock ran."""
+    params = SamplingParams(max_tokens=output_len, temperature=0.0, prompt_lookup=lookup)
+
+    def generate(batch: list[TokenIds]) -> list[TokenIds]:
+        return [output.outputs[0].token_ids for output in llm.generate(batch, params)]
+
+    generate(list(prompts[:batch_size]))
+    before = replace(llm.core.lookup_stats)
+    side = run(generate, prompts, batch_size, warm_up=False)
+    return side, llm.core.lookup_stats.since(before)
 
 
 def hf_perplexity(model: HFModel, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> float:

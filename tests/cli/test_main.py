@@ -126,6 +126,19 @@ def test_stream_prints_the_same_text(engine: Path, capsys: pytest.CaptureFixture
     assert len(streamed) > 20 and f"Output [0]: {streamed!r}" in whole
 
 
+def test_prompt_lookup_writes_the_same_text(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the command without it."""
+    command = ["run", "--engine-dir", str(engine), "--max-output-len", "24", "--input-text", *ARTICLES]
+    assert main(command) == 0
+    plain = capsys.readouterr().out
+    assert main([*command, "--prompt-lookup", "1:4"]) == 0
+    out, err = capsys.readouterr()
+    assert out == plain and "prompt lookup 1:4: " in err and " guessed tokens accepted" in err
+    assert main([*command, "--prompt-lookup", "1:4", "--temperature", "1"]) == 1
+    err = capsys.readouterr().err
+    assert "prompt_lookup" in err and "temperature 0" in err and err.count("\n") == 1
+
+
 def test_dry_run_prints_the_graph_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,10 +67,39 @@ def test_a_missed_threshold_is_exit_code_1(engine: Path, capsys: pytest.CaptureF
     assert main([*command, "--rouge1-threshold", "100"]) == 0
 
 
+def test_prompt_lookup_has_a_side_of_its_own(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All 200 held-out articles, in batches of which some end early. Oracle: the engine's plain greedy tokens."""
+    command = [
+        "summarize",
+        "--engine-dir",
+        str(engine),
+        "--test-trtc",
+        "--batch-size",
+        "8",
+        "--max-ite",
+        "25",
+    ]
+    assert main([*command, "--show", "0", "--prompt_lookup", "1:3"]) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("prompt lookup 1:3: "))
+    accepted, proposed, _, per_step, same, all_of = re.fullmatch(
+        r".*: (\d+) of (\d+) guessed tokens accepted \(([\d.]+) %\), ([\d.]+) tokens per step of a sequence; "
+        r"[\d.]+ times the tokens/s; (\d+) of (\d+) summaries have the tokens of plain decoding",
+        line,
+    ).groups()  # type: ignore[union-attr]
+    assert same == all_of == "200" and 300 < int(accepted) < int(proposed)
+    plain, looked = (re.search(rf"^{name} +([\d. ]+)$", out, re.M) for name in ("trtc", "trtc, lookup"))
+    assert plain and looked and plain[1].split()[:5] == looked[1].split()[:5]  # ROUGE and tokens
+    tokens = int(plain[1].split()[4])
+    assert float(per_step) == pytest.approx(tokens / (tokens - int(accepted)), abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ("", ("--test-trtc", "--test-hf")),
+        ("--test-trtc --prompt-lookup 3", ("prompt_lookup is 3", "N:K")),
+        ("--test-hf --hf-model-dir x --prompt-lookup 3:8", ("--prompt-lookup", "--test-trtc")),
         ("--test-hf", ("--hf-model-dir",)),
         ("--test-hf --hf-model-dir x --check-accuracy", ("--check-accuracy", "--test-trtc")),
         ("--test-trtc --num-beams 0", ("--num-beams", "0")),
