@@ -16,7 +16,8 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from trtc import LLM
 from trtc.cli.main import main as trtc
 from trtc.runtime.evaluation import summarize
 from trtc.runtime.evaluation.dataset import load_pairs
-from trtc.runtime.prompt_lookup import LookupStats, PromptLookup
+from trtc.runtime.prompt_lookup import PromptLookup
+from trtc.runtime.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parent.parent
 TINY_OPT, NEWS, PAGE = ROOT / "examples/tiny-opt", ROOT / "examples/news.jsonl", ROOT / "docs/evaluation.md"
@@ -49,14 +51,15 @@ class Case:
 
 
 CASES = (
-    Case("tiny OPT", None, 1, 200),
+    Case("tiny OPT", None, 1, 100),
     Case("tiny OPT", None, 8, 200),
-    Case(f"padded to ffn_dim {PADDED}", PADDED, 1, 20),
+    Case(f"padded to ffn_dim {PADDED}", PADDED, 1, 10),
 )
 
 
 def measure(repeat: int) -> dict[str, Any]:
     """All settings of all cases, `repeat` times in turn. Raises SystemExit when a token differs from plain decoding."""
+    torch.set_num_threads(1)
     rows = []
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
@@ -64,14 +67,13 @@ def measure(repeat: int) -> dict[str, Any]:
             options = f"--dtype float32 --max-batch-size 8 --output-dir {folder}/engine"
             if trtc(["build", "--model-dir", str(model), *options.split()]):
                 raise SystemExit("the engine cannot be built")
-            with LLM(f"{folder}/engine") as llm:
+            with LLM(f"{folder}/engine", enable_prefix_cache=False) as llm:
                 rows += measure_case(llm, case, repeat)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _output("git", "rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_output("git", "status", "--porcelain")),
         "device": _processor(),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rows": rows,
@@ -94,36 +96,43 @@ def padded(folder: Path, ffn_dim: int) -> Path:
 
 
 def measure_case(llm: LLM, case: Case, repeat: int) -> list[dict[str, Any]]:
-    batch = case.batch
     assert llm.tokenizer is not None
     limit = summarize.input_limit(llm.core.executor, OUTPUT_LEN)
     prompts = summarize.encode_prompts(load_pairs(str(NEWS), case.articles), llm.tokenizer, limit)
-    plain = summarize.engine_generate(llm, OUTPUT_LEN)
-    expected: list[list[int]] = []
-    samples: dict[str, list[float]] = {name: [] for name in ("plain", *SETTINGS)}
-    stats: dict[str, LookupStats] = {}
+    sides: dict[str, PromptLookup | None] = {"plain": None} | {
+        name: PromptLookup.parse(name) for name in SETTINGS
+    }
+    rows: dict[str, dict[str, Any]] = {
+        name: {**asdict(case), "lookup": name, "cpu_s": [], "wall_s": []} for name in sides
+    }
+    expected = run(llm, prompts, case.batch, None)["token_ids"]  # and the warm-up
     for _ in range(repeat):
-        side = summarize.run(plain, prompts, batch)
-        expected = expected or side.token_ids
-        samples["plain"].append(side.tokens_per_s)
-        for name in SETTINGS:
-            side, stats[name] = summarize.run_lookup(
-                llm, prompts, batch, OUTPUT_LEN, PromptLookup.parse(name)
-            )
-            samples[name].append(side.tokens_per_s)
-            if side.token_ids != expected:
+        for name, lookup in sides.items():
+            found = run(llm, prompts, case.batch, lookup)
+            if found.pop("token_ids") != expected:
                 raise SystemExit(f"prompt lookup {name} changed a token")
-    tokens = sum(map(len, expected))
-    rows = []
-    for name, values in samples.items():
-        row: dict[str, Any] = {
-            **asdict(case), "lookup": name, "tokens": tokens, "tokens_per_s": values
-        }  # fmt: skip
-        if name in stats:
-            row |= {**asdict(stats[name]), "tokens_per_step": stats[name].tokens_per_step(tokens)}
-        rows.append(row)
-        print(f"{case.name}, batch {batch}  {name:<6} {statistics.median(values):8.1f} tokens/s", flush=True)
-    return rows
+            for key in ("cpu_s", "wall_s"):
+                rows[name][key].append(found.pop(key))
+            rows[name] |= {"tokens": sum(map(len, expected)), **found}
+    for name, row in rows.items():
+        print(f"{case.name}, batch {case.batch}  {name:<6} {speed(row):8.1f} tokens/s", flush=True)
+    return list(rows.values())
+
+
+def run(llm: LLM, prompts: list[list[int]], batch: int, lookup: PromptLookup | None) -> dict[str, Any]:
+    """Time of this process and of the wall, tokens, and what was guessed."""
+    params = SamplingParams(max_tokens=OUTPUT_LEN, temperature=0.0, prompt_lookup=lookup)
+    before, token_ids = replace(llm.core.lookup_stats), []
+    cpu, wall = time.process_time(), time.perf_counter()
+    for i in range(0, len(prompts), batch):
+        token_ids += [output.outputs[0].token_ids for output in llm.generate(prompts[i : i + batch], params)]
+    times = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+    return {**times, "token_ids": token_ids, **asdict(llm.core.lookup_stats.since(before))}
+
+
+def speed(row: dict[str, Any]) -> float:
+    """Tokens per second of the processor: what else runs on a shared machine hardly changes it."""
+    return float(row["tokens"] / statistics.median(row["cpu_s"]))
 
 
 def table(data: dict[str, Any]) -> str:
@@ -131,20 +140,20 @@ def table(data: dict[str, Any]) -> str:
     lines = [header, ("---",) * len(header)]
     base = 1.0
     for row in data["rows"]:
-        speed = statistics.median(row["tokens_per_s"])
         case = (row["name"], str(row["batch"]), str(row["articles"]))
         if row["lookup"] == "plain":
-            base = speed
-            lines.append((*case, "plain", "", "1", f"{speed:.0f}", ""))
+            base = speed(row)
+            lines.append((*case, "plain", "", "1", f"{base:.0f}", ""))
             continue
         share = f"{100 * row['accepted'] / row['proposed']:.0f} %"
-        steps = f"{row['tokens_per_step']:.2f}"
-        lines.append((*case, row["lookup"], share, steps, f"{speed:.0f}", f"{speed / base:.2f}"))
+        steps = f"{row['tokens'] / (row['tokens'] - row['accepted']):.2f}"
+        lines.append((*case, row["lookup"], share, steps, f"{speed(row):.0f}", f"{speed(row) / base:.2f}"))
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return (
-        f"{text}\n{data['device']}, {data['threads']} threads, float32; every token is that of plain decoding. trtc at "
-        f"{data['commit']}{' with local changes' if data['dirty'] else ''}, torch {data['torch']}, {data['date']}; medians of "
-        f"{len(data['rows'][0]['tokens_per_s'])} runs. Samples: `bench/results/{RESULTS.name}`.\n"
+        f"{text}\n{data['device']}, one thread, float32; every token is that of plain decoding. Time is the processor's, the "
+        f"median of {len(data['rows'][0]['cpu_s'])} runs: the machine was shared. trtc at {data['commit']}"
+        f"{' with local changes' if data['dirty'] else ''}, torch {data['torch']}, {data['date']}. Samples: "
+        f"`bench/results/{RESULTS.name}`.\n"
     )
 
 
