@@ -1,18 +1,19 @@
-"""Tables of the README from the files in bench/results/; numbers are never typed.
+"""Tables of README and docs from the files in bench/results/; numbers are never typed.
 
-python bench/table.py            # writes them between the markers in README.md
+python bench/table.py            # writes them between the markers in README.md and docs/tensorrt.md
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "h200-vs-vllm.json"
-START, END = "<!-- bench: h200-vs-vllm -->\n", "<!-- /bench -->\n"
+PLANS = ROOT / "bench" / "results" / "tensorrt-plans.json"
+END = "<!-- /bench -->\n"
 BARS = {
     ("125m", "decode", 1): 5.0, ("125m", "decode", 8): 4.0, ("125m", "decode", 64): 3.0,
     ("1.3b", "decode", 1): 1.8, ("1.3b", "decode", 8): 1.7, ("1.3b", "decode", 64): 1.5,
@@ -101,15 +102,59 @@ def table(data: dict[str, Any]) -> str:
     )
 
 
-def with_table(readme: str, text: str) -> str:
-    before, _, rest = readme.partition(START)
+def plans_table(data: dict[str, Any]) -> str:
+    """What TensorRT plans cost to build: one line a model and dtype, for all GPUs that were measured."""
+    header = ("model", "dtype", "for GPUs", "weights", "plan", "build time", "memory at most")
+    lines = [header, ("---",) * len(header)]
+    by_size = sorted(data["cases"], key=lambda case: case["weight_bytes"])
+    for model, dtype in dict.fromkeys((case["model"], case["dtype"]) for case in by_size):
+        cases = [case for case in data["cases"] if (case["model"], case["dtype"]) == (model, dtype)]
+        gpus = sorted((case["compute_capability"] for case in cases), key=float)
+        lines.append((
+            f"OPT-{model.upper()}" if model != "tiny" else "examples/tiny-opt", dtype, ", ".join(gpus),
+            spread(cases, "weight_bytes", 1e6, "MB"), spread(cases, "plan_bytes", 1e6, "MB"),
+            spread(cases, "build_s", 1, "s"), spread(cases, "peak_bytes", 1e9, "GB"),
+        ))  # fmt: skip
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+    return (
+        f"{text}\n{data['device']}; random weights, max-batch-size 8, max-num-tokens 8192; {versions}; trtc at "
+        f"{data['commit']}{' with local changes' if data['dirty'] else ''} on {data['date']}. A plan for each GPU was built "
+        f"alone, on a machine without other work; least to most over the GPUs. The time is that of `trtc build`, random "
+        f"numbers included. Samples: `bench/results/{PLANS.name}`, made by `bench/tensorrt_plans.py`.\n"
+    )
+
+
+def spread(cases: list[dict[str, Any]], key: str, unit: float, name: str) -> str:
+    """`12.1 to 12.4 MB`, or `12.1 MB` where both ends read alike."""
+    least, most = (f"{float(f'{pick(case[key] for case in cases) / unit:.3g}'):g}" for pick in (min, max))
+    return f"{least} {name}" if least == most else f"{least} to {most} {name}"
+
+
+def with_table(page: str, name: str, text: str) -> str:
+    """`page` with `text` between the markers of table `name`."""
+    start = f"<!-- bench: {name} -->\n"
+    before, found, rest = page.partition(start)
+    assert found, f"no marker {start.strip()}"
     _, _, after = rest.partition(END)
-    return before + START + "\n" + text + "\n" + END + after
+    return before + start + "\n" + text + "\n" + END + after
+
+
+TABLES = (
+    (ROOT / "README.md", RESULTS, table),
+    (ROOT / "docs" / "tensorrt.md", PLANS, plans_table),
+)
+"""Page, results, and what makes the table of them; a table is called as its results."""
+
+
+def current(page: Path, results: Path, render: Callable[[dict[str, Any]], str]) -> str:
+    """What the page should say."""
+    return with_table(page.read_text(), results.stem, render(json.loads(results.read_text())))
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), table(json.loads(RESULTS.read_text()))))
+    for one in TABLES:
+        one[0].write_text(current(*one))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def measure(model: str, dtype: str, capability: str) -> dict[str, Any]:
         plan = (engine / part.artifacts["plan"]).stat().st_size
     return {
         "model": model, "dtype": dtype, "compute_capability": capability, "weight_bytes": weights,
-        "plan_bytes": plan, "build_s": round(seconds, 2), "peak_bytes": usage.ru_maxrss * 1024,
+        "plan_bytes": plan, "build_s": round(seconds, 2),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 2), "peak_bytes": usage.ru_maxrss * 1024,
         "graph_sha256": part.graph.hash,
     }  # fmt: skip
 

@@ -1,7 +1,6 @@
 """Generated pages of docs/ say what the code says (oracle: the generator itself)."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,11 @@ def test_page_is_current(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (DOCS / page).read_text() == generator().PAGES[page](), "run `make docs`"
 
 
-def test_readme_numbers_are_those_of_the_results_file() -> None:
+def test_numbers_are_those_of_the_results_files() -> None:
     from trtc.bench import table
 
-    readme = (DOCS.parent / "README.md").read_text()
-    text = table.table(json.loads(table.RESULTS.read_text()))
-    assert table.with_table(readme, text) == readme, "run `make docs`"
+    for page, results, render in table.TABLES:
+        assert table.current(page, results, render) == page.read_text(), f"{page.name}: run `make docs`"
 
 
 def test_numbers_of_the_server_page_are_those_of_the_results_files() -> None:

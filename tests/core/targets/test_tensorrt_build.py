@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from trtc.core.dtypes import DType
 from trtc.core.errors import BuildError, ConfigError, TargetError
 from trtc.core.sharding import ShardingOptions
 from trtc.core.targets.tensorrt import TARGET
-from trtc.core.targets.tensorrt.build import Profile, profiles
+from trtc.core.targets.tensorrt.build import Profile, _shape, packed_profiles, profiles
 from trtc.core.targets.tensorrt.flavour import Flavour, find_flavour
 from trtc.core.targets.tensorrt.options import TensorRTOptions
 from trtc.tests.core.targets.tensorrt_opt import BUILD, dummy_rank, ranks_of
@@ -151,6 +152,33 @@ def test_profiles() -> None:
 def test_prefill_profile_when_a_prompt_needs_several_steps() -> None:
     build = BuildConfig(max_batch_size=16, max_input_len=512, max_seq_len=1024, max_num_tokens=128)
     assert profiles(build)[1] == Profile("prefill", (1, 1, 1), (1, 128, 128))
+
+
+def test_shapes_of_a_network_over_pages() -> None:
+    """Smallest, usual and largest step: every input of packed.py, and the caches of the attention plugin."""
+    build = BuildConfig(
+        max_batch_size=4,
+        max_input_len=60,
+        max_seq_len=70,
+        max_num_tokens=128,
+        page_size=16,
+        target="tensorrt",
+    )
+    decode, prefill = packed_profiles(build)
+    ends = {
+        "token_ids": ((-1,), [(1,), (4,), (4,)], [(1,), (128,), (128,)]),
+        "query_start": ((-1,), [(2,), (5,), (5,)], [(2,), (5,), (5,)]),
+        "kv_length": ((-1,), [(1,), (4,), (4,)], [(1,), (4,), (4,)]),
+        "logits_index": ((-1,), [(1,), (4,), (4,)], [(1,), (4,), (4,)]),
+        "page_table": ((-1, -1), [(1, 1), (4, 5), (4, 5)], [(1, 1), (4, 5), (4, 5)]),
+        "k_cache.0": ((-1, 16, 2, 64), [(1, 16, 2, 64), *[(20, 16, 2, 64)] * 2], [(1, 16, 2, 64), *[(20, 16, 2, 64)] * 2]),
+    }  # fmt: skip
+    for name, (declared, *expected) in ends.items():
+        tensor = SimpleNamespace(name=name, shape=declared)
+        found = [
+            [_shape(tensor, profile, build, which) for which in range(3)] for profile in (decode, prefill)
+        ]
+        assert found == expected, name
 
 
 @pytest.mark.parametrize(
