@@ -15,7 +15,7 @@ class ThreadGroup:
 
     def __init__(self, size: int) -> None:
         self._slots: list[Any] = [None] * size
-        self._barrier = threading.Barrier(size, timeout=20)
+        self._barrier = threading.Barrier(size, timeout=120)
 
     def rank(self, rank: int) -> RankCommunicator:
         return RankCommunicator(self, rank)

@@ -21,6 +21,9 @@ LAUNCH = (
     "sys.exit(launch(sys.argv[1:], 2))"
 )
 
+LIMIT_S = 60
+"""For what takes a second where the machine is not busy."""
+
 
 def ranks(code: str) -> list[str]:
     """A command in which each rank runs `code`; its number is `rank`."""
@@ -56,11 +59,13 @@ def test_a_killed_rank_is_named() -> None:
 def test_a_signal_to_the_launcher_ends_all_ranks(number: signal.Signals, code: int, tmp_path: Path) -> None:
     command = [*ranks("open(sys.argv[1] + str(os.getpid()), 'w').close(); time.sleep(60)"), f"{tmp_path}/"]
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, *command], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + LIMIT_S
     while len(list(tmp_path.iterdir())) < 2:
+        assert launcher.poll() is None and time.monotonic() < end, "the ranks did not start"
         time.sleep(0.01)
     launcher.send_signal(number)
     # an uncaught KeyboardInterrupt ends Python by the signal itself
-    assert launcher.wait(10) in (code, -number)
+    assert launcher.wait(LIMIT_S) in (code, -number)
     for path in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.name), 0)
