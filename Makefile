@@ -52,6 +52,7 @@ docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
 	$(BIN)/python bench/table.py
 	$(BIN)/python -m trtc.bench.server_tables
+	$(BIN)/python -m trtc.bench.rank_memory --table
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir out/wheels .

@@ -33,3 +33,11 @@ def test_numbers_of_the_server_page_are_those_of_the_results_files() -> None:
 
     page = server_tables.PAGE.read_text()
     assert server_tables.with_tables(page) == page, "run `make docs`"
+
+
+def test_numbers_of_the_page_on_ranks_are_those_of_the_results_file() -> None:
+    from trtc.bench import rank_memory
+
+    page = rank_memory.PAGE.read_text()
+    text = rank_memory.table(json.loads(rank_memory.RESULTS.read_text()))
+    assert rank_memory.with_table(page, text) == page, "run `make docs`"
