@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-import numpy as np
 import torch
 
 from ..core.engine import Engine
-from ..core.errors import EngineError
 from ..core.graph import GRAPH_INPUTS
 from ..core.ops.registry import Communicator
 from ..core.plugin_registry import plugins
 from ..core.targets.base import CacheShape
 from ..core.targets.cpu import CpuProgram, allocate_cache
-from ..core.targets.cpu_step import DecodeLimits, Unsupported
+from ..core.targets.cpu_step import DecodeLimits
 from .cache_size import cache_pages
 from .cpu_threads import limit_threads
 from .engine_limits import EngineLimits
-from .step_input import Int32Array, StepInput
+from .step_input import StepInput
 
 
 class CpuExecutor(EngineLimits):
@@ -67,56 +65,3 @@ class CpuExecutor(EngineLimits):
     def close(self) -> None:
         self._program = None
         self._cache = []
-
-
-class CpuLoopExecutor(CpuExecutor):
-    """A `CpuExecutor` that is a `DecodeLoop` too: of greedy steps it gives tokens, for which it need not compute all logits.
-
-    Nothing runs ahead: a burst of steps runs when it is collected. Raises Unsupported for graphs and machines without
-    compiled decode steps.
-    """
-
-    def __init__(
-        self, engine: Engine, *, num_pages: int | None = None, kv_cache_memory_bytes: int | None = None
-    ) -> None:
-        super().__init__(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)
-        assert self._program is not None
-        if not self._program.decodes_greedily:
-            raise Unsupported("no compiled decode steps")
-        self._loop: dict[str, torch.Tensor] = {}
-
-    def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
-        self._loop = {
-            "token_ids": torch.from_numpy(token_ids.copy()),
-            "positions": torch.from_numpy(kv_length - 1),
-            "kv_length": torch.from_numpy(kv_length.copy()),
-            "page_table": torch.from_numpy(np.ascontiguousarray(page_table)),
-            "logits_index": torch.arange(len(token_ids), dtype=torch.int32),
-        }
-
-    def loop_enqueue(self, count: int) -> int:
-        return count
-
-    def loop_collect(self, ticket: int) -> Int32Array:
-        """Raises EngineError when logits are not finite."""
-        assert self._program is not None, "the executor is closed"
-        tokens = np.empty((ticket, len(self._loop["token_ids"])), np.int32)
-        for row in tokens:
-            found = self._program.next_tokens(self._loop)
-            row[:] = found.numpy()
-            if row.min() < 0:
-                raise EngineError("the engine's logits are not finite: its weights or dtype overflow")
-            self._loop["token_ids"].copy_(found)
-            self._loop["positions"] += 1
-            self._loop["kv_length"] += 1
-        return tokens
-
-
-def cpu_executor(
-    engine: Engine, num_pages: int | None = None, kv_cache_memory_bytes: int | None = None
-) -> CpuExecutor:
-    """The executor of an engine of one rank: with a decode loop where graph and machine have compiled decode steps."""
-    try:
-        return CpuLoopExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)
-    except Unsupported:
-        return CpuExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)

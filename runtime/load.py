@@ -51,7 +51,7 @@ def executor_of(
 
 
 def _cpu(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:
-    from .cpu_executor import cpu_executor
+    from .cpu_loop import cpu_executor
 
     return cpu_executor(engine, num_pages, kv_cache_memory_bytes)
 

@@ -20,11 +20,11 @@ from ..errors import ConfigError
 from ..graph import Graph
 from ..ops import ReferenceContext, op_names
 from ..ops.registry import Communicator
-from ..passes.fuse import ACTIVATION, ADD_NORM, DEQUANTIZE, POSITIONS, RESIDUAL, SIBLINGS
+from ..passes.fuse import ACTIVATION, ADD_NORM, DEQUANTIZE, SIBLINGS
 from ..quantize.scheme import KINDS
 from .base import CacheShape, Capabilities
 from .cpu_attention import CpuAttention, KVCache
-from .cpu_linear import linear_kernel
+from .cpu_linear import EPILOGUES, linear_kernel
 from .cpu_step import DecodeLimits, DecodeStep, Unsupported
 from .program import KernelFactory, Program
 
@@ -38,7 +38,7 @@ class CpuTarget:
             raise ConfigError(f"target cpu has no options, found: {', '.join(build.target_options)}")
         return Capabilities(
             ops=op_names(),
-            fusions=frozenset({SIBLINGS, ACTIVATION, POSITIONS, RESIDUAL, ADD_NORM, DEQUANTIZE}),
+            fusions=frozenset({SIBLINGS, ACTIVATION, ADD_NORM, DEQUANTIZE}) | EPILOGUES,
             dtypes=frozenset(MODEL_DTYPES),
             tensor_parallel=True,
             pipeline_parallel=True,

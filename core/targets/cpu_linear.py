@@ -15,8 +15,12 @@ import torch.nn.functional as F
 
 from ..graph import Node
 from ..ops.elementwise import ACTIVATIONS
+from ..passes.fuse import POSITIONS, RESIDUAL
 
-_EPILOGUES = {
+EPILOGUES = frozenset({RESIDUAL, POSITIONS})
+"""Fusions that save a pass over the result."""
+
+_ACTIVATIONS = {
     None: ("none", ""),
     "relu": ("relu", ""),
     "gelu": ("gelu", "none"),
@@ -29,7 +33,7 @@ _EPILOGUES = {
 def linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
     """The implementation of the linear node `node`: activation(x weight^T + bias) + residual."""
     activation: str | None = node.attrs.get("activation")
-    attr, algorithm = _EPILOGUES[activation]
+    attr, algorithm = _ACTIVATIONS[activation]
 
     def linear(
         x: torch.Tensor,
