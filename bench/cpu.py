@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,11 +27,14 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 VOCAB, INPUT_LEN, OUTPUT_LEN = 50272, 128, 64
+KINDS = {"float32": "float32", "bfloat16": "float32", "int8": "int8"}
+"""Our precisions, and that of CTranslate2 which each is compared with (it has no bfloat16 on this kind of processor)."""
 BARS = {
     ("float32", "step", 1): 1.5, ("float32", "step", 8): 1.2, ("float32", "prefill", 1): 1.1, ("float32", "prefill", 8): 1.1,
     ("bfloat16", "step", 1): 2.0,
+    ("int8", "step", 1): 1.5, ("int8", "step", 8): 1.2, ("int8", "prefill", 1): 1.1, ("int8", "prefill", 8): 1.1,
 }  # fmt: skip
-"""The ratio to CTranslate2's float32 that each row is meant to reach."""
+"""The ratio that each row is meant to reach: a row that falls short is shown as it is."""
 Side = Callable[[list[list[int]], int], list[list[int]]]
 
 
@@ -48,10 +51,12 @@ def make_model(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
-def build(model: Path, engine: Path, dtype: str) -> None:
+def build(model: Path, engine: Path) -> None:
+    dtype = {"int8": "float32"}.get(engine.name, engine.name)
+    options = ["--use-weight-only", "--weight-only-precision", "int8"] if engine.name == "int8" else []
     command = [sys.executable, "-m", "trtc.cli", "build", "--model-dir", str(model), "--dtype", dtype,
                "--output-dir", str(engine), "--max-batch-size", "8", "--max-input-len", "512",
-               "--max-seq-len", "1024"]  # fmt: skip
+               "--max-seq-len", "1024", *options]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -59,7 +64,7 @@ def ours(engine: Path) -> Side:
     from ..runtime.llm import LLM
     from ..runtime.sampling_params import SamplingParams
 
-    llm = LLM(engine)
+    llm = LLM(engine, enable_prefix_cache=False)
 
     def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
         params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
@@ -114,14 +119,17 @@ def transformers_side(folder: Path) -> Side:
     return generate
 
 
-def measure(sides: dict[str, Side], batch: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Every side's samples in milliseconds; round 0 warms up."""
+def measure(sides: dict[str, Side], batch: int, rounds: int, rest_s: float) -> Iterator[dict[str, Any]]:
+    """Every side's samples in milliseconds; round 0 warms up. transformers, the slowest, takes part in the first two."""
     rng = np.random.default_rng(batch)
     prompts = [rng.integers(4, VOCAB, INPUT_LEN).tolist() for _ in range(batch)]
     samples: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "step": []} for name in sides}
     tokens: dict[str, list[list[int]]] = {}
     for number in range(rounds + 1):
         for name, side in sides.items():
+            if number > 1 and name.startswith("transformers"):
+                continue
+            time.sleep(rest_s)
             start = time.perf_counter()
             side(prompts, 1)
             first = time.perf_counter()
@@ -165,8 +173,9 @@ print(before, mib())
 """
 
 
-def process(code: str) -> tuple[float, str]:
+def process(code: str, rest_s: float = 2.0) -> tuple[float, str]:
     """Wall seconds of a Python process, and what it printed."""
+    time.sleep(rest_s)
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return time.perf_counter() - start, done.stdout
@@ -174,7 +183,7 @@ def process(code: str) -> tuple[float, str]:
 
 def start_and_memory(engine: Path) -> dict[str, Any]:
     def seconds(code: str) -> float:
-        return min(process(code)[0] for _ in range(3))
+        return min(process(code)[0] for _ in range(2))
 
     torch_mib, all_mib = map(float, process(_MEMORY.format(engine=str(engine)))[1].split())
     weights = sum(path.stat().st_size for path in engine.glob("*.safetensors")) / 2**20
@@ -195,53 +204,57 @@ def setup() -> dict[str, Any]:
                   if line.startswith("model name")), platform.processor())  # fmt: skip
     return {"date": datetime.date.today().isoformat(), "commit": git("rev-parse", "--short=12", "HEAD"),
             "dirty": bool(git("status", "--porcelain")), "device": model, "threads": torch.get_num_threads(),
+            "load_average": round(os.getloadavg()[0], 1),
             "versions": {name: version(name) for name in ("torch", "ctranslate2", "transformers", "numpy")},
             "read_bandwidth_gb_s": round(read_bandwidth(), 1), "input_len": INPUT_LEN, "output_len": OUTPUT_LEN}  # fmt: skip
 
 
-def run(folder: Path, rounds: int) -> dict[str, Any]:
+def run(folder: Path, rounds: int, rest_s: float) -> dict[str, Any]:
     from ctranslate2.converters import TransformersConverter
 
     model = folder / "model"
     if not model.exists():
         make_model(model)
-        for dtype in ("float32", "bfloat16"):
-            build(model, folder / dtype, dtype)
+        for kind in KINDS:
+            build(model, folder / kind)
         TransformersConverter(str(model)).convert(str(folder / "ctranslate2"), force=True)
     data = setup()
-    data["processes"] = {dtype: start_and_memory(folder / dtype) for dtype in ("float32", "bfloat16")}
     sides = {
         "trtc float32": ours(folder / "float32"),
         "CTranslate2 float32": ctranslate2_side(folder / "ctranslate2", "float32"),
         "trtc bfloat16": ours(folder / "bfloat16"),
+        "trtc int8": ours(folder / "int8"),
         "CTranslate2 int8": ctranslate2_side(folder / "ctranslate2", "int8"),
         "transformers float32": transformers_side(model),
     }
-    data["cases"] = [case for batch in (1, 8) for case in measure(sides, batch, rounds)]
-    data["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    data["cases"] = []
+    for batch in (1, 8):
+        for case in measure(sides, batch, rounds, rest_s):
+            data["cases"].append(case)
+            print(f"batch {batch} {case['side']:22} prefill {case['prefill_ms']:7.1f} ms, step {case['step_ms']:6.2f} ms",
+                  file=sys.stderr)  # fmt: skip
+    data["processes"] = {"float32": start_and_memory(folder / "float32")}
     return data
 
 
 def rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     found = {(case["side"], case["batch"]): case for case in data["cases"]}
-    for batch in sorted({case["batch"] for case in data["cases"]}):
-        for what in ("step", "prefill"):
-            base = found["CTranslate2 float32", batch][f"{what}_ms"]
-            for dtype in ("float32", "bfloat16"):
-                mine = found[f"trtc {dtype}", batch][f"{what}_ms"]
-                bar = BARS.get((dtype, what, batch))
-                aim = "" if bar is None else f"{bar}" if base / mine >= bar else f"{bar} (short)"
-                others = (
-                    found[side, batch][f"{what}_ms"] for side in ("CTranslate2 int8", "transformers float32")
+    for what in ("step", "prefill"):
+        for batch in sorted({case["batch"] for case in data["cases"]}):
+            for kind, peer in KINDS.items():
+                mine, base, other = (
+                    found[side, batch][f"{what}_ms"]
+                    for side in (f"trtc {kind}", f"CTranslate2 {peer}", "transformers float32")
                 )
-                yield (f"{what}, batch {batch}", dtype, f"{mine:.1f} ms", f"{base:.1f} ms", f"{base / mine:.2f}", aim,
-                       *(f"{x:.1f} ms" for x in others))  # fmt: skip
+                bar = BARS.get((kind, what, batch))
+                aim = "" if bar is None else f"{bar}" if base / mine >= bar else f"{bar} (short)"
+                yield (f"{what}, batch {batch}", kind, f"{mine:.1f} ms", f"{base:.1f} ms ({peer})", f"{base / mine:.2f}", aim,
+                       f"{other:.1f} ms")  # fmt: skip
 
 
 def table(data: dict[str, Any]) -> str:
     """README's table and the lines below it."""
-    header = ("OPT-125M on the CPU", "dtype", "trtc", "CTranslate2 float32", "ratio", "aim", "CTranslate2 int8",
-              "transformers")  # fmt: skip
+    header = ("OPT-125M on the CPU", "weights", "trtc", "CTranslate2", "ratio", "aim", "transformers float32")
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ("---",) * len(header), *rows(data)))
     versions, one = data["versions"], data["processes"]["float32"]
     bytes_read = 4 * 12 * (12 * 768 * 768)
@@ -251,7 +264,8 @@ def table(data: dict[str, Any]) -> str:
         f"{text}\n{data['device']}, {data['threads']} threads, random weights, greedy, {data['input_len']} tokens in and "
         f"{data['output_len']} out; trtc at {data['commit']}{' with local changes' if data['dirty'] else ''}, CTranslate2 "
         f"{versions['ctranslate2']} and transformers {versions['transformers']} in one run on {data['date']}, torch "
-        f"{versions['torch']}; medians of runs that took turns. float32 gives the tokens of transformers"
+        f"{versions['torch']}; medians of runs that took turns; load average {data['load_average']:.1f}. float32 gives the "
+        "tokens of transformers"
         f"{'' if same else ' NOT in every sequence'}. Reading the layers' {bytes_read / 1e6:.0f} MB at the "
         f"{data['read_bandwidth_gb_s']:.0f} GB/s that a sum reached takes {floor:.1f} ms in float32. From a cold process "
         f"to the first token, all files checked: {one['first_token_s']:.1f} s "
@@ -268,9 +282,12 @@ def main() -> None:
         "--folder", type=Path, help="keep the model and engines here, and use those that are there"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--rest-s", type=float, default=0.0, help="seconds left to others before each side's turn"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        data = run(args.folder or Path(scratch), args.rounds)
+        data = run(args.folder or Path(scratch), args.rounds, args.rest_s)
     args.json.write_text(json.dumps(data, indent=1) + "\n")
     print(table(data))
 

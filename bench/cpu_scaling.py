@@ -51,7 +51,7 @@ def build(folder: Path, size: str, dtype: str) -> Path:
 
 def measure(engine_dir: Path, bandwidth: float) -> Iterator[dict[str, Any]]:
     engine = Engine.open(engine_dir, verify=False)
-    with LLM(engine_dir, verify=False) as llm:
+    with LLM(engine_dir, verify=False, enable_prefix_cache=False) as llm:
         for batch, context in ((1, 128), (2, 128), (4, 128), (8, 128), (1, 1024), (4, 1024)):
             rng = np.random.default_rng(0)
             prompts = [rng.integers(4, VOCAB, context).tolist() for _ in range(batch)]

@@ -1,6 +1,6 @@
 """Tables of README and docs from the files in bench/results/; numbers are never typed.
 
-python bench/table.py            # writes them between the markers in README.md and docs/tensorrt.md
+python bench/table.py            # writes them between the markers in README.md, docs/tensorrt.md, docs/cpu.md
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from trtc.bench import cpu, cpu_scaling
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "h200-vs-vllm.json"
@@ -143,6 +145,8 @@ def with_table(page: str, name: str, text: str) -> str:
 TABLES = (
     (ROOT / "README.md", RESULTS, table),
     (ROOT / "docs" / "tensorrt.md", PLANS, plans_table),
+    (ROOT / "README.md", RESULTS.parent / "cpu.json", cpu.table),
+    (ROOT / "docs" / "cpu.md", RESULTS.parent / "cpu-scaling.json", cpu_scaling.table),
 )
 """Page, results, and what makes the table of them; a table is called as its results."""
 
