@@ -1,6 +1,7 @@
 """Generated pages of docs/ say what the code says (oracle: the generator itself)."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
