@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,11 @@ class _Flight:
 class DecodeAhead:
     """Keeps the device busy with decode steps of the scheduler's running requests."""
 
-    def __init__(self, loop: DecodeLoop, scheduler: Scheduler) -> None:
-        self._loop, self._scheduler = loop, scheduler
+    def __init__(
+        self, loop: DecodeLoop, scheduler: Scheduler, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """clock: seconds, by which steps are timed."""
+        self._loop, self._scheduler, self._clock = loop, scheduler, clock
         self._requests: list[Request] = []
         self._flights: deque[_Flight] = deque()
         self._left = 0
@@ -80,7 +83,7 @@ class DecodeAhead:
         step = StepInput.from_batch(scheduler.decode_batch(self._requests))
         self._loop.loop_load(step.token_ids, step.kv_length, step.page_table)
         self._left = horizon
-        self._last_collected = time.perf_counter()
+        self._last_collected = self._clock()
         self._enqueue()
         return True
 
@@ -104,7 +107,7 @@ class DecodeAhead:
         return not (self._scheduler.waiting and ended) and 2 * ended < len(self._requests)
 
     def _measure(self, count: int) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         self._step_seconds = float(np.clip((now - self._last_collected) / count, 1e-5, 1.0))
         self._last_collected = now
 

@@ -69,7 +69,7 @@ class EngineCore:
     lookup_stats: what prompt lookup has brought so far
     seed:      of the stream from which requests without a seed draw theirs, in order of arrival
     enable_prefix_cache: use what earlier requests with the same beginning have left in the KV cache
-    clock:     the seconds that deadlines are given in
+    clock:     the seconds that deadlines are given in and steps are timed by
     """
 
     def __init__(
@@ -94,7 +94,9 @@ class EngineCore:
                 enable_prefix_cache=enable_prefix_cache,
             )
         )
-        self._ahead = DecodeAhead(executor, self.scheduler) if isinstance(executor, DecodeLoop) else None
+        self._ahead = (
+            DecodeAhead(executor, self.scheduler, clock) if isinstance(executor, DecodeLoop) else None
+        )
         self._eos_token_ids = frozenset(executor.eos_token_ids)
         self._seeds = np.random.Generator(np.random.Philox(seed))
         self._clock = clock

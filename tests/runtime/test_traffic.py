@@ -21,6 +21,8 @@ from .test_decode_ahead import LoopToy
 from .toy import ToyExecutor
 
 MOST_TOKENS = 13
+TICK_S = 0.0005
+"""Time that a step takes: short beside `BURST_SECONDS`, so that steps that run ahead do so in bursts."""
 WORDS = [[1, 2, 3, 4], [1, 2, 3, 5], [5, 1, 1, 1, 1, 1, 1, 1]]
 LONGEST_PROMPT = 3 * 8 + 3
 
@@ -110,7 +112,7 @@ class Traffic(RuleBasedStateMachine):
         name = str(len(self.requests))
         self.requests[name] = (prompt, params)
         self.unfinished.append(name)
-        deadline = None if patience is None else self.now + patience
+        deadline = None if patience is None else self.now + patience * TICK_S
         self.core.add_request(name, prompt, params, priority=priority, deadline=deadline)
 
     @rule(prompt=PROMPTS, params=BEAMS)
@@ -160,7 +162,7 @@ class Traffic(RuleBasedStateMachine):
             assert self.core.has_unfinished == bool(self.unfinished)
 
     def step(self) -> None:
-        self.now += 1
+        self.now += TICK_S
         for output in self.core.step():
             assert output.request_id in self.unfinished, "an output of a request that is not in the engine"
             if output.finished:
