@@ -24,7 +24,7 @@ from ..passes.fuse import ACTIVATION, ADD_NORM, DEQUANTIZE, SIBLINGS
 from ..quantize.scheme import KINDS
 from .base import CacheShape, Capabilities
 from .cpu_attention import CpuAttention, KVCache
-from .cpu_linear import EPILOGUES, linear_kernel
+from .cpu_linear import EPILOGUES, linear_kernel, quantized_linear_kernel
 from .cpu_step import DecodeLimits, DecodeStep, Unsupported
 from .program import KernelFactory, Program
 
@@ -93,6 +93,7 @@ class CpuProgram:
         factories: dict[str, KernelFactory] = {
             "attention": self._attention.kernel,
             "linear": linear_kernel,
+            "quantized_linear": quantized_linear_kernel,
             **(kernels or {}),
         }
         self._program = Program(graph, weights, factories, ReferenceContext(cache, communicator))

@@ -13,9 +13,11 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from ...kernels import cpu_step
 from ..graph import Node
 from ..ops.elementwise import ACTIVATIONS
 from ..passes.fuse import POSITIONS, RESIDUAL
+from ..quantize.integers import dequantize
 
 EPILOGUES = frozenset({RESIDUAL, POSITIONS})
 """Fusions that save a pass over the result."""
@@ -50,6 +52,74 @@ def linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
         return y if residual is None else y.add_(residual)
 
     return linear
+
+
+def quantized_linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
+    """The implementation of the quantized_linear node `node`: activation(x W^T + bias) + residual, W from integers.
+
+    int8 rows with one scale each are multiplied as the integers they are, by activations of 16 bits a token as in the compiled
+    step. Other formats, and all where there are no compiled kernels, are dequantized first.
+    """
+    plain = linear_kernel(node)
+    kind = cpu_step.ACTIVATION_KINDS.get(node.attrs.get("activation"))
+
+    def linear(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = weight.dtype is torch.int8 and scale.dim() == 1 and zero is None
+        if kind is None or not rows or not _has_integers():
+            return plain(x, dequantize(weight, scale, zero), bias, residual)
+        return _integer_linear(kind, x, weight, scale, bias, residual)
+
+    return linear
+
+
+_TOKENS = 256
+"""Tokens that are multiplied at a time, so that their sums stay in the processor's cache until they are results."""
+
+
+def _integer_linear(
+    kind: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Every activation is two int8 parts, so that oneDNN's product of int8 by int8, whose sums are exact, keeps 16 bits."""
+    (n, k), threads = weight.shape, torch.get_num_threads()
+    source, factor, y = x.float().contiguous(), scale.float().contiguous(), torch.empty(len(x), n)
+    added = None if bias is None else bias.float().contiguous()
+    carried = None if residual is None else residual.float().contiguous()
+    for begin in range(0, len(x), _TOKENS):
+        count = min(_TOKENS, len(x) - begin)
+        layer = cpu_step.Instruction(
+            kind=kind, n=n, k=k, x=source.data_ptr() + 4 * begin * k, scale=factor.data_ptr(),
+            bias=None if added is None else added.data_ptr(),
+            residual=None if carried is None else carried.data_ptr() + 4 * begin * n, y=y.data_ptr() + 4 * begin * n,
+        )  # fmt: skip
+        parts, steps = torch.empty(2 * count, k, dtype=torch.int8), torch.empty(count)
+        cpu_step.split(layer, count, parts.data_ptr(), steps.data_ptr(), threads)
+        sums = torch._int_mm(parts, weight.t())
+        cpu_step.join(layer, count, sums.data_ptr(), steps.data_ptr(), threads)
+    return y.to(x.dtype)
+
+
+@cache
+def _has_integers() -> bool:
+    """Whether oneDNN multiplies int8 by int8 exactly here: without VNNI, sums of two products saturate."""
+    if cpu_step.library() is None:
+        return False
+    try:
+        large = torch.full((2, 64), 127, dtype=torch.int8)
+        return bool((torch._int_mm(large, large.t()) == 64 * 127 * 127).all())
+    except (AttributeError, RuntimeError):
+        return False
 
 
 @cache

@@ -63,6 +63,8 @@ def library() -> ctypes.CDLL | None:
     if not found:
         return None
     loaded = ctypes.CDLL(str(found[0]))
+    if not hasattr(loaded, "trtc_join"):  # of an older checkout: compiled again, it has what is missing
+        return None
     return loaded if loaded.trtc_step_supported() else None
 
 
@@ -71,3 +73,17 @@ def run(program: ctypes.Array[Instruction], step: Step, threads: int) -> None:
     loaded = library()
     assert loaded is not None, "the library is not there"
     loaded.trtc_step_run(program, len(program), ctypes.byref(step), threads)
+
+
+def split(layer: Instruction, tokens: int, parts: int, steps: int, threads: int) -> None:
+    """x [tokens, k] float32 of `layer` as int8 parts [2 tokens, k], to be multiplied by int8, and steps [tokens] float32."""
+    loaded = library()
+    assert loaded is not None, "the library is not there"
+    loaded.trtc_split(ctypes.byref(layer), tokens, ctypes.c_void_p(parts), ctypes.c_void_p(steps), threads)
+
+
+def join(layer: Instruction, tokens: int, sums: int, steps: int, threads: int) -> None:
+    """y [tokens, n] float32 of `layer`, with its scale, bias, activation and residual, from int32 sums [2 tokens, n]."""
+    loaded = library()
+    assert loaded is not None, "the library is not there"
+    loaded.trtc_join(ctypes.byref(layer), tokens, ctypes.c_void_p(sums), ctypes.c_void_p(steps), threads)

@@ -489,6 +489,61 @@ static void run_one(const Instr *in, const Step *step, int thread, int threads) 
     }
 }
 
+/* ---- layers of many tokens: what surrounds a product of int8 by int8 ---------------------------- */
+
+enum { HIGH = 254 }; /* an activation is high * 254 + low steps of its token, each part within -127 .. 127 */
+
+ISA static float split(const float *x, ptrdiff_t k, int8_t *high, int8_t *low) {
+    const float limit = 127.0f * HIGH + 126.0f;
+    __m512 top = _mm512_setzero_ps(), bad = _mm512_setzero_ps();
+    for (ptrdiff_t i = 0; i < k; i += 16) {
+        __m512 v = _mm512_maskz_loadu_ps(first(k - i), x + i);
+        top = _mm512_max_ps(top, _mm512_abs_ps(v));
+        bad = _mm512_fmadd_ps(v, _mm512_setzero_ps(), bad);
+    }
+    const float size = _mm512_reduce_max_ps(top), step = size / limit, inverse = size > 0 ? limit / size : 0.0f;
+    for (ptrdiff_t i = 0; i < k; i += 16) {
+        const __mmask16 mask = first(k - i);
+        __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(inverse));
+        __m512 h = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.0f / HIGH)), 8);
+        __m512 l = _mm512_fnmadd_ps(h, _mm512_set1_ps(HIGH), v);
+        _mm_mask_storeu_epi8(high + i, mask, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(h)));
+        _mm_mask_storeu_epi8(low + i, mask, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(l)));
+    }
+    return step + _mm512_reduce_add_ps(bad);
+}
+
+/* y = activation(sums * step * scale + bias) + residual of one token */
+ISA static void join(const Instr *in, ptrdiff_t t, float step, const int32_t *high, const int32_t *low) {
+    const float *scale = in->scale, *bias = in->bias, *residual = in->residual;
+    for (ptrdiff_t i = 0, n = in->n; i < n; i += 16) {
+        const __mmask16 mask = first(n - i);
+        __m512 h = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, high + i));
+        __m512 l = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, low + i));
+        __m512 v = _mm512_mul_ps(_mm512_fmadd_ps(h, _mm512_set1_ps(HIGH), l), _mm512_set1_ps(step));
+        v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, scale + i));
+        if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, bias + i));
+        v = activate(in->kind, v);
+        if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, residual + t * n + i));
+        _mm512_mask_storeu_ps((float *)in->y + t * n + i, mask, v);
+    }
+}
+
+/* x [tokens, k] of `in` as parts [2 tokens, k] of int8, the high ones first, and one step a token */
+void trtc_split(const Instr *in, int tokens, int8_t *parts, float *steps, int threads) {
+    const ptrdiff_t k = in->k;
+#pragma omp parallel for num_threads(threads)
+    for (int t = 0; t < tokens; t++)
+        steps[t] = split((const float *)in->x + t * k, k, parts + t * k, parts + (tokens + t) * k);
+}
+
+/* y [tokens, n] of `in` from the sums [2 tokens, n] of those parts */
+void trtc_join(const Instr *in, int tokens, const int32_t *sums, const float *steps, int threads) {
+    const ptrdiff_t n = in->n;
+#pragma omp parallel for num_threads(threads)
+    for (int t = 0; t < tokens; t++) join(in, t, steps[t], sums + t * n, sums + (tokens + t) * n);
+}
+
 int trtc_step_supported(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");

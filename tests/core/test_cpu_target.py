@@ -18,7 +18,7 @@ from trtc.core.ops import ReferenceContext
 from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.targets.base import CacheShape, get_target
 from trtc.core.targets.cpu import CpuProgram, allocate_cache
-from trtc.core.targets.cpu_linear import linear_kernel
+from trtc.core.targets.cpu_linear import linear_kernel, quantized_linear_kernel
 from trtc.core.targets.cpu_step import DecodeLimits, DecodeStep
 from trtc.kernels import cpu_step
 from trtc.tests.packed_steps import PagedSequences, filled_cache
@@ -176,6 +176,42 @@ def test_int8_products_are_those_of_the_dequantized_weight(count: int, rows: int
     cpu_step.run((cpu_step.Instruction * 1)(one), step, 2)
     expected = (x.double() @ weight.double().t()) * scale.double() + bias.double()
     assert max_error(y, expected) <= 1e-3 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_int8_layers_keep_16_bits_of_their_input(count: int, activation: str | None) -> None:
+    """More tokens than are multiplied at a time, of very different sizes, one of them zero. Oracle: float64."""
+    random = torch.Generator().manual_seed(4)
+    weight = torch.randint(-127, 128, (70, 200), generator=random, dtype=torch.int8)
+    weight[0] = 127
+    scale, bias = torch.rand(70, generator=random) / 500, torch.randn(70, generator=random)
+    x = torch.randn(count, 200, generator=random) * torch.logspace(-3, 1, count)[:, None]
+    x[1:2] = 0.0
+    x[2:3] = 10.0
+    residual = torch.randn(count, 70, generator=random)
+    node = Node(
+        "y",
+        "quantized_linear",
+        ("x", "w", "s", None, "b", "r"),
+        {"activation": activation} if activation else {},
+    )
+    y = quantized_linear_kernel(node)(x, weight, scale, None, bias, residual)
+    expected = x.double() @ (weight.double() * scale.double()[:, None]).t() + bias.double()
+    expected = (expected if activation is None else ACTIVATIONS[activation](expected)) + residual.double()
+    # Half a step of the largest value in each of 200 columns, if all erred the same way; then float32's own rounding.
+    bound = 200 * 0.5 * x.abs().amax(1, keepdim=True) / 32000 * 127 * scale + 1e-4
+    assert y.shape == (count, 70)
+    assert ((y - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_int8_layers_report_a_token_that_is_not_finite(bad: float) -> None:
+    x = torch.ones(3, 32)
+    x[1, 7] = bad
+    node = Node("y", "quantized_linear", ("x", "w", "s"))
+    y = quantized_linear_kernel(node)(x, torch.ones(5, 32, dtype=torch.int8), torch.ones(5))
+    assert y.isfinite().all(1).tolist() == [True, False, True]
 
 
 @needs_kernels
