@@ -21,6 +21,9 @@ from ..core.errors import EngineError
 from .outputs import Logprob
 from .request import Request
 
+CANDIDATES = 512
+"""The most likely tokens that are put in order first: nearly always the one to be drawn is among them."""
+
 
 @dataclass(frozen=True)
 class SampledToken:
@@ -72,21 +75,33 @@ def adjusted(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     return scores
 
 
+@dataclass(frozen=True)
+class Filters:
+    """What each of S rows leaves to chance: columns [S, 1]. top_k: int64, the vocabulary's size or more keeps all."""
+
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+
+    def of_rows(self, rows: torch.Tensor) -> Filters:
+        return Filters(self.min_p[rows], self.top_k[rows], self.top_p[rows])
+
+
 def filtered_weights(
-    ordered: torch.Tensor, *, min_p: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+    ordered: torch.Tensor, filters: Filters, total: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Unnormalized probabilities [S, C] float64 of candidates, 0 where a filter removes one.
 
     ordered: [S, C] scores after temperature, descending, 0 for the best
-    min_p:   [S, 1] float     top_k: [S, 1] int64, C or more keeps all     top_p: [S, 1] float
+    total:   [S, 1] float64 weight of all tokens that min_p and top_k leave, where that is more than the candidates'
     """
     weights = ordered.double().exp()
-    weights = weights.where(weights >= min_p, 0.0)
-    kth = ordered.gather(1, top_k.clamp(max=ordered.shape[1]) - 1)
+    weights = weights.where(weights >= filters.min_p, 0.0)
+    kth = ordered.gather(1, filters.top_k.clamp(max=ordered.shape[1]) - 1)
     weights = weights.where(ordered >= kth, 0.0)
     cumulative = weights.cumsum(dim=-1)
-    mass_before = (cumulative - weights) / cumulative[:, -1:]
-    return weights.where((mass_before < top_p) | (top_p >= 1.0), 0.0)
+    mass_before = (cumulative - weights) / (cumulative[:, -1:] if total is None else total)
+    return weights.where((mass_before < filters.top_p) | (filters.top_p >= 1.0), 0.0)
 
 
 def uniform(seed: int, sample_index: int, position: int) -> float:
@@ -147,24 +162,66 @@ def _token_counts(sequences: Sequence[list[int]], like: torch.Tensor) -> torch.T
 def _draw(scores: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """Random tokens [S] int64 from scores [S, V], one of each request's own stream."""
     params = [request.params for request in requests]
+    vocab_size = scores.shape[1]
     # the best score becomes 0 first, so that no temperature makes it overflow
     scores = scores - scores.amax(dim=-1, keepdim=True)
     scores = scores / _column([p.temperature for p in params], scores)
-    top_k = [p.top_k if p.top_k > 0 else scores.shape[1] for p in params]
-    ordered, token_ids = _descending(scores, min(max(top_k), scores.shape[1]))
-    weights = filtered_weights(
-        ordered,
-        min_p=_column([p.min_p for p in params], ordered),
+    top_k = [p.top_k if p.top_k > 0 else vocab_size for p in params]
+    filters = Filters(
+        min_p=_column([p.min_p for p in params], scores),
         top_k=torch.tensor(top_k, device=scores.device)[:, None],
-        top_p=_column([p.top_p for p in params], ordered),
+        top_p=_column([p.top_p for p in params], scores),
     )
     uniforms = [uniform(r.seed, r.sample_index, len(r.output_token_ids)) for r in requests]
+    chances = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)[:, None]
+    widest = min(max(top_k), vocab_size)
+    if widest <= CANDIDATES:
+        return _pick(scores, filters, chances, widest)[0]
+    chosen, sure = _pick(scores, filters, chances, CANDIDATES)
+    unsure = (~sure).nonzero()[:, 0]
+    if len(unsure):  # the number is among the less likely tokens: all have to be in order
+        chosen[unsure] = _pick(scores[unsure], filters.of_rows(unsure), chances[unsure], widest)[0]
+    return chosen
+
+
+def _pick(
+    scores: torch.Tensor, filters: Filters, chances: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens [S] int64, whether each is certain [S]) by the inverse of the cumulative distribution, from the `count` best.
+
+    chances: [S, 1] float64, uniform in [0, 1). A token that is certain is the one that any larger `count` gives: what it
+    depends on is summed up over the whole row, or over the candidates that a filter has left.
+    """
+    vocab_size = scores.shape[1]
+    ordered, token_ids = _descending(scores, count)
+    complete = ordered.shape[1] == vocab_size
+    keeps_all = filters.top_k >= vocab_size
+    total = None
+    if bool(keeps_all.any()):
+        every = scores.double().exp()
+        # one after the other, so that the sum of a row is the same bits in every batch
+        every = every.where(every >= filters.min_p, 0.0).cumsum(dim=-1)[:, -1:]
+        left = filtered_weights(
+            ordered, Filters(filters.min_p, filters.top_k, torch.ones_like(filters.top_p))
+        )
+        total = every.where(keeps_all, left.cumsum(dim=-1)[:, -1:])
+    weights = filtered_weights(ordered, filters, total)
     cumulative = weights.cumsum(dim=-1)
-    target = _column(uniforms, cumulative) * cumulative[:, -1:]
+    ended = weights[:, -1:] == 0.0  # a filter has removed the last candidate, and so all that are not here
+    whole = cumulative[:, -1:]
+    if total is not None:
+        whole = total.where((filters.top_p >= 1.0) & keeps_all, whole)
+    target = chances * whole
     # target may round up to the total; the last candidate with weight is the last that may be picked
     last = (weights > 0).sum(dim=-1, keepdim=True) - 1
     pick = torch.searchsorted(cumulative, target, right=True).minimum(last)
-    return token_ids.gather(1, pick).squeeze(1)
+    inside = (filters.top_p >= 1.0) & (target < cumulative[:, -1:])
+    sure = (
+        torch.full_like(ended, complete)
+        | (filters.top_k <= ordered.shape[1])
+        | (keeps_all & (ended | inside))
+    )
+    return token_ids.gather(1, pick).squeeze(1), sure.squeeze(1)
 
 
 def _descending(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

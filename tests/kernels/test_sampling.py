@@ -43,9 +43,11 @@ def test_reference_filters_as_the_sampler(row: RowSampling) -> None:
     ordered, ids = scaled.sort(descending=True, stable=True)
     weights = sampler.filtered_weights(
         ordered[None],
-        min_p=torch.tensor([[row.min_p]]),
-        top_k=torch.tensor([[row.top_k or 50]]),
-        top_p=torch.tensor([[row.top_p]]),
+        sampler.Filters(
+            min_p=torch.tensor([[row.min_p]]),
+            top_k=torch.tensor([[row.top_k or 50]]),
+            top_p=torch.tensor([[row.top_p]]),
+        ),
     )[0]
     edges = weights.cumsum(0) / weights.sum()
     for i in weights.nonzero()[:, 0].tolist():

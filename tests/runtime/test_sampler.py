@@ -20,9 +20,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 from trtc.core.errors import EngineError
+from trtc.runtime import sampler
 from trtc.runtime.bad_words import BadWords
 from trtc.runtime.request import Request
-from trtc.runtime.sampler import adjusted, filtered_weights, sample, top_logprobs, uniform
+from trtc.runtime.sampler import Filters, adjusted, filtered_weights, sample, top_logprobs, uniform
 from trtc.runtime.sampling_params import SamplingParams
 
 VOCAB = 200
@@ -48,9 +49,11 @@ def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     rows = len(logits)
     weights = filtered_weights(
         ordered,
-        min_p=torch.full((rows, 1), params.min_p),
-        top_k=torch.full((rows, 1), params.top_k if params.top_k > 0 else logits.shape[1]),
-        top_p=torch.full((rows, 1), params.top_p),
+        Filters(
+            min_p=torch.full((rows, 1), params.min_p),
+            top_k=torch.full((rows, 1), params.top_k if params.top_k > 0 else logits.shape[1]),
+            top_p=torch.full((rows, 1), params.top_p),
+        ),
     )
     return torch.zeros_like(weights).scatter_(1, ids, weights / weights.sum(-1, keepdim=True))
 
@@ -226,6 +229,33 @@ def test_a_top_k_shared_by_all_rows_draws_what_the_full_sort_draws() -> None:
     short = [t.token_id for t in sample(logits, requests)]
     full = sample(torch.cat([logits, logits[:1]]), [*requests, request(seed=1)])
     assert short == [t.token_id for t in full[:20]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_the_best_tokens_alone_draw_what_the_whole_vocabulary_draws(data: st.DataObject) -> None:
+    """Oracle: the same rows with all of the vocabulary put in order, and each row without the others."""
+    rows = data.draw(st.integers(1, 4))
+    spread = data.draw(st.sampled_from([0.3, 3.0, 12.0]))  # from nearly uniform to nearly certain
+    logits = (random_logits(rows, data.draw(st.integers(0, 999)), 60) * spread).round(
+        decimals=data.draw(st.integers(0, 2))
+    )
+    requests = [
+        request(
+            seed=data.draw(st.integers(0, 2**32)),
+            temperature=data.draw(st.sampled_from([0.5, 1.0, 2.0])),
+            top_k=data.draw(st.sampled_from([-1, -1, 1, 3, 7, 20])),
+            top_p=data.draw(st.sampled_from([1.0, 1.0, 0.5, 0.9, 0.99])),
+            min_p=data.draw(st.sampled_from([0.0, 0.0, 0.01, 0.5])),
+        )
+        for _ in range(rows)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "CANDIDATES", 60)
+        whole = sample(logits, requests)
+        patch.setattr(sampler, "CANDIDATES", data.draw(st.integers(1, 8)))
+        assert sample(logits, requests) == whole
+        assert [sample(logits[row : row + 1], [one])[0] for row, one in enumerate(requests)] == whole
 
 
 def test_a_token_depends_on_seed_sample_index_and_position_alone() -> None:
