@@ -32,6 +32,16 @@ _ACTIVATIONS = {
 """oneDNN's name and algorithm for an activation; None stands for no activation."""
 
 
+def bucket(rows: int) -> int:
+    """The number of rows that a product of `rows` rows is computed with: at most an eighth more.
+
+    oneDNN generates code for every shape and keeps it: a server whose steps have any number of tokens would grow by hundreds of
+    megabytes. There are eight buckets from one power of two to the next.
+    """
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
+
+
 def linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
     """The implementation of the linear node `node`: activation(x weight^T + bias) + residual."""
     activation: str | None = node.attrs.get("activation")
@@ -48,7 +58,11 @@ def linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
             plain = plain if activation is None else ACTIVATIONS[activation](plain)
             return plain if residual is None else plain + residual
         product = torch.ops.mkldnn._linear_pointwise
-        y: torch.Tensor = product(x, weight, bias, attr, [], algorithm)
+        spare = bucket(len(x)) - len(x)
+        y: torch.Tensor = product(
+            F.pad(x, (0, 0, 0, spare)) if spare else x, weight, bias, attr, [], algorithm
+        )
+        y = y[: len(x)]
         return y if residual is None else y.add_(residual)
 
     return linear
@@ -103,7 +117,7 @@ def _integer_linear(
             bias=None if added is None else added.data_ptr(),
             residual=None if carried is None else carried.data_ptr() + 4 * begin * n, y=y.data_ptr() + 4 * begin * n,
         )  # fmt: skip
-        parts, steps = torch.empty(2 * count, k, dtype=torch.int8), torch.empty(count)
+        parts, steps = torch.empty(bucket(2 * count), k, dtype=torch.int8), torch.empty(count)
         cpu_step.split(layer, count, parts.data_ptr(), steps.data_ptr(), threads)
         sums = torch._int_mm(parts, weight.t())
         cpu_step.join(layer, count, sums.data_ptr(), steps.data_ptr(), threads)

@@ -115,13 +115,18 @@ INLINE __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+/* Bytes ahead of its loads that a row is prefetched: the same row of a later group of four, so far ahead that the memory keeps
+   up, where groups are small; rows of many kilobytes are found by the processor's own prefetcher but for their beginning. */
+static inline ptrdiff_t distance(ptrdiff_t group) {
+    enum { FAR = 12288, NEAR = 1024, SMALL = 16384 };
+    return group > SMALL ? NEAR : (FAR + group - 1) / group * group;
+}
+
 /* out[m][r] = row r of w . x of token m, for four rows and M tokens; rows past the last one repeat it */
 INLINE void dots(const int type, const int M, const char *const rows[4], ptrdiff_t k, const float *x, ptrdiff_t ldx,
                  __m128 out[4]) {
     const ptrdiff_t size = type == F32 ? 4 : type == I8 ? 1 : 2, line = 64 / size, whole = k & ~(ptrdiff_t)15;
-    /* Bytes ahead of a row's loads that it is prefetched: the row of the next four where that is near, as rows of a few
-       kilobytes end before a processor's own prefetcher has caught up with them. */
-    const ptrdiff_t ahead = 4 * k * size <= 16384 ? rows[3] - rows[0] + k * size : 1024;
+    const ptrdiff_t ahead = distance(4 * k * size);
     __m512 acc[4][4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
@@ -180,7 +185,7 @@ INLINE void dots_narrow(const int M, const char *const rows[4], ptrdiff_t k, con
     for (int r = 0; r < 4; r++)
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) acc[r][m] = _mm512_setzero_si512();
-    const ptrdiff_t ahead = 4 * k <= 16384 ? rows[3] - rows[0] + k : 1024;
+    const ptrdiff_t ahead = distance(4 * k);
     for (ptrdiff_t i = 0; i < k; i += 32) {
         const __mmask32 mask = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1;
         __m512i row[4];
