@@ -53,6 +53,7 @@ docs: $(VENV)/installed
 	$(BIN)/python bench/table.py
 	$(BIN)/python -m trtc.bench.server_tables
 	$(BIN)/python -m trtc.bench.rank_memory --table
+	$(BIN)/python bench/prompt_lookup.py
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir out/wheels .

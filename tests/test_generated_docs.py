@@ -42,3 +42,11 @@ def test_numbers_of_the_page_on_ranks_are_those_of_the_results_file() -> None:
     page = rank_memory.PAGE.read_text()
     text = rank_memory.table(json.loads(rank_memory.RESULTS.read_text()))
     assert rank_memory.with_table(page, text) == page, "run `make docs`"
+
+
+def test_numbers_of_prompt_lookup_are_those_of_the_results_file() -> None:
+    from trtc.bench import prompt_lookup
+
+    page = prompt_lookup.PAGE.read_text()
+    text = prompt_lookup.table(json.loads(prompt_lookup.RESULTS.read_text()))
+    assert prompt_lookup.with_table(page, text) == page, "run `make docs`"
