@@ -195,6 +195,8 @@ def _pick(
     vocab_size = scores.shape[1]
     ordered, token_ids = _descending(scores, count)
     complete = ordered.shape[1] == vocab_size
+    # A row with fewer ties than another has candidates past its own `count`, of whose ties only some may be here.
+    own = ordered >= ordered[:, count - 1 : count]
     keeps_all = filters.top_k >= vocab_size
     total = None
     if bool(keeps_all.any()):
@@ -205,9 +207,10 @@ def _pick(
             ordered, Filters(filters.min_p, filters.top_k, torch.ones_like(filters.top_p))
         )
         total = every.where(keeps_all, left.cumsum(dim=-1)[:, -1:])
-    weights = filtered_weights(ordered, filters, total)
+    weights = filtered_weights(ordered, filters, total).where(own, 0.0)
     cumulative = weights.cumsum(dim=-1)
-    ended = weights[:, -1:] == 0.0  # a filter has removed the last candidate, and so all that are not here
+    # a filter has removed the last candidate, and so all that are not here
+    ended = weights.gather(1, own.sum(dim=-1, keepdim=True) - 1) == 0.0
     whole = cumulative[:, -1:]
     if total is not None:
         whole = total.where((filters.top_p >= 1.0) & keeps_all, whole)
@@ -216,11 +219,7 @@ def _pick(
     last = (weights > 0).sum(dim=-1, keepdim=True) - 1
     pick = torch.searchsorted(cumulative, target, right=True).minimum(last)
     inside = (filters.top_p >= 1.0) & (target < cumulative[:, -1:])
-    sure = (
-        torch.full_like(ended, complete)
-        | (filters.top_k <= ordered.shape[1])
-        | (keeps_all & (ended | inside))
-    )
+    sure = torch.full_like(ended, complete) | (filters.top_k <= count) | (keeps_all & (ended | inside))
     return token_ids.gather(1, pick).squeeze(1), sure.squeeze(1)
 
 
