@@ -196,7 +196,7 @@ def _pick(
     ordered, token_ids = _descending(scores, count)
     complete = ordered.shape[1] == vocab_size
     # A row with fewer ties than another has candidates past its own `count`, of whose ties only some may be here.
-    own = ordered >= ordered[:, count - 1 : count]
+    own = (ordered >= ordered[:, count - 1 : count]) | complete
     keeps_all = filters.top_k >= vocab_size
     total = None
     if bool(keeps_all.any()):

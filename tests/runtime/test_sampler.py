@@ -258,6 +258,18 @@ def test_the_best_tokens_alone_draw_what_the_whole_vocabulary_draws(data: st.Dat
         assert [sample(logits[row : row + 1], [one])[0] for row, one in enumerate(requests)] == whole
 
 
+@pytest.mark.parametrize("values", [{}, {"top_p": 0.9}], ids=str)
+def test_a_row_of_ties_leaves_the_others_alone(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: each row without the other. All tokens of the first are equally likely, so that all are its candidates."""
+    monkeypatch.setattr(sampler, "CANDIDATES", 2)
+    logits = torch.cat((torch.zeros(1, VOCAB), random_logits(1) / 10))
+    for seed in range(40):
+        requests = [request(seed=seed, **values) for _ in range(2)]
+        assert sample(logits, requests)[1] == sample(logits[1:], requests[1:])[0]
+
+
 def test_a_token_depends_on_seed_sample_index_and_position_alone() -> None:
     logits = random_logits(64).div(10)
 
