@@ -19,6 +19,9 @@ from .cpu_threads import limit_threads
 from .engine_limits import EngineLimits
 from .step_input import StepInput
 
+COMPILED_TOKENS = 64
+"""A step of so many tokens may be compiled code, whatever the batch size: guessed tokens are verified in it."""
+
 
 class CpuExecutor(EngineLimits):
     """An `Executor` over torch on the CPU, of one rank. An engine of several ranks needs a communicator."""
@@ -46,7 +49,9 @@ class CpuExecutor(EngineLimits):
             kernels=plugins().kernels("cpu"),
             communicator=communicator,
             # Ranks exchange tensors in the middle of a step, or between steps that others then overwrite.
-            decode_limits=DecodeLimits(engine.build.max_batch_size, engine.build.max_seq_len)
+            decode_limits=DecodeLimits(
+                max(engine.build.max_batch_size, COMPILED_TOKENS), engine.build.max_seq_len
+            )
             if communicator is None
             else None,
         )

@@ -116,7 +116,7 @@ class CpuProgram:
         return self._decode is not None
 
     def next_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A step of one token for each sequence, within the decode limits. Returns [B] int32: the tokens with the largest
-        logits, -1 for a sequence whose logits are not finite."""
+        """A step that wants logits of all its tokens, within the decode limits. Returns [T] int32: the tokens with the
+        largest logits, -1 where logits are not finite."""
         assert self._decode is not None and self._decode.fits(inputs), "not a step for compiled code"
         return self._decode.next_tokens(inputs)

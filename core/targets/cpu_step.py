@@ -21,7 +21,7 @@ from .cpu_attention import KVCache
 from .cpu_head import Screen
 
 _VIEWS = frozenset({"reshape", "cast", "select_rows"})
-"""Ops that change nothing in a step with one token a sequence and logits for each, computed in float32."""
+"""Ops that change nothing in a step with logits for each of its tokens, computed in float32."""
 
 
 class Unsupported(Exception):
@@ -51,15 +51,16 @@ class _Value:
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """max_tokens: sequences of a step; max_len: tokens of a sequence."""
+    """max_tokens: of a step, over all its sequences; max_len: tokens of a sequence."""
 
     max_tokens: int
     max_len: int
 
 
 class DecodeStep:
-    """Runs steps in which every sequence has one token and all logits rows are wanted, in order.
+    """Runs steps of few tokens whose logits are all wanted: one of each sequence, or several where guesses are verified.
 
+    A token's logits are the same, to the last bit, whatever other tokens are in the step.
     Raises Unsupported for graphs and machines that cannot run this way.
     """
 
@@ -103,17 +104,16 @@ class DecodeStep:
         )
 
     def fits(self, inputs: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a step has one token for each sequence, wants all logits, and is not too large."""
-        count = len(inputs["token_ids"])
-        return len(inputs["kv_length"]) == len(inputs["logits_index"]) == count <= self.max_tokens
+        """Whether a step wants the logits of all its tokens, and is not too large."""
+        return len(inputs["logits_index"]) == len(inputs["token_ids"]) <= self.max_tokens
 
     def logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[B, vocab_size] float32; the memory is used again by the next step."""
+        """[T, vocab_size] float32; the memory is used again by the next step."""
         self._run(self._program, inputs)
         return self._logits[: len(inputs["token_ids"])]
 
     def next_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[B] int32: the tokens with the largest logits, -1 where they are not finite; used again by the next step."""
+        """[T] int32: the tokens with the largest logits, -1 where they are not finite; used again by the next step."""
         if self._greedy is not None:
             self._run(self._greedy, inputs)
             return self._picked[: len(inputs["token_ids"])]
@@ -121,9 +121,13 @@ class DecodeStep:
         return chosen.where(best.isfinite(), -1).int()
 
     def _run(self, program: ctypes.Array[Instruction], inputs: Mapping[str, torch.Tensor]) -> None:
-        step = self._step
-        step.tokens, step.pages = inputs["page_table"].shape
-        for name in ("token_ids", "positions", "kv_length", "page_table"):
+        step, count = self._step, len(inputs["token_ids"])
+        sequences, pages = inputs["page_table"].shape
+        step.tokens, step.pages, step.sequence = count, pages, None
+        if sequences < count:
+            owner = torch.repeat_interleave(inputs["query_start"].diff()).int()
+            step.sequence = owner.data_ptr()
+        for name in ("token_ids", "positions", "page_table"):
             setattr(step, name, inputs[name].data_ptr())
         with torch.profiler.record_function("trtc::cpu_step"):  # or profiles would not show it
             cpu_step.run(program, step, self._threads)

@@ -49,7 +49,7 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("tokens", "pages", "page_size", "max_len")),
-        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "kv_length", "page_table")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "page_table", "sequence")),
         *((name, ctypes.c_void_p) for name in ("scratch", "best", "best_id", "picked", "narrow")),
         ("narrow_k", ctypes.c_int32),
         ("unused", ctypes.c_int32),
@@ -63,7 +63,7 @@ def library() -> ctypes.CDLL | None:
     if not found:
         return None
     loaded = ctypes.CDLL(str(found[0]))
-    if not hasattr(loaded, "trtc_join"):  # of an older checkout: compiled again, it has what is missing
+    if not hasattr(loaded, "trtc_run_step"):  # of an older checkout: compiled again, it has what is missing
         return None
     return loaded if loaded.trtc_step_supported() else None
 
@@ -72,7 +72,7 @@ def run(program: ctypes.Array[Instruction], step: Step, threads: int) -> None:
     """Runs one step. Every pointer must be valid; `step` holds memory for `threads` threads."""
     loaded = library()
     assert loaded is not None, "the library is not there"
-    loaded.trtc_step_run(program, len(program), ctypes.byref(step), threads)
+    loaded.trtc_run_step(program, len(program), ctypes.byref(step), threads)
 
 
 def split(layer: Instruction, tokens: int, parts: int, steps: int, threads: int) -> None:

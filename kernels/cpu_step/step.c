@@ -1,7 +1,8 @@
-/* One decode step of a transformer on AVX-512 processors: a list of instructions, run by all threads with a barrier after each.
+/* One step of few tokens of a transformer on AVX-512 processors: a list of instructions, run by all threads with a barrier after each.
  *
  * Activations are float32; weights are read as they lie in the engine, float32, float16, bfloat16 or int8 with one scale per row,
- * and every product is summed in float32. A step has one token per sequence, so that a weight is read once whatever the batch.
+ * and every product is summed in float32. A weight is read once whatever the number of tokens: one of each sequence, or several
+ * that follow each other in it, which is how guessed tokens are verified. What a token gives does not depend on the others.
  * Memory is the limit: rows of a weight go through four at a time, against up to four tokens in registers.
  */
 #include <immintrin.h>
@@ -30,7 +31,8 @@ typedef struct {
 
 typedef struct {
     int32_t tokens, pages, page_size, max_len;
-    const int32_t *token_ids, *positions, *kv_length, *page_table;
+    const int32_t *token_ids, *positions, *page_table;
+    const int32_t *sequence;    /* of each token, its row in page_table; null: token t is the only one of sequence t */
     float *scratch;             /* per thread max_len floats */
     float *best;                /* per thread and token: bound, then best logit */
     int32_t *best_id, *picked;
@@ -385,19 +387,28 @@ ISA static void norm(const Instr *in, const Step *step, int thread, int threads)
     }
 }
 
-/* One token of one sequence and the query heads of one kv head, over the pages of its cache. */
-ISA static void attend(const Instr *in, const Step *step, int t, int kv, float *scores) {
-    const ptrdiff_t dim = in->dim, heads = in->n, kv_heads = in->k, token = kv_heads * dim, group = heads / kv_heads;
-    const ptrdiff_t length = step->kv_length[t];
-    const int32_t *pages = step->page_table + (ptrdiff_t)t * step->pages;
-    char *keys = (char *)in->scale, *values = (char *)in->residual;
-    ptrdiff_t last = length - 1;
-    ptrdiff_t slot = ((ptrdiff_t)pages[last / step->page_size] * step->page_size + last % step->page_size) * token + kv * dim;
+static const int32_t *pages_of(const Step *step, int t) {
+    return step->page_table + (ptrdiff_t)(step->sequence ? step->sequence[t] : t) * step->pages;
+}
+
+/* k and v of one token and one kv head go to their place in the cache. */
+ISA static void append(const Instr *in, const Step *step, int t, int kv) {
+    const ptrdiff_t dim = in->dim, last = step->positions[t], page = pages_of(step, t)[last / step->page_size];
+    const ptrdiff_t slot = ((page * step->page_size + last % step->page_size) * in->k + kv) * dim;
+    const float *k = (const float *)in->w + t * in->ld2 + kv * dim, *v = (const float *)in->bias + t * in->ld2 + kv * dim;
     for (ptrdiff_t i = 0; i < dim; i += 16) {
         __mmask16 mask = first(dim - i);
-        store(in->wtype, keys, slot + i, mask, _mm512_maskz_loadu_ps(mask, (const float *)in->w + t * in->ld2 + kv * dim + i));
-        store(in->wtype, values, slot + i, mask, _mm512_maskz_loadu_ps(mask, (const float *)in->bias + t * in->ld2 + kv * dim + i));
+        store(in->wtype, (void *)in->scale, slot + i, mask, _mm512_maskz_loadu_ps(mask, k + i));
+        store(in->wtype, (void *)in->residual, slot + i, mask, _mm512_maskz_loadu_ps(mask, v + i));
     }
+}
+
+/* One token of one sequence and the query heads of one kv head, over the pages of its cache up to its own place. */
+ISA static void attend(const Instr *in, const Step *step, int t, int kv, float *scores) {
+    const ptrdiff_t dim = in->dim, heads = in->n, kv_heads = in->k, token = kv_heads * dim, group = heads / kv_heads;
+    const ptrdiff_t length = step->positions[t] + 1;
+    const int32_t *pages = pages_of(step, t);
+    const char *keys = in->scale, *values = in->residual;
     for (ptrdiff_t head = kv * group; head < (kv + 1) * group; head++) {
         const float *q = (const float *)in->x + t * in->ldx + head * dim;
         float *y = (float *)in->y + (t * heads + head) * dim;
@@ -443,6 +454,19 @@ ISA static void attend(const Instr *in, const Step *step, int t, int kv, float *
     }
 }
 
+/* The tokens of one head after each other: where they belong to one sequence, they find its keys and values in the processor's
+   cache. They see each other, so that all are in the cache first. */
+static void attention(const Instr *in, const Step *step, int thread, int threads) {
+    const int count = step->tokens * in->k, share = (count + threads - 1) / threads, begin = thread * share;
+    const int end = begin + share < count ? begin + share : count;
+    for (int item = begin; item < end; item++) append(in, step, item % step->tokens, item / step->tokens);
+    if (step->sequence) {
+#pragma omp barrier
+    }
+    for (int item = begin; item < end; item++)
+        attend(in, step, item % step->tokens, item / step->tokens, step->scratch + (ptrdiff_t)thread * step->max_len);
+}
+
 /* Halves of each head rotated against each other; w: the frequencies of a half. */
 static void rotary(const Instr *in, const Step *step, int thread, int threads) {
     const int half = in->dim / 2, heads = in->n / in->dim;
@@ -482,10 +506,7 @@ static void run_one(const Instr *in, const Step *step, int thread, int threads) 
     case EMBEDDING: embedding(in, step, thread, threads); break;
     case LINEAR: linear(in, step, thread, begin, end); break;
     case NORM: norm(in, step, thread, threads); break;
-    case ATTENTION:
-        for (int item = thread; item < step->tokens * in->k; item += threads)
-            attend(in, step, item / in->k, item % in->k, step->scratch + (ptrdiff_t)thread * step->max_len);
-        break;
+    case ATTENTION: attention(in, step, thread, threads); break;
     case ROTARY: rotary(in, step, thread, threads); break;
     case ACTIVATION: case MULTIPLY: case ADD: elementwise(in, begin, end); break;
     case SCREEN: screen(in, step, thread, begin, end); break;
@@ -554,7 +575,7 @@ int trtc_step_supported(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 
-void trtc_step_run(const Instr *program, int count, const Step *step, int threads) {
+void trtc_run_step(const Instr *program, int count, const Step *step, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         int thread = 0, team = 1;

@@ -122,6 +122,43 @@ def test_compiled_decode_steps_agree_with_the_interpreter(schedule: str, dtype: 
         pair.check(work)
 
 
+def guesses(page_size: int) -> list[Step]:
+    """Several tokens of one sequence in a step, over page boundaries, beside sequences with one; the first have no past."""
+    p = page_size
+    return [
+        {"a": tokens(4), "b": tokens(3, 1)},
+        {"a": tokens(3, 2), "b": tokens(5, 3)},
+        {"c": tokens(1, 4), "a": tokens(2, 5), "b": tokens(4, 6)},
+        {"a": tokens(1, 7), "b": tokens(1, 8), "c": tokens(6, 9)},
+        *({"a": tokens(8, i)} for i in range(p // 4)),
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16])
+def test_compiled_steps_verify_several_tokens_of_a_sequence(dtype: DType) -> None:
+    """Oracles: the interpreter; and, to the last bit, the same tokens in steps of one token each. The caches start full of
+    NaN, so that a token that sees one of those behind it, or that comes before one ahead of it, shows."""
+    together, alone = Pair(16, dtype, compiled=True), Pair(16, dtype, compiled=True)
+    for work in guesses(16):
+        compiled = together._program._decode
+        assert compiled is not None and sum(map(len, work.values())) <= compiled.max_tokens
+        inputs = together.sequences.step(work)
+        logits = together._program.run(inputs).clone()
+        chosen = logits.argmax(-1)
+        one_by_one = [
+            alone._program.run(alone.sequences.step({name: [token]}))[0].clone()
+            for name, new in work.items()
+            for token in new
+        ]
+        assert torch.equal(logits, torch.stack(one_by_one))
+        expected = interpret(together._graph, {**together._wide, **inputs}, together._context)
+        assert max_error(logits, expected) <= logits_tolerance(dtype, expected)
+        assert torch.equal(
+            together._program.next_tokens(inputs).long(), chosen
+        )  # which writes the same again
+
+
 @needs_kernels
 def test_compiled_steps_choose_the_token_with_the_largest_logit() -> None:
     """Oracle: the largest of all logits, in batches of every size up to the limit."""
