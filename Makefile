@@ -7,7 +7,7 @@ DEMO_ENGINE := out/tiny-opt-engine
 
 .PHONY: demo test test-all lint format bench docs wheel size clean
 
-$(VENV)/installed: setup.py pyproject.toml kernels/cpu_step/step.c
+$(VENV)/installed: setup.py pyproject.toml $(wildcard kernels/cpu_step/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test,serve,mpi,cuda,tensorrt-rtx]'
 	mkdir -p $(VENV)/mypy && ln -sfn "$(CURDIR)" $(VENV)/mypy/trtc

@@ -26,7 +26,8 @@ class BuildPackage(build_py):
 
 STEP = Extension(
     "trtc.kernels.cpu_step._step",
-    ["kernels/cpu_step/step.c"],
+    ["kernels/cpu_step/step.c", "kernels/cpu_step/int8_layer.c"],
+    depends=["kernels/cpu_step/vectors.h"],
     extra_compile_args=["-O3", "-fopenmp"],
     extra_link_args=["-fopenmp"],
     optional=True,  # without a C compiler, or off x86-64, target cpu runs on torch alone

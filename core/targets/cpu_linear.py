@@ -71,8 +71,8 @@ def linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
 def quantized_linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
     """The implementation of the quantized_linear node `node`: activation(x W^T + bias) + residual, W from integers.
 
-    int8 rows with one scale each are multiplied as the integers they are, by activations of 16 bits a token as in the compiled
-    step. Other formats, and all where there are no compiled kernels, are dequantized first.
+    int8 rows with one scale each are multiplied as the integers they are, by activations in int8 with a step for every 64
+    columns of a token. Other formats, and all where there are no compiled kernels or no VNNI, are dequantized first.
     """
     plain = linear_kernel(node)
     kind = cpu_step.ACTIVATION_KINDS.get(node.attrs.get("activation"))
@@ -86,15 +86,11 @@ def quantized_linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = weight.dtype is torch.int8 and scale.dim() == 1 and zero is None
-        if kind is None or not rows or not _has_integers():
+        if kind is None or not rows or not cpu_step.has_int8():
             return plain(x, dequantize(weight, scale, zero), bias, residual)
         return _integer_linear(kind, x, weight, scale, bias, residual)
 
     return linear
-
-
-_TOKENS = 256
-"""Tokens that are multiplied at a time, so that their sums stay in the processor's cache until they are results."""
 
 
 def _integer_linear(
@@ -105,35 +101,21 @@ def _integer_linear(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Every activation is two int8 parts, so that oneDNN's product of int8 by int8, whose sums are exact, keeps 16 bits."""
-    (n, k), threads = weight.shape, torch.get_num_threads()
-    source, factor, y = x.float().contiguous(), scale.float().contiguous(), torch.empty(len(x), n)
+    source, factor = x.float().contiguous(), scale.float().contiguous()
     added = None if bias is None else bias.float().contiguous()
     carried = None if residual is None else residual.float().contiguous()
-    for begin in range(0, len(x), _TOKENS):
-        count = min(_TOKENS, len(x) - begin)
-        layer = cpu_step.Instruction(
-            kind=kind, n=n, k=k, x=source.data_ptr() + 4 * begin * k, scale=factor.data_ptr(),
-            bias=None if added is None else added.data_ptr(),
-            residual=None if carried is None else carried.data_ptr() + 4 * begin * n, y=y.data_ptr() + 4 * begin * n,
-        )  # fmt: skip
-        parts, steps = torch.empty(bucket(2 * count), k, dtype=torch.int8), torch.empty(count)
-        cpu_step.split(layer, count, parts.data_ptr(), steps.data_ptr(), threads)
-        sums = torch._int_mm(parts, weight.t())
-        cpu_step.join(layer, count, sums.data_ptr(), steps.data_ptr(), threads)
+    (tokens, k), n, rows = x.shape, len(weight), weight.contiguous()
+    groups = -(-k // cpu_step.INT8_GROUP)
+    y = torch.empty(tokens, n)
+    narrow = torch.empty(tokens, groups * cpu_step.INT8_GROUP, dtype=torch.int8)
+    steps, starts = torch.empty(tokens, groups), torch.empty(tokens, groups, dtype=torch.int32)
+    layer = cpu_step.Int8Layer(
+        tokens=tokens, n=n, k=k, kind=kind, x=source.data_ptr(), scale=factor.data_ptr(),
+        bias=None if added is None else added.data_ptr(), residual=None if carried is None else carried.data_ptr(),
+        w=rows.data_ptr(), y=y.data_ptr(), narrow=narrow.data_ptr(), steps=steps.data_ptr(), starts=starts.data_ptr(),
+    )  # fmt: skip
+    cpu_step.int8_layer(layer, torch.get_num_threads())
     return y.to(x.dtype)
-
-
-@cache
-def _has_integers() -> bool:
-    """Whether oneDNN multiplies int8 by int8 exactly here: without VNNI, sums of two products saturate."""
-    if cpu_step.library() is None:
-        return False
-    try:
-        large = torch.full((2, 64), 127, dtype=torch.int8)
-        return bool((torch._int_mm(large, large.t()) == 64 * 127 * 127).all())
-    except (AttributeError, RuntimeError):
-        return False
 
 
 @cache

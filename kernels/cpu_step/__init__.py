@@ -1,7 +1,8 @@
-"""One decode step of a transformer on the CPU, as one call: `step.c`, compiled when trtc is installed.
+"""Kernels of the CPU target, compiled when trtc is installed.
 
-A program is an array of `Instruction`s, which all threads run side by side with a barrier after each. The library is optional:
-where no C compiler was at hand at installation, or the processor lacks AVX-512, `library()` is None.
+`step.c`: one decode step of a transformer as one call. A program is an array of `Instruction`s, which all threads run side by
+side with a barrier after each. `int8_layer.c`: one layer of a prefill with int8 weights. The library is optional: where no C
+compiler was at hand at installation, or the processor lacks AVX-512, `library()` is None.
 """
 
 from __future__ import annotations
@@ -56,15 +57,29 @@ class Step(ctypes.Structure):
     )
 
 
+INT8_GROUP = 64
+"""Columns of a token that share a step in `int8_layer`: GROUP of int8_layer.c."""
+
+
+class Int8Layer(ctypes.Structure):
+    """`Layer` of int8_layer.c, which says what the fields are. The last three are its scratch memory."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("tokens", "n", "k", "kind")),
+        *((name, ctypes.c_void_p) for name in ("x", "scale", "bias", "residual", "w", "y")),
+        *((name, ctypes.c_void_p) for name in ("narrow", "steps", "starts")),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled `step.c`, if it was compiled and this processor can run it."""
+    """The compiled kernels, if they were compiled and this processor can run them."""
     found = sorted(Path(__file__).parent.glob("_step*.so"))
     if not found:
         return None
     loaded = ctypes.CDLL(str(found[0]))
-    if not hasattr(loaded, "trtc_run_step"):  # of an older checkout: compiled again, it has what is missing
-        return None
+    if not all(hasattr(loaded, name) for name in ("trtc_run_step", "trtc_int8_layer")):
+        return None  # of an older checkout: compiled again, it has what is missing
     return loaded if loaded.trtc_step_supported() else None
 
 
@@ -75,15 +90,15 @@ def run(program: ctypes.Array[Instruction], step: Step, threads: int) -> None:
     loaded.trtc_run_step(program, len(program), ctypes.byref(step), threads)
 
 
-def split(layer: Instruction, tokens: int, parts: int, steps: int, threads: int) -> None:
-    """x [tokens, k] float32 of `layer` as int8 parts [2 tokens, k], to be multiplied by int8, and steps [tokens] float32."""
+def int8_layer(layer: Int8Layer, threads: int) -> None:
+    """One layer of many tokens. Every pointer must be valid."""
     loaded = library()
-    assert loaded is not None, "the library is not there"
-    loaded.trtc_split(ctypes.byref(layer), tokens, ctypes.c_void_p(parts), ctypes.c_void_p(steps), threads)
+    assert loaded is not None and has_int8(), "no kernels for int8 here"
+    loaded.trtc_int8_layer(ctypes.byref(layer), threads)
 
 
-def join(layer: Instruction, tokens: int, sums: int, steps: int, threads: int) -> None:
-    """y [tokens, n] float32 of `layer`, with its scale, bias, activation and residual, from int32 sums [2 tokens, n]."""
+@cache
+def has_int8() -> bool:
+    """Whether `int8_layer` runs on this processor: it needs AVX-512 VNNI."""
     loaded = library()
-    assert loaded is not None, "the library is not there"
-    loaded.trtc_join(ctypes.byref(layer), tokens, ctypes.c_void_p(sums), ctypes.c_void_p(steps), threads)
+    return loaded is not None and bool(loaded.trtc_int8_supported())

@@ -5,17 +5,12 @@
  * that follow each other in it, which is how guessed tokens are verified. What a token gives does not depend on the others.
  * Memory is the limit: rows of a weight go through four at a time, against up to four tokens in registers.
  */
-#include <immintrin.h>
 #include <math.h>
-#include <stddef.h>
-#include <stdint.h>
 
-#define ISA __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
-#define INLINE ISA static inline __attribute__((always_inline))
+#include "vectors.h"
 
 enum { EMBEDDING, LINEAR, NORM, ATTENTION, ROTARY, ACTIVATION, MULTIPLY, ADD, SCREEN, RESCORE, PICK };
 enum { F32, BF16, F16, I8 };
-enum { NONE, RELU, SILU, GELU_TANH };
 
 typedef struct {
     int32_t op, kind;           /* kind: activation; 0 layer norm or 1 RMS norm; embedding: 1 looks up positions */
@@ -71,37 +66,6 @@ INLINE void store(int type, void *base, ptrdiff_t at, __mmask16 m, __m512 v) {
         half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
     }
     _mm256_mask_storeu_epi16((uint16_t *)base + at, m, half);
-}
-
-INLINE __mmask16 first(ptrdiff_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
-
-/* e^x to about 1e-7, 0 below -87: 2^i times a polynomial on [-ln2/2, ln2/2] */
-INLINE __m512 exp16(__m512 x) {
-    __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
-    x = _mm512_min_ps(_mm512_set1_ps(88.0f), x);
-    __m512 i = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(i, _mm512_set1_ps(0.693145752f), x);
-    r = _mm512_fnmadd_ps(i, _mm512_set1_ps(1.42860677e-6f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 5040);
-    const float c[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    for (int j = 0; j < 7; j++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c[j]));
-    return _mm512_maskz_scalef_ps((__mmask16)~tiny, p, i);
-}
-
-INLINE __m512 sigmoid(__m512 x) {
-    __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), x));
-    return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-}
-
-INLINE __m512 activate(int kind, __m512 x) {
-    if (kind == RELU) return _mm512_max_ps(_mm512_setzero_ps(), x); /* this order keeps a NaN of x */
-    if (kind == SILU) return _mm512_mul_ps(x, sigmoid(x));
-    if (kind == GELU_TANH) { /* x/2 (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) */
-        __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-        __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
-        return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(u, _mm512_set1_ps(1.59576912f))));
-    }
-    return x;
 }
 
 /* ---- products -------------------------------------------------------------------------------- */
@@ -513,61 +477,6 @@ static void run_one(const Instr *in, const Step *step, int thread, int threads) 
     case RESCORE: rescore(in, step, thread, threads, begin, end); break;
     case PICK: if (thread == 0) pick(step, threads); break;
     }
-}
-
-/* ---- layers of many tokens: what surrounds a product of int8 by int8 ---------------------------- */
-
-enum { HIGH = 254 }; /* an activation is high * 254 + low steps of its token, each part within -127 .. 127 */
-
-ISA static float split(const float *x, ptrdiff_t k, int8_t *high, int8_t *low) {
-    const float limit = 127.0f * HIGH + 126.0f;
-    __m512 top = _mm512_setzero_ps(), bad = _mm512_setzero_ps();
-    for (ptrdiff_t i = 0; i < k; i += 16) {
-        __m512 v = _mm512_maskz_loadu_ps(first(k - i), x + i);
-        top = _mm512_max_ps(top, _mm512_abs_ps(v));
-        bad = _mm512_fmadd_ps(v, _mm512_setzero_ps(), bad);
-    }
-    const float size = _mm512_reduce_max_ps(top), step = size / limit, inverse = size > 0 ? limit / size : 0.0f;
-    for (ptrdiff_t i = 0; i < k; i += 16) {
-        const __mmask16 mask = first(k - i);
-        __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(inverse));
-        __m512 h = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.0f / HIGH)), 8);
-        __m512 l = _mm512_fnmadd_ps(h, _mm512_set1_ps(HIGH), v);
-        _mm_mask_storeu_epi8(high + i, mask, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(h)));
-        _mm_mask_storeu_epi8(low + i, mask, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(l)));
-    }
-    return step + _mm512_reduce_add_ps(bad);
-}
-
-/* y = activation(sums * step * scale + bias) + residual of one token */
-ISA static void join(const Instr *in, ptrdiff_t t, float step, const int32_t *high, const int32_t *low) {
-    const float *scale = in->scale, *bias = in->bias, *residual = in->residual;
-    for (ptrdiff_t i = 0, n = in->n; i < n; i += 16) {
-        const __mmask16 mask = first(n - i);
-        __m512 h = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, high + i));
-        __m512 l = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, low + i));
-        __m512 v = _mm512_mul_ps(_mm512_fmadd_ps(h, _mm512_set1_ps(HIGH), l), _mm512_set1_ps(step));
-        v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, scale + i));
-        if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, bias + i));
-        v = activate(in->kind, v);
-        if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, residual + t * n + i));
-        _mm512_mask_storeu_ps((float *)in->y + t * n + i, mask, v);
-    }
-}
-
-/* x [tokens, k] of `in` as parts [2 tokens, k] of int8, the high ones first, and one step a token */
-void trtc_split(const Instr *in, int tokens, int8_t *parts, float *steps, int threads) {
-    const ptrdiff_t k = in->k;
-#pragma omp parallel for num_threads(threads)
-    for (int t = 0; t < tokens; t++)
-        steps[t] = split((const float *)in->x + t * k, k, parts + t * k, parts + (tokens + t) * k);
-}
-
-/* y [tokens, n] of `in` from the sums [2 tokens, n] of those parts */
-void trtc_join(const Instr *in, int tokens, const int32_t *sums, const float *steps, int threads) {
-    const ptrdiff_t n = in->n;
-#pragma omp parallel for num_threads(threads)
-    for (int t = 0; t < tokens; t++) join(in, t, steps[t], sums + t * n, sums + (tokens + t) * n);
 }
 
 int trtc_step_supported(void) {
