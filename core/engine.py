@@ -3,6 +3,7 @@
     engine.json                 graph of every rank, model and build configuration, versions, sha256 of each file
     rank{r}-{n}.safetensors     weights of rank r by the names of its graph's weight nodes, at most FILE_BYTES a file
     rank{r}.*                   what the target compiled for rank r
+    kernels.*                   what the target compiled for all ranks alike
     tokenizer.json, ...         text files of the checkpoint, where it had them
 
 `engine.json` carries a digest of itself. An engine that is damaged, cut short, foreign or of another format is refused.
@@ -78,7 +79,8 @@ class Engine:
         """Reads and checks an engine directory.
 
         verify: also compare the sha256 of every file (sizes are always compared).
-        rank:   check only the files of this rank, and with rank 0 those of no rank; only they need to be there.
+        rank:   check only the files of this rank and of all ranks, and with rank 0 those of no rank; only they need to be
+            there.
         Raises EngineError naming the file and the reason.
         """
         folder = Path(path)
@@ -102,7 +104,9 @@ class Engine:
                 f"{where}: holds {len(engine.ranks)} ranks for tp_size {engine.build.tp_size}, "
                 f"pp_size {engine.build.pp_size}"
             )
-        needed = {name: entry for name, entry in engine.files.items() if rank is None or _owner(name) == rank}
+        needed = {
+            name: entry for name, entry in engine.files.items() if rank is None or _needed_by(name, rank)
+        }
         _check_files(folder, needed, hashes=verify)
         return engine
 
@@ -208,10 +212,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _owner(name: str) -> int:
-    """The rank that needs a file; what belongs to no rank is rank 0's."""
+def _needed_by(name: str, rank: int) -> bool:
+    """Whether a rank needs a file; what belongs to no rank is rank 0's."""
     found = re.match(r"rank(\d+)[-.]", name)
-    return int(found[1]) if found else 0
+    return name.startswith("kernels.") or rank == (int(found[1]) if found else 0)
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, hashes: bool) -> None:

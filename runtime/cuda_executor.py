@@ -7,6 +7,7 @@ chooses the next tokens and advances it. The host enqueues steps and reads token
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -29,6 +30,7 @@ from ..kernels.launch import architecture
 from ..kernels.library import KernelLibrary
 from ..kernels.sampling import LoopState, Sampling
 from .cache_size import cache_pages
+from .distributed import RankGroup
 from .engine_limits import EngineLimits
 from .kv_cache import pages_for
 from .step_input import Int32Array, StepInput
@@ -59,8 +61,7 @@ class EngineKernels(KernelLibrary):
             raise TargetError(
                 f"{engine.path}: built for target cuda: {error}; build with --target cpu instead"
             ) from None
-        (part,) = engine.ranks
-        code: Mapping[str, Any] = part.artifacts["code"]
+        code: Mapping[str, Any] = engine.ranks[0].artifacts["code"]  # which all ranks run
         if arch not in code:
             raise TargetError(
                 f"{engine.path}: built for {', '.join(code)}, this GPU is {arch}; build it with --cuda-arch {arch}"
@@ -72,7 +73,10 @@ class EngineKernels(KernelLibrary):
 
 
 class CudaExecutor(EngineLimits):
-    """An `Executor` on one GPU that can also run ahead of its host (`DecodeLoop`)."""
+    """An `Executor` on one GPU that can also run ahead of its host (`DecodeLoop`).
+
+    group: the ranks of the job, for an engine of several; all load their parts and run the same steps in the same order.
+    """
 
     def __init__(
         self,
@@ -81,7 +85,9 @@ class CudaExecutor(EngineLimits):
         num_pages: int | None = None,
         kv_cache_memory_bytes: int | None = None,
         device: int = 0,
+        group: RankGroup | None = None,
     ) -> None:
+        assert len(engine.ranks) == 1 or group is not None, "ranks that cannot talk to each other"
         if engine.trtc_version != __version__:
             raise EngineError(
                 f"{engine.path}: its kernels were compiled by trtc {engine.trtc_version}, this is {__version__}; "
@@ -93,6 +99,10 @@ class CudaExecutor(EngineLimits):
                 f"{engine.path}: torch {torch.__version__} has no CUDA; install a CUDA build of torch"
             )
         self._device = torch.device("cuda", device)
+        self._group = group
+        if group is not None:
+            torch.cuda.set_device(self._device)  # whose current stream the kernels are launched on
+            group.connect_gpus(self._device)
         try:
             self._load(engine, library, num_pages, kv_cache_memory_bytes)
         except torch.OutOfMemoryError:
@@ -105,14 +115,16 @@ class CudaExecutor(EngineLimits):
     def _load(
         self, engine: Engine, library: EngineKernels, num_pages: int | None, kv_cache_memory_bytes: int | None
     ) -> None:
-        (part,) = engine.ranks
-        weights = {name: tensor.to(self._device) for name, tensor in engine.map_weights(0).items()}
+        rank = 0 if self._group is None else self._group.rank
+        part = engine.ranks[rank]
+        weights = {name: tensor.to(self._device) for name, tensor in engine.map_weights(rank).items()}
         shape = CacheShape.of(part.graph, engine.build.page_size)
         if num_pages is None and kv_cache_memory_bytes is None:
             kv_cache_memory_bytes = int(torch.cuda.mem_get_info(self._device)[0] * CACHE_FRACTION)
             whole = pages_for(engine.build.max_seq_len, engine.build.page_size) * engine.build.max_batch_size
             kv_cache_memory_bytes = min(kv_cache_memory_bytes, whole * shape.bytes_per_page)
-        EngineLimits.__init__(self, engine, cache_pages(engine, shape, num_pages, kv_cache_memory_bytes))
+        pages = cache_pages(engine, shape, num_pages, kv_cache_memory_bytes)
+        EngineLimits.__init__(self, engine, pages if self._group is None else self._group.least(pages))
         self._cache = self._allocate(shape)
         self._program = CudaProgram(
             part.graph,
@@ -122,6 +134,8 @@ class CudaExecutor(EngineLimits):
             accumulation=ACCUMULATIONS[part.artifacts["context_fmha"]],
             max_kv_length=engine.build.max_seq_len,
             kernels=plugins().kernels("cuda"),
+            communicator=self._group,
+            rank=rank,
         )
         self._loop = _DecodeLoop(
             self._program,
@@ -142,6 +156,16 @@ class CudaExecutor(EngineLimits):
 
     def execute(self, step: StepInput) -> torch.Tensor:
         """See `Executor.execute`; the logits are on the GPU."""
+        with self._watched():
+            logits = self._run(step)
+            if self._group is not None:
+                torch.cuda.current_stream().synchronize()  # here, where somebody watches that all ranks come
+        return logits
+
+    def _watched(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._group is None else self._group.device_work()
+
+    def _run(self, step: StepInput) -> torch.Tensor:
         counts = np.diff(step.query_start)
         decodes = int(np.argmax(counts > 1)) if (counts > 1).any() else len(counts)
         if decodes == len(counts) and len(step.logits_index) == decodes:
@@ -197,14 +221,18 @@ class CudaExecutor(EngineLimits):
 
     def loop_enqueue(self, count: int) -> Ticket:
         """See `DecodeLoop.loop_enqueue`."""
-        return self._loop.enqueue(count)
+        with self._watched():
+            return self._loop.enqueue(count)
 
     def loop_collect(self, ticket: Ticket) -> Int32Array:
         """See `DecodeLoop.loop_collect`."""
-        return self._loop.collect(ticket)
+        with self._watched():
+            return self._loop.collect(ticket)
 
     def close(self) -> None:
-        """Releases the GPU memory."""
+        """Releases the GPU memory, and what holds on to the ranks' communicator."""
+        if "_loop" in self.__dict__:
+            self._loop.close()
         for name in ("_program", "_loop", "_cache"):
             self.__dict__.pop(name, None)
         torch.cuda.empty_cache()
@@ -272,6 +300,13 @@ class _DecodeLoop:
         tokens: Int32Array = history[rows[None, :], slots]
         return tokens
 
+    def close(self) -> None:
+        """Frees the graphs: NCCL ends a communicator only when no captured graph uses it any more."""
+        torch.cuda.synchronize(self._device)
+        for graph, _ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
     def _bucket(self, rows: int) -> int:
         return next(size for size in self._buckets if size >= rows)
 
@@ -301,7 +336,8 @@ class _DecodeLoop:
         self._sampling.greedy(decode(idle, unused), scratch)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads, NCCL's among them, may call CUDA meanwhile: what they do is not in the graph and does not spoil it.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = decode(inputs, rows)
             self._sampling.greedy(logits, state)
         return graph, logits

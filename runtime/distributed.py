@@ -1,4 +1,5 @@
-"""The ranks of a job: how they meet, exchange tensors and fail together. On the wire: torch.distributed with gloo.
+"""The ranks of a job: how they meet, exchange tensors and fail together. On the wire: torch.distributed, with gloo for
+tensors on the CPU and NCCL for those on GPUs.
 
 Ranks meet at a store that rank 0 keeps. Its address goes round through MPI where MPI started the ranks (`mpirun -n 4 ...`),
 else through a file that `runtime.launcher` names. From then on `Heartbeat` watches over all of them.
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from ..core.errors import TargetError, TrtcError
+from .gpus import set_defaults
 from .heartbeat import Heartbeat
 from .placement import Placement
 
@@ -31,6 +33,8 @@ STALL_S = 60
 """How late a rank may come to an exchange within a step. All compute the same, so that none should be late at all."""
 PIPELINE_S = 600
 """How long the computation of a step may take in the stages that a rank waits for."""
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Its name from torch 2.13 on, and before."""
 _UNLIMITED = timedelta(days=3650)
 _LOOPBACK = "lo"
 _numbers = count()
@@ -39,8 +43,10 @@ _numbers = count()
 class RankGroup:
     """One rank's view of the job; a `Communicator`. Made by `join`."""
 
-    def __init__(self, place: Placement, store: Store, names: Sequence[str], heartbeat: Heartbeat) -> None:
-        self.rank, self.size = place.rank, place.size
+    def __init__(
+        self, place: Placement, store: Store, names: Sequence[str], heartbeat: Heartbeat, local_rank: int = 0
+    ) -> None:
+        self.rank, self.size, self.local_rank = place.rank, place.size, local_rank
         self.name = names[place.rank]
         self._names, self._store, self._heartbeat = names, store, heartbeat
         dist.init_process_group(
@@ -52,6 +58,7 @@ class RankGroup:
         )
         self._peers = self._pipeline = dist.new_group(backend="gloo", timeout=timedelta(seconds=STALL_S))
         self._num_peers = self.size
+        self._gpus: dist.ProcessGroup | None = None
         self._sends: list[tuple[Any, torch.Tensor]] = []
 
     def divide(self, tp_size: int) -> None:
@@ -64,6 +71,21 @@ class RankGroup:
         groups = [dist.new_group(list(stage), backend="gloo", timeout=limit) for stage in stages]
         self._peers, self._num_peers = groups[self.rank // tp_size], tp_size
         self._pipeline = dist.new_group(backend="gloo", timeout=timedelta(seconds=PIPELINE_S))
+
+    def connect_gpus(self, device: torch.device) -> None:
+        """From now on tensors on `device`, this rank's, are exchanged too: by NCCL, on the current stream, where a CUDA graph
+        may capture it. Every rank calls it; all ranks are one stage."""
+        set_defaults()
+        with self._exchange():
+            # The communicator is made here and now (device_id), not within the first exchange, which may be captured.
+            self._gpus = dist.new_group(backend="nccl", timeout=_UNLIMITED, device_id=device)
+
+    def least(self, value: int) -> int:
+        """The smallest of what the ranks bring."""
+        found = torch.tensor([value], dtype=torch.int64)
+        with self._exchange():
+            dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
 
     def agree(self, identity: Mapping[str, str]) -> None:
         """Returns when every rank has said the same `identity`: what it is by what it has.
@@ -83,20 +105,30 @@ class RankGroup:
             self._store.set("agreed", "yes")
         self._wait("agreed")
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks of a stage, the same bits on every rank. Raises TargetError when a rank does not come."""
-        result = x.clone(memory_format=torch.contiguous_format)
-        with self._exchange():
-            dist.all_reduce(result, group=self._peers)
+    def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
+        """The sum over the ranks of a stage, the same bits on every rank. Raises TargetError when a rank does not come.
+
+        overwrite: nobody reads `x` any more, so that the sum may take its place.
+        """
+        result = x if overwrite and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+        if result.numel():
+            with self._exchange():
+                dist.all_reduce(result, group=self._group(x))
         return result
 
     def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """The parts of all ranks of a stage, in rank order along `axis`. Raises TargetError when a rank does not come."""
         part = x.contiguous()
-        parts = [torch.empty_like(part) for _ in range(self._num_peers)]
-        with self._exchange():
-            dist.all_gather(parts, part, group=self._peers)
-        return torch.cat(parts, axis)
+        parts = part.new_empty(self._num_peers, *part.shape)
+        if part.numel():
+            with self._exchange():
+                _all_gather(parts.view(-1), part.view(-1), group=self._group(x))
+        return join_parts(parts, axis)
+
+    def _group(self, x: torch.Tensor) -> dist.ProcessGroup:
+        group: dist.ProcessGroup | None = self._peers if x.device.type == "cpu" else self._gpus
+        assert group is not None, f"a tensor on {x.device} before connect_gpus"
+        return group
 
     def broadcast(self, x: torch.Tensor) -> None:
         """Fills `x` on every rank with what it holds on rank 0, which may take its time."""
@@ -124,22 +156,28 @@ class RankGroup:
             dist.recv(x, rank, group=self._pipeline)
 
     @contextmanager
+    def device_work(self) -> Iterator[None]:
+        """Inside, this rank may wait for its GPU, which may wait for other ranks; the job ends when that takes too long."""
+        with self._heartbeat.limit(STALL_S):
+            yield
+
+    @contextmanager
     def failing_together(self) -> Iterator[None]:
         """An error inside ends the job: it leaves the block, naming this rank, and the other ranks end."""
         try:
             yield
         except TrtcError as error:
-            self._heartbeat.fail()
+            self.fail()
             if self.rank == 0:
                 raise
             raise type(error)(f"{self.name}: {error}") from error
         except BaseException:
             print(f"trtc: error on {self.name}:", file=sys.stderr, flush=True)
-            self._heartbeat.fail()
+            self.fail()
             raise
 
     def fail(self) -> None:
-        """Ends the other ranks."""
+        """Ends the other ranks. Where this one cannot end, because its GPU waits for one of them, the launcher ends it."""
         self._heartbeat.fail()
 
     def close(self) -> None:
@@ -194,6 +232,7 @@ def join(place: Placement) -> RankGroup:
         raise TargetError(
             f"rank {place.rank} on {socket.gethostname()}: not all {place.size} ranks came within {JOIN_S} s: {error}"
         ) from None
+    local = hosts[: place.rank].count(host) if place.local_rank is None else place.local_rank
     names = [f"rank {r} on {who['host']} (process {who['process']})" for r, who in enumerate(ranks)]
     _share_cores(hosts.count(host))
     if len(set(hosts)) == 1 and _LOOPBACK in (name for _, name in socket.if_nameindex()):
@@ -201,7 +240,15 @@ def join(place: Placement) -> RankGroup:
     watched = rendezvous.clone()  # type: ignore[attr-defined]  # torch's stubs do not have it
     heartbeat = Heartbeat(PrefixStore(prefix, watched), place.rank, names, place.launcher_pid)
     heartbeat.start()
-    return RankGroup(place, store, names, heartbeat)
+    return RankGroup(place, store, names, heartbeat, local)
+
+
+def join_parts(parts: torch.Tensor, axis: int) -> torch.Tensor:
+    """[N, *shape] -> the N parts one after the other along `axis`; a view where there is nothing to move."""
+    count, *shape = parts.shape
+    axis %= len(shape)
+    shape[axis] *= count
+    return parts.movedim(0, axis).reshape(shape)
 
 
 def _share_cores(neighbours: int) -> None:

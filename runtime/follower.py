@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from ..core.errors import TargetError
 from .cpu_executor import CpuExecutor
 from .distributed import RankGroup, join
 from .engine_limits import EngineLimits
+from .executor import DecodeLoop
+from .gpus import choose_device
 from .placement import Placement
 from .stage_executor import StageExecutor
 from .step_input import Int32Array, StepInput
@@ -28,7 +31,8 @@ FIRST = 1024
 def pack(step: StepInput) -> Int32Array:
     """T, B, P, R, then token_ids [T], tokens of each sequence [B], kv_length [B], page_table [B, P], logits_index [R].
 
-    Positions are left out: they follow from the lengths. No step at all is a message of T = 0: see `STOP`, `pack_copies`.
+    Positions are left out: they follow from the lengths. No step at all is a message of T = 0: see `STOP`, `pack_copies`,
+    `pack_load`, `pack_enqueue`.
     """
     rows, pages = step.page_table.shape
     header = np.array([step.num_tokens, rows, pages, len(step.logits_index)], np.int32)
@@ -44,8 +48,15 @@ def pack(step: StepInput) -> Int32Array:
     )
 
 
-Local = CpuExecutor | StageExecutor
-"""What runs the part of one rank."""
+class Local(Protocol):
+    """What runs the part of one rank. One that is a `DecodeLoop` too chooses the same tokens on every rank."""
+
+    num_pages: int
+
+    def execute(self, step: StepInput) -> torch.Tensor: ...
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None: ...
+    def close(self) -> None: ...
+
 
 STOP: Int32Array = np.zeros(HEADER, np.int32)
 
@@ -53,6 +64,17 @@ STOP: Int32Array = np.zeros(HEADER, np.int32)
 def pack_copies(source: Sequence[int], target: Sequence[int]) -> Int32Array:
     """Of pages: 0, how many, 0, 0, then the sources and the targets."""
     return np.array([0, len(source), 0, 0, *source, *target], np.int32)
+
+
+def pack_load(token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> Int32Array:
+    """For `DecodeLoop.loop_load`: 0, B, P, 0, then token_ids [B], kv_length [B], page_table [B, P]."""
+    header = np.array([0, *page_table.shape, 0], np.int32)
+    return np.concatenate((header, token_ids, kv_length, page_table.ravel()))
+
+
+def pack_enqueue(count: int) -> Int32Array:
+    """For `DecodeLoop.loop_enqueue`: 0, 0, count, 0."""
+    return np.array([0, 0, count, 0], np.int32)
 
 
 def length(header: Int32Array) -> int:
@@ -73,6 +95,13 @@ def unpack(message: Int32Array) -> StepInput | None:
     first = np.repeat(kv_length - query_start[1:], counts)  # position of a sequence's row 0, were it so long
     positions = first + np.arange(tokens, dtype=np.int32)
     return StepInput(ids, positions, query_start, kv_length, table.reshape(rows, pages), index)
+
+
+def unpack_load(message: Int32Array) -> tuple[Int32Array, Int32Array, Int32Array]:
+    """The arguments of `pack_load`."""
+    rows, pages = message[1:3].tolist()
+    token_ids, kv_length, table = np.split(message[HEADER:], [rows, 2 * rows])
+    return token_ids, kv_length, table.reshape(rows, pages)
 
 
 def send(group: RankGroup, message: Int32Array) -> None:
@@ -108,22 +137,26 @@ class LeadingExecutor(EngineLimits):
 
     def execute(self, step: StepInput) -> torch.Tensor:
         """See `Executor.execute`. Raises TargetError after a step that was cut short: the ranks are out of step then."""
+        with self._in_step_with(pack(step)):
+            return self._local.execute(step)
+
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """See `PageCopier.copy_pages`."""
+        with self._in_step_with(pack_copies(source, target)):
+            self._local.copy_pages(source, target)
+
+    @contextmanager
+    def _in_step_with(self, message: Int32Array) -> Iterator[None]:
+        """Tells the other ranks what this one does inside."""
         assert self._group is not None, "the executor is closed"
         if self._in_step:
             raise TargetError(
                 "an earlier step was cut short and the ranks are out of step; load the engine again"
             )
         self._in_step = True
-        send(self._group, pack(step))
-        logits = self._local.execute(step)
-        self._in_step = False
-        return logits
-
-    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """See `PageCopier.copy_pages`."""
-        assert self._group is not None, "the executor is closed"
-        send(self._group, pack_copies(source, target))
-        self._local.copy_pages(source, target)
+        send(self._group, message)
+        yield
+        self._in_step = False  # not when what is inside was cut short
 
     def close(self) -> None:
         """Ends the other ranks, in good order unless a step was cut short."""
@@ -133,10 +166,35 @@ class LeadingExecutor(EngineLimits):
         atexit.unregister(self.close)
         if self._in_step:
             group.fail()
+            self._local.close()
         else:
             send(group, STOP)
+            self._local.close()  # first: what runs on a GPU holds on to the communicator
             group.close()
-        self._local.close()
+
+
+class LeadingLoop(LeadingExecutor):
+    """A `LeadingExecutor` whose ranks are `DecodeLoop`s: one message starts a burst of steps, and none of their results
+    travels to the host of another rank."""
+
+    def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
+        """See `DecodeLoop.loop_load`."""
+        with self._in_step_with(pack_load(token_ids, kv_length, page_table)):
+            self._loop.loop_load(token_ids, kv_length, page_table)
+
+    def loop_enqueue(self, count: int) -> Any:
+        """See `DecodeLoop.loop_enqueue`."""
+        with self._in_step_with(pack_enqueue(count)):
+            return self._loop.loop_enqueue(count)
+
+    def loop_collect(self, ticket: Any) -> Int32Array:
+        """See `DecodeLoop.loop_collect`; rank 0 has chosen the tokens itself."""
+        return self._loop.loop_collect(ticket)
+
+    @property
+    def _loop(self) -> DecodeLoop:
+        assert isinstance(self._local, DecodeLoop)
+        return self._local
 
 
 def follow(local: Local, group: RankGroup) -> NoReturn:
@@ -145,15 +203,28 @@ def follow(local: Local, group: RankGroup) -> NoReturn:
     Raises what a step raises; the job ends then on all ranks.
     """
     with group.failing_together():
-        while (message := receive(group))[:2].any():
-            step = unpack(message)
-            if step is None:
-                local.copy_pages(*message[HEADER:].reshape(2, -1).tolist())
-            else:
-                local.execute(step)
-    group.close()
+        while (message := receive(group))[:HEADER].any():
+            _obey(local, message)
     local.close()
+    group.close()
     raise SystemExit(0)
+
+
+def _obey(local: Local, message: Int32Array) -> None:
+    """Does what a message other than `STOP` says."""
+    step = unpack(message)
+    if step is not None:
+        local.execute(step)
+        return
+    _, rows, pages, _ = message[:HEADER].tolist()
+    if not pages:
+        local.copy_pages(*message[HEADER:].reshape(2, -1).tolist())
+        return
+    assert isinstance(local, DecodeLoop)
+    if rows:
+        local.loop_load(*unpack_load(message))
+    else:
+        local.loop_enqueue(pages)
 
 
 def load_ranks(
@@ -177,25 +248,52 @@ def load_ranks(
                 "kv_cache_memory_bytes": str(kv_cache_memory_bytes),
             }
         )
-        group.divide(engine.build.tp_size)
-        part = CpuExecutor(
-            engine,
-            num_pages=num_pages,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            rank=place.rank,
-            communicator=group,
-        )
-    local = StageExecutor(engine, part, group) if engine.build.pp_size > 1 else part
+        local = _LOCAL[engine.build.target](engine, num_pages, kv_cache_memory_bytes, group)
     if place.rank > 0:
         follow(local, group)
-    return LeadingExecutor(engine, part.num_pages, local, group)
+    leading = LeadingLoop if isinstance(local, DecodeLoop) else LeadingExecutor
+    return leading(engine, local.num_pages, local, group)
+
+
+def _cpu(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None, group: RankGroup) -> Local:
+    group.divide(engine.build.tp_size)
+    part = CpuExecutor(
+        engine,
+        num_pages=num_pages,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        rank=group.rank,
+        communicator=group,
+    )
+    return StageExecutor(engine, part, group) if engine.build.pp_size > 1 else part
+
+
+def _cuda(
+    engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None, group: RankGroup
+) -> Local:
+    from .cuda_executor import CudaExecutor
+
+    device = choose_device(group.rank, group.local_rank, torch.cuda.device_count())
+    return CudaExecutor(
+        engine,
+        num_pages=num_pages,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        device=device,
+        group=group,
+    )
+
+
+_LOCAL: dict[str, Callable[[Engine, int | None, int | None, RankGroup], Local]] = {
+    "cpu": _cpu,
+    "cuda": _cuda,
+}
+"""The targets that run on several ranks."""
 
 
 def require_runnable(engine: Engine, processes: int) -> None:
     """Raises TargetError, saying what to do, when `engine` is not one for so many ranks."""
-    if engine.build.target != "cpu":
+    if engine.build.target not in _LOCAL:
         raise TargetError(
-            f"{engine.path}: built for target {engine.build.target}; only target cpu runs on several ranks today"
+            f"{engine.path}: built for target {engine.build.target}; only {' and '.join(_LOCAL)} run on several ranks today"
         )
     count = len(engine.ranks)
     if count != processes:

@@ -43,6 +43,7 @@ class Heartbeat:
         self._stopped = threading.Event()
         self.progress = 0
         """How far this rank has come: exchanges it has begun in this round, which the owner counts, and rounds."""
+        self._deadline: float | None = None
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
 
     def start(self) -> None:
@@ -79,10 +80,23 @@ class Heartbeat:
         finally:
             self.progress -= _WAITING
 
+    @contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """Inside, the main thread may wait for work of a device in which ranks wait for each other, and which cannot be
+        interrupted. When that takes longer, this process ends."""
+        self._deadline = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._deadline = None
+
     def wait_for_verdict(self) -> str:
         """Called when an exchange has failed. If a rank turns out to be lost, this process ends; else returns the name
         of the rank that is furthest behind."""
         self._stopped.wait(SILENCE_S + COURTESY_S + 4 * INTERVAL_S)
+        return self._furthest_behind()
+
+    def _furthest_behind(self) -> str:
         begun = [int(value.split()[1]) for value in self._values]
         return self._names[begun.index(min(begun))]
 
@@ -119,6 +133,12 @@ class Heartbeat:
             self._end(None)
         if now - self._read_at > SILENCE_S:
             self._lost(0, now - self._read_at)
+        deadline = self._deadline
+        if deadline is not None and now > deadline:
+            behind = self._furthest_behind()
+            self._end(
+                f"{self._names[self._rank]}: a step does not end; furthest behind is {behind}; the job ends"
+            )
         oldest = min(range(len(self._names)), key=lambda other: self._changed_at[other])
         # the age at the last reading: while nothing is read, nobody's counter can change
         if self._read_at - self._changed_at[oldest] > SILENCE_S:

@@ -12,18 +12,23 @@ RANK, SIZE = "TRTC_RANK", "TRTC_NUM_RANKS"
 RENDEZVOUS = "TRTC_RENDEZVOUS"
 """A file that the ranks which `runtime.launcher` started meet through."""
 LAUNCHER = "TRTC_LAUNCHER_PID"
-_MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
 """Open MPI; MPICH and those made from it."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """rank 0 .. size - 1. `rendezvous` is None for ranks that MPI started, `launcher_pid` for those that we did not."""
+    """rank 0 .. size - 1. `rendezvous` is None for ranks that MPI started, `launcher_pid` for those that we did not.
+    `local_rank` counts the ranks of a host; None where nobody said it: it follows from the hosts once all have met."""
 
     rank: int = 0
     size: int = 1
     rendezvous: str | None = None
     launcher_pid: int | None = None
+    local_rank: int | None = None
 
 
 def placement(environ: Mapping[str, str] = os.environ) -> Placement:
@@ -34,9 +39,10 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
     if RANK in environ:
         rank, size = _pair(environ, RANK, SIZE)
         return Placement(rank, size, environ[RENDEZVOUS], _integer(environ, LAUNCHER))
-    for rank_name, size_name in _MPI:
+    for rank_name, size_name, local_name in _MPI:
         if rank_name in environ and size_name in environ:
-            return Placement(*_pair(environ, rank_name, size_name))
+            local = _integer(environ, local_name) if local_name in environ else None
+            return Placement(*_pair(environ, rank_name, size_name), local_rank=local)
     return Placement()
 
 

@@ -30,6 +30,7 @@ class StageExecutor:
     def __init__(self, engine: Engine, local: CpuExecutor, group: RankGroup) -> None:
         build = engine.build
         self._local, self._group = local, group
+        self.num_pages = local.num_pages
         self._tp_size, self._vocab_size = build.tp_size, engine.model.vocab_size
         self._stage = group.rank // build.tp_size
         self._last = build.pp_size - 1

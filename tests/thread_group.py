@@ -36,7 +36,7 @@ class RankCommunicator:
     def __init__(self, group: ThreadGroup, rank: int) -> None:
         self._group, self._rank = group, rank
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
         return torch.stack(self._group.exchange(self._rank, x)).sum(0)
 
     def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:

@@ -52,9 +52,9 @@ class Signature:
 
 
 class Communicator(Protocol):
-    """How the ranks of a tensor-parallel group exchange tensors."""
+    """How the ranks of a tensor-parallel group exchange tensors. overwrite: `x` may be lost."""
 
-    def all_reduce(self, x: Any) -> Any: ...
+    def all_reduce(self, x: Any, *, overwrite: bool = False) -> Any: ...
     def all_gather(self, x: Any, axis: int) -> Any: ...
 
 

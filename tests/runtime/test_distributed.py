@@ -7,7 +7,6 @@ gone within ten seconds, with an exit code other than 0 and a line that names ra
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,8 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -40,15 +38,12 @@ from trtc.runtime.load import load_executor
 from trtc.runtime.placement import Placement, environment, placement
 from trtc.runtime.step_input import StepInput
 from trtc.tests.opt_models import BUILD, OptCheckpoint
+from trtc.tests.rank_jobs import finish, lose, mpirun
 
 from .ranks_script import generate
 
 SCRIPT = Path(__file__).with_name("ranks_script.py")
 TOKENS = 8
-LIMIT_S = 10.0
-"""Within which a job must be gone once a rank is lost."""
-FINISH_S = 240.0
-"""For a job that ends by itself; no promise, but an end for one that does not."""
 
 
 class Case(NamedTuple):
@@ -153,73 +148,6 @@ def expected_tokens(ranks_engine: RanksEngine) -> Callable[[str], list[list[int]
         return found
 
     return tokens
-
-
-def mpirun(*parts: tuple[int, list[str]]) -> list[str]:
-    """Open MPI's command line: each part a number of ranks and what they run."""
-    program = Path(sys.executable).with_name("mpirun")
-    if not program.exists():
-        pytest.skip("Open MPI is not installed: pip install 'trtc[mpi]'")
-    words = [str(program), "--oversubscribe"]
-    for index, (count, command) in enumerate(parts):
-        words += [":"] * (index > 0) + ["-n", str(count), *command]
-    return words
-
-
-@contextmanager
-def job(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A started command; one thread a rank, and root may use mpirun."""
-    quiet = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **quiet}
-    )
-    try:
-        yield process
-    finally:
-        for pid in ranks_of(command):
-            os.kill(pid, signal.SIGKILL)
-        process.kill()
-        process.communicate()
-
-
-def finish(command: list[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command that ends by itself."""
-    with job(command) as process:
-        out, err = process.communicate(timeout=FINISH_S)
-        return process.returncode, out, err
-
-
-def ranks_of(command: list[str]) -> dict[int, int]:
-    """Living processes of a job: pid -> rank. Found by the command's last word, which only this job has."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            words = (folder / "cmdline").read_bytes().decode().split("\0")
-            variables = dict(
-                line.split("=", 1) for line in (folder / "environ").read_text().split("\0") if "=" in line
-            )
-        except (OSError, ValueError):
-            continue
-        rank = variables.get("TRTC_RANK", variables.get("OMPI_COMM_WORLD_RANK"))
-        if command[-1] in words and rank is not None:
-            found[int(folder.name)] = int(rank)
-    return found
-
-
-def lose(rank: int, how: signal.Signals, command: list[str], first_token: Callable[[Any], None]) -> str:
-    """Sends `how` to a rank once there is a token; returns stderr when all ranks are gone in time with an error."""
-    with job(command) as process:
-        first_token(process)
-        pids = {found: pid for pid, found in ranks_of(command).items()}
-        assert len(pids) == 2, f"expected two ranks at work, found {pids}"
-        os.kill(pids[rank], how)
-        start = time.monotonic()
-        while ranks_of(command):
-            assert time.monotonic() - start < LIMIT_S, f"still there: {ranks_of(command)}"
-            time.sleep(0.05)
-        _, err = process.communicate(timeout=LIMIT_S)
-        assert process.returncode != 0
-        return err
 
 
 @pytest.mark.slow
@@ -345,6 +273,62 @@ def test_a_rank_that_lives_and_does_not_come_is_named(capfd: pytest.CaptureFixtu
     assert re.search(named, err), err
 
 
+EXCHANGES = """
+import json, sys
+import torch
+from trtc.runtime import distributed
+from trtc.runtime.placement import placement
+
+group = distributed.join(placement())
+with group.failing_together():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * 10**group.rank
+    kept, lost = group.all_reduce(x), x.clone()
+    assert group.all_reduce(lost, overwrite=True) is lost and torch.equal(kept, lost)
+    nothing = torch.empty(0, 2)
+    assert group.all_reduce(nothing).shape == (0, 2) and group.all_gather(nothing, 1).shape == (0, 4)
+    found = {"sum": kept, "rows": group.all_gather(x, 0), "columns": group.all_gather(x, 1), "last": group.all_gather(x, -1)}
+    found = {name: tensor.tolist() for name, tensor in found.items()}
+    found |= {"least": group.least(7 - group.rank), "local": group.local_rank}
+    open(f"{sys.argv[1]}/{group.rank}", "w").write(json.dumps(found))
+group.close()
+"""
+
+
+@pytest.mark.slow
+def test_exchanges(tmp_path: Path) -> None:
+    """Oracle: numpy's order of rows and columns, written down."""
+    assert launch([sys.executable, "-c", EXCHANGES, str(tmp_path)], 2) == 0
+    columns = [[1, 2, 10, 20], [3, 4, 30, 40]]
+    expected = {"sum": [[11, 22], [33, 44]], "rows": [[1, 2], [3, 4], [10, 20], [30, 40]], "columns": columns}
+    for rank in range(2):
+        found = json.loads((tmp_path / str(rank)).read_text())
+        assert found == {**expected, "last": columns, "least": 6, "local": rank}
+
+
+STUCK = """
+import threading
+from trtc.runtime import distributed, heartbeat
+from trtc.runtime.placement import placement
+
+heartbeat.INTERVAL_S, distributed.STALL_S = 0.2, 0.5
+group = distributed.join(placement())
+if group.rank == 0:
+    group._heartbeat.next_round()
+    with group.device_work():
+        threading.Event().wait(60)
+threading.Event().wait(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_device_that_waits_for_a_rank_ends_the_job(capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 1 lives, and does not come to what rank 0's device waits for; neither can be interrupted."""
+    assert launch([sys.executable, "-c", STUCK], 2) == 1
+    host = socket.gethostname()
+    named = rf"trtc: error: rank 0 on {host} .*: a step does not end; furthest behind is rank 1 on {host} "
+    assert re.search(named, capfd.readouterr().err)
+
+
 @pytest.mark.slow
 def test_ranks_with_different_engines_are_refused(ranks_engine: RanksEngine) -> None:
     one, other = ranks_engine(Case("pre_norm", 2)), ranks_engine(Case("pre_norm", 2, dim=0))
@@ -402,6 +386,10 @@ def test_placement() -> None:
     assert placement({}) == Placement(0, 1)
     assert placement({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}) == Placement(3, 4)
     assert placement({"PMI_RANK": "1", "PMI_SIZE": "2"}) == Placement(1, 2)
+    open_mpi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    assert placement(open_mpi) == Placement(3, 4, local_rank=1)
+    mpich = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}
+    assert placement(mpich) == Placement(3, 4, local_rank=0)
     ours = Placement(1, 2, "file", 7)
     assert placement(environment(ours)) == ours
     assert placement({**environment(ours), "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}) == ours

@@ -63,6 +63,15 @@ def check_supported(shape: CacheShape, num_heads: int) -> None:
         raise BuildError(f"target cuda: {error}") from None
 
 
+def check_sizes(graph: Graph) -> None:
+    """Raises BuildError when a linear layer of `graph` has sizes that the kernels do not take."""
+    for features, columns, _ in sorted(linear_shapes(graph, 1)):
+        try:
+            linear.plan.check_sizes(1, columns, features)
+        except KernelContractError as error:
+            raise BuildError(f"target cuda: {error}") from None
+
+
 def kernel_sources(
     graph: Graph, shape: CacheShape, max_batch_size: int, arch: str, logits_dtype: str
 ) -> tuple[KernelSource, ...]:

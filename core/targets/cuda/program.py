@@ -17,8 +17,10 @@ from ....kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
 from ...graph import Graph, Node
 from ...ops import ReferenceContext, get_op
 from ...ops.elementwise import ACTIVATIONS
+from ...ops.registry import Communicator
+from ...passes.rewrite import only_reader
 from ..program import Kernel, KernelFactory, Program
-from .variants import decode_graph, prefill_graph
+from .variants import decode_graph, prefill_graph, sum_on_first_rank
 
 Pages = tuple[torch.Tensor, torch.Tensor]
 """k and v of one layer, each [num_pages, page_size, num_kv_heads, head_dim]."""
@@ -59,6 +61,8 @@ class CudaProgram:
     weights: on the GPU; cache: one pair of page tensors a layer, on the GPU.
     accumulation: of prefill attention: float32, float16, or unfused (torch, one sequence at a time).
     max_kv_length: longest sequence, for which the work of decode attention is divided.
+    communicator: between the GPUs of all ranks, on torch's current stream, capturable. Needed where there are several.
+    rank: of this GPU among them.
     """
 
     def __init__(
@@ -71,7 +75,10 @@ class CudaProgram:
         accumulation: str,
         max_kv_length: int,
         kernels: Mapping[str, KernelFactory] | None = None,
+        communicator: Communicator | None = None,
+        rank: int = 0,
     ) -> None:
+        self._communicator, self._rank = communicator, rank
         self._graph, self._weights, self._cache, self._library = graph, weights, cache, library
         self._accumulation, self._max_kv_length = accumulation, max_kv_length
         self._embedding, self._norm, self._linear = Embedding(library), LayerNorm(library), Linear(library)
@@ -109,6 +116,7 @@ class CudaProgram:
 
     def _program(self, graph: Graph, *, library_products: bool) -> Program:
         """library_products: cuBLASLt for every product. The engine carries linear kernels for decode buckets only."""
+        graph = sum_on_first_rank(graph, first=self._rank == 0, residuals=not library_products)
         kernels: dict[str, KernelFactory] = {
             "embedding": self._embedding_kernel,
             "linear": partial(self._linear_kernel, library_products),
@@ -117,9 +125,10 @@ class CudaProgram:
             "add_layer_norm": partial(self._add_norm_kernel, "layer"),
             "add_rms_norm": partial(self._add_norm_kernel, "rms"),
             "attention": self._attention_kernel,
+            "all_reduce": partial(self._all_reduce_kernel, graph),
             **self._foreign,
         }
-        return Program(graph, self._weights, kernels)
+        return Program(graph, self._weights, kernels, ReferenceContext(communicator=self._communicator))
 
     # ---- one method an op: node -> what runs it
 
@@ -192,6 +201,16 @@ class CudaProgram:
             )
 
         return run
+
+    def _all_reduce_kernel(self, graph: Graph, node: Node) -> Kernel:
+        assert self._communicator is not None, f"{node.name}: ranks that cannot talk to each other"
+        (summand,) = node.used
+        fresh = graph.producers[summand].op in (
+            "linear",
+            "embedding",
+        )  # these give tensors of their own, not views
+        overwrite = fresh and only_reader(graph, summand)
+        return partial(self._communicator.all_reduce, overwrite=overwrite)
 
     def _fused_norm(self, node: Node) -> Norm:
         kind, epsilon = node.attrs["norm"], node.attrs["eps"]

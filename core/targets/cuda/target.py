@@ -13,7 +13,7 @@ from ...graph import Graph
 from ...ops import op_names
 from ...passes.fuse import ACTIVATION, AFFINE, POSITIONS, SIBLINGS
 from ..base import CacheShape, Capabilities
-from .code import ARCHITECTURES, MAX_DECODE_BUCKET, check_supported, kernel_sources, write_code
+from .code import ARCHITECTURES, MAX_DECODE_BUCKET, check_sizes, check_supported, kernel_sources, write_code
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ class CudaTarget:
             # What more is fused depends on the rows of a step: see `variants`.
             fusions=frozenset({SIBLINGS, ACTIVATION, POSITIONS, AFFINE}),
             dtypes=frozenset({DType.FLOAT16, DType.BFLOAT16}),
+            tensor_parallel=True,
         )
 
     def compile(
@@ -54,6 +55,7 @@ class CudaTarget:
         (num_heads,) = heads
         assert isinstance(num_heads, int)
         check_supported(shape, num_heads)
+        check_sizes(graph)
         if ACCUMULATIONS[options["context_fmha"]] == "float16" and shape.dtype != DType.FLOAT16:
             raise BuildError(
                 f"target cuda: context_fmha enable sums in float16, which {shape.dtype} cannot; accepted: fp32_acc, disable"

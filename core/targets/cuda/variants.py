@@ -7,9 +7,12 @@ product is a library's, and the sum joins the norm instead.
 
 from __future__ import annotations
 
-from ...graph import Graph, make_node
+from dataclasses import replace
+from functools import partial
+
+from ...graph import Graph, Node, make_node
 from ...passes import fuse
-from ...passes.rewrite import remove_dead, rewrite
+from ...passes.rewrite import Rewrite, only_reader, remove_dead, rewrite
 from ...spec import TensorSpec
 
 
@@ -27,6 +30,52 @@ def decode_graph(graph: Graph, *, fuse_norms: bool) -> Graph:
     if fuse_norms:
         graph = rewrite(graph, (fuse.norm_linear,))
     return rewrite(graph, (fuse.add_norm,)).verify("decode graph")
+
+
+def sum_on_first_rank(graph: Graph, *, first: bool, residuals: bool) -> Graph:
+    """`graph` with what is added to a sum over the ranks added by the first rank alone, to its part of the sum.
+
+    All ranks hold the addend, so that the sum is the same; and a product takes a bias or a residual in for nothing, where
+    adding it afterwards is a kernel. residuals: also where the addend is no bias; False where a norm is there to take it in.
+    """
+    joined = rewrite(graph, (partial(_into_product, residuals),)).verify("graph of the first rank")
+    if first or joined == graph:
+        return joined
+    # The other ranks leave out just what the first has taken in: all must agree on what is in the sum.
+    nodes = []
+    for node in joined.nodes:
+        before = graph.producers.get(node.name)
+        if node.op == "linear" and before is not None and before.inputs != node.inputs:
+            own = zip(node.inputs, before.inputs, strict=False)
+            node = replace(node, inputs=tuple(None if old is None else name for name, old in own))
+        nodes.append(node)
+    return remove_dead(Graph(tuple(nodes), joined.outputs)).verify("graph of another rank")
+
+
+def _into_product(residuals: bool, graph: Graph, node: Node) -> Rewrite | None:
+    """all_reduce(linear(x, W)) + b -> all_reduce(linear(x, W, b))"""
+    if node.op != "add":
+        return None
+    for total, addend in (node.used, node.used[::-1]):
+        collective = graph.producers[total]
+        product = graph.producers[collective.used[0]] if collective.op == "all_reduce" else None
+        if product is None or product.op != "linear" or "activation" in product.attrs:
+            continue
+        x, weight, bias, residual = (*product.inputs, None, None)[:4]
+        is_bias = graph.specs[addend].rank == 1
+        if (bias if is_bias else residual) is not None or not (is_bias or residuals):
+            continue
+        if not (only_reader(graph, product.name) and only_reader(graph, total)):
+            continue
+        inputs = [x, weight, addend, residual] if is_bias else [x, weight, bias, addend]
+        if inputs[-1] is None:
+            inputs.pop()
+        result = Rewrite(graph, (node, collective, product))
+        (part,) = result.add("linear", *inputs, name=product.name, **product.attrs)
+        (whole,) = result.add("all_reduce", part, name=collective.name, **collective.attrs)
+        result.replace(node.name, whole)
+        return result
+    return None
 
 
 def all_rows(graph: Graph) -> Graph:

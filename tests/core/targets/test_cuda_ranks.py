@@ -1,0 +1,186 @@
+"""Engines of several ranks for target cuda, without a GPU. Oracle: the graph of one rank, in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from trtc.core.build import build_engine, plan
+from trtc.core.dtypes import DType
+from trtc.core.engine import Engine
+from trtc.core.errors import BuildError, ConfigError, EngineError
+from trtc.core.graph import Graph
+from trtc.core.interpreter import interpret
+from trtc.core.ops import ReferenceContext, get_op, op_names
+from trtc.core.sharding import ShardingOptions
+from trtc.core.targets.base import CacheShape
+from trtc.core.targets.cuda.code import code_file, kernel_sources, read_code
+from trtc.core.targets.cuda.program import CudaProgram
+from trtc.core.targets.cuda.target import TARGET
+from trtc.core.targets.cuda.variants import decode_graph, prefill_graph, sum_on_first_rank
+from trtc.kernels.library import KernelLibrary
+from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
+from trtc.tests.packed_steps import PagedSequences, filled_cache
+from trtc.tests.thread_group import RankCommunicator, run_ranks
+from trtc.tests.tolerances import FLOAT64_ABS, max_error
+
+CUDA = {"target": "cuda", "target_options": {"architectures": ["sm_90"]}}
+EMBEDDINGS = {
+    "none": ShardingOptions(2),
+    "vocabulary": ShardingOptions(2, True, 0),
+    "hidden": ShardingOptions(2, True, 1),
+}
+PROMPT = {"a": [3, 4, 5], "b": list(range(20))}
+TOKEN = {"a": [7], "b": [8]}
+
+Rank = tuple[Graph, dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    def opened(variant: str) -> OptCheckpoint:
+        return OptCheckpoint.open(save_hf(variant, tmp_path_factory.mktemp("hf")))
+
+    return opened
+
+
+def planned(source: OptCheckpoint, sharding: ShardingOptions, rank: int) -> Rank:
+    """The graph that the engine of a rank would have, and its weights in float64."""
+    model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
+    build = dataclasses.replace(BUILD, tp_size=sharding.tp_size, **CUDA)
+    parts = plan(source.family, model, source.weights(DType.FLOAT16, sharding), build, rank)
+    exact = source.weights(sharding=sharding)
+    raw = {name: exact.read(rank, name).double() for name in exact.names(rank)}
+    made = {name: interpret(recipe, raw) for name, recipe in parts.recipes.items()}
+    return parts.graph, raw | made
+
+
+def expected_logits(source: OptCheckpoint) -> list[torch.Tensor]:
+    """Of a prompt and a token after it, by the graph of one rank."""
+    graph, weights = planned(source, ShardingOptions(), 0)
+    cache, sequences = filled_cache(graph, 16, 32, torch.float64), PagedSequences(16, 32)
+    steps = [sequences.step(PROMPT), sequences.step(TOKEN)]
+    return [interpret(graph, weights | step, ReferenceContext(cache)) for step in steps]
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("variant", ["cuda_pre_norm", "cuda_post_norm_projected", "cuda_bias_free_gelu"])
+def test_ranks_compute_what_one_does(variant: str, embedding: str, checkpoint) -> None:
+    """Prefill and decode graphs as the program of each rank rewrites them, ranks in threads that really exchange."""
+    source = checkpoint(variant)
+    parts = [planned(source, EMBEDDINGS[embedding], rank) for rank in range(2)]
+
+    def run(rank: int, group: RankCommunicator) -> torch.Tensor:
+        graph, weights = parts[rank]
+        context = ReferenceContext(filled_cache(graph, 16, 32, torch.float64), group)
+        sequences, first = PagedSequences(16, 32), rank == 0
+        prefill = sum_on_first_rank(prefill_graph(graph), first=first, residuals=False)
+        decode = sum_on_first_rank(decode_graph(graph, fuse_norms=True), first=first, residuals=True)
+        prompt = interpret(prefill, weights | sequences.step(PROMPT), context)
+        return torch.cat([prompt, interpret(decode, weights | sequences.step(TOKEN), context)])
+
+    expected = torch.cat(expected_logits(source))
+    for found in run_ranks(2, run):
+        assert max_error(found, expected) <= FLOAT64_ABS
+
+
+def test_a_decode_step_of_a_rank_has_seven_kernels_a_layer(checkpoint) -> None:
+    """The five of one rank and two sums: nothing is added outside of a product, and norms stay inside."""
+    views = {"input", "weight", "reshape", "split", "cast"}
+    layer = ["linear", "attention", "linear", "all_reduce", "linear", "linear", "all_reduce"]
+    for rank in range(2):
+        graph, _ = planned(checkpoint("cuda_pre_norm"), EMBEDDINGS["none"], rank)
+        decode = sum_on_first_rank(decode_graph(graph, fuse_norms=True), first=rank == 0, residuals=True)
+        work = [node.op for node in decode.nodes if node.op not in views]
+        assert work == ["embedding", *layer * 2, "linear", "all_gather"]
+        sums = [decode.producers[node.used[0]] for node in decode.nodes if node.op == "all_reduce"]
+        assert {len(product.used) for product in sums} == ({4} if rank == 0 else {2})
+
+
+def test_the_program_exchanges_through_its_communicator(checkpoint) -> None:
+    """The real program of every rank, its kernels replaced by references: prompts, through the collectives."""
+    source = checkpoint("cuda_post_norm_projected")
+    parts = [planned(source, EMBEDDINGS["vocabulary"], rank) for rank in range(2)]
+    overwritten: list[bool] = []
+
+    class Watching:
+        def __init__(self, group: RankCommunicator) -> None:
+            self.all_gather, self._group = group.all_gather, group
+
+        def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
+            overwritten.append(overwrite)
+            total = self._group.all_reduce(x.clone())  # threads hand each other their very tensors
+            return x.copy_(total) if overwrite else total
+
+    def run(rank: int, group: RankCommunicator) -> torch.Tensor:
+        graph, weights = parts[rank]
+        cache = filled_cache(graph, 16, 32, torch.float64)
+        context = ReferenceContext(cache)
+        computed = op_names() - {"input", "weight", "all_reduce", "all_gather"}
+        program = CudaProgram(
+            graph,
+            weights,
+            cache,
+            KernelLibrary(),
+            accumulation="float32",
+            max_kv_length=128,
+            kernels={
+                op: lambda node: partial(get_op(node.op).reference, context, node.attrs) for op in computed
+            },
+            communicator=Watching(group),
+            rank=rank,
+        )
+        sequences = PagedSequences(16, 32)
+        steps = [sequences.step(PROMPT), sequences.step(TOKEN)]
+        return torch.cat([program.prefill(step, None, None) for step in steps])
+
+    expected = torch.cat(expected_logits(source))
+    for found in run_ranks(2, run):
+        assert max_error(found, expected) <= FLOAT64_ABS
+    assert overwritten and all(overwritten)  # products and lookups of their own, which nobody reads again
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_an_engine_carries_the_kernels_of_all_its_ranks(embedding: str, checkpoint, tmp_path: Path) -> None:
+    """Odd sizes: three heads over two ranks, 101 tokens of the vocabulary."""
+    source, sharding = checkpoint("cuda_head_dim_80_odd_vocabulary"), EMBEDDINGS[embedding]
+    model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
+    build = dataclasses.replace(BUILD, tp_size=2, **CUDA)
+    folder = tmp_path / "engine"
+    build_engine(source.family, model, source.weights(DType.FLOAT16, sharding), build, folder)
+    engine = Engine.open(folder)
+    contents = engine.ranks[0].artifacts["code"]["sm_90"]
+    carried = {entry for one, _, _ in read_code(contents, "sm_90", folder) for entry in one.entries}
+    for part in engine.ranks:
+        shape = CacheShape.of(part.graph, build.page_size)
+        assert shape.num_kv_heads == 2
+        wanted = kernel_sources(part.graph, shape, build.max_batch_size, "sm_90", "float16")
+        assert {entry for one in wanted for entry in one.entries} <= carried
+    for name in engine.ranks[0].weights:  # rank 1 needs its own weights and the kernels, and no other file
+        (folder / name).unlink()
+    Engine.open(folder, rank=1)
+    (folder / code_file("sm_90")).unlink()
+    with pytest.raises(EngineError, match=code_file("sm_90")):
+        Engine.open(folder, rank=1)
+
+
+def test_a_split_that_the_kernels_do_not_take_is_refused(checkpoint, tmp_path: Path) -> None:
+    """Of 256 features of the feed-forward layer, three ranks have 86 each."""
+    graph, _ = planned(checkpoint("cuda_head_dim_80_odd_vocabulary"), ShardingOptions(3), 0)
+    build = dataclasses.replace(BUILD, tp_size=3, **CUDA)
+    with pytest.raises(BuildError, match="target cuda: linear: in_features=86 is not a multiple of 8"):
+        TARGET.compile(graph, build, tmp_path, 0, {})
+
+
+def test_a_pipeline_is_refused(checkpoint, tmp_path: Path) -> None:
+    source = checkpoint("cuda_pre_norm")
+    model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
+    build = dataclasses.replace(BUILD, pp_size=2, **CUDA)
+    weights = source.weights(DType.FLOAT16, ShardingOptions(pp_size=2))
+    with pytest.raises(
+        ConfigError, match="target cuda does not run pipeline parallel yet; build with pp_size 1"
+    ):
+        build_engine(source.family, model, weights, build, tmp_path / "engine")

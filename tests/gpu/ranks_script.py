@@ -1,0 +1,63 @@
+"""What the ranks of `test_cuda_ranks` run: engines one after the other; what rank 0 computes goes to RESULTS.pt.
+
+python ranks_script.py RESULTS.pt ENGINE_DIR [ENGINE_DIR ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from trtc.runtime.executor import DecodeLoop, Executor
+from trtc.runtime.llm import LLM
+from trtc.runtime.sampling_params import SamplingParams
+from trtc.runtime.step_input import StepInput
+from trtc.tests.packed_steps import PagedSequences
+
+TOKENS = [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 60)]
+CHUNKS = (9, 20, *[1] * (len(TOKENS) - 29))
+"""A prompt, a chunk of it, then token by token: prefill, prefill on a cache, CUDA graphs."""
+PROMPTS = [list(range(3, 3 + size)) for size in (9, 1, 33, 16, 2, 57)]
+"""More than a batch of the engines, so that prefill and decode mix in one step."""
+GREEDY = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
+
+
+def logits(executor: Executor) -> torch.Tensor:
+    """[tokens, vocab] of TOKENS, in CHUNKS."""
+    sequence = PagedSequences(executor.page_size, executor.num_pages)
+    rows, start = [], 0
+    for size in CHUNKS:
+        inputs = sequence.step({"a": TOKENS[start : start + size]})
+        step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
+        rows.append(executor.execute(step).float().cpu())
+        start += size
+    return torch.cat(rows)
+
+
+def compute(engine_dir: str | Path) -> dict[str, object]:
+    """The logits of TOKENS, the greedy tokens of PROMPTS together (run ahead of the host), and those of the first alone."""
+    with LLM(engine_dir, enable_prefix_cache=False) as llm:
+        assert isinstance(llm.core.executor, DecodeLoop)
+        found: dict[str, object] = {"logits": logits(llm.core.executor)}
+        found["together"] = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, GREEDY)]
+        found["alone"] = list(llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0].token_ids)
+    return found
+
+
+def main(results: Path, *engine_dirs: str) -> None:
+    found = {}
+    for engine_dir in engine_dirs:
+        try:
+            found[engine_dir] = compute(engine_dir)
+        except (
+            SystemExit
+        ):  # a rank that has followed rank 0 to the end of one engine can follow it to the next
+            continue
+    if found:
+        torch.save(found, results)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

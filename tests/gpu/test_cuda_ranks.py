@@ -1,0 +1,164 @@
+"""Tensor parallel on two GPUs with real processes. Oracles: transformers in float32 on the CPU, and one rank on one GPU.
+
+For failures: the promise that all ranks are gone within ten seconds, with a line that names rank and host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from trtc.core.build import build_engine
+from trtc.core.dtypes import DType
+from trtc.core.sharding import ShardingOptions
+from trtc.tests.opt_models import BUILD, OptCheckpoint, hf_logits, save_hf
+from trtc.tests.rank_jobs import finish, lose, mpirun
+from trtc.tests.tolerances import logits_tolerance, max_error
+
+from .ranks_script import PROMPTS, TOKENS, compute
+
+pytestmark = pytest.mark.multi_gpu
+SCRIPT = Path(__file__).with_name("ranks_script.py")
+JOB_S = 90.0
+TRTC = [sys.executable, "-P", "-m", "trtc.cli"]
+
+
+class Case(NamedTuple):
+    """An engine. dim: embedding_sharding_dim of a parallel embedding, or None."""
+
+    variant: str
+    tp_size: int = 2
+    dim: int | None = None
+    dtype: DType = DType.FLOAT16
+
+
+CASES = [
+    Case("cuda_pre_norm"),
+    Case("cuda_pre_norm", dim=0, dtype=DType.BFLOAT16),
+    Case("cuda_post_norm_projected", dim=0),
+    Case("cuda_post_norm_projected", dim=1),
+    Case("cuda_head_dim_80_odd_vocabulary", dim=0),
+]
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Path]:
+    """Every case, and the one rank of the first."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    folder = tmp_path_factory.mktemp("ranks")
+    major, minor = torch.cuda.get_device_capability()
+    options = {"target": "cuda", "target_options": {"architectures": [f"sm_{major}{minor}"]}}
+    checkpoints = {v: OptCheckpoint.open(save_hf(v, folder / v)) for v in {case.variant for case in CASES}}
+    made = {}
+    for case in [*CASES, CASES[0]._replace(tp_size=1)]:
+        source = checkpoints[case.variant]
+        model = dataclasses.replace(source.config, dtype=case.dtype)
+        sharding = ShardingOptions(case.tp_size, case.dim is not None, case.dim or 0)
+        made[case] = folder / "-".join(map(str, case))
+        build = dataclasses.replace(BUILD, tp_size=case.tp_size, **options)
+        build_engine(source.family, model, source.weights(case.dtype, sharding), build, made[case])
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every engine of two ranks computes, in one job of mpirun."""
+    path = tmp_path_factory.mktemp("results") / "results.pt"
+    words = [sys.executable, str(SCRIPT), str(path), *(str(engines[case]) for case in CASES)]
+    code, out, err = finish(mpirun((2, words)), JOB_S)
+    assert (code, out) == (0, ""), err
+    found: dict[str, Any] = torch.load(path)
+    return found
+
+
+def assert_same_up_to_ties(variant: str, prompt: list[int], found: list[int], expected: list[int]) -> None:
+    """Where two generations part, float32 logits have the two tokens within the type's error of each other."""
+    parted = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
+    if parted is not None:
+        logits = hf_logits(variant, prompt + expected[:parted])[-1]
+        gap = float((logits[found[parted]] - logits[expected[parted]]).abs())
+        assert gap <= 2 * logits_tolerance(DType.FLOAT16, logits), f"token {parted} differs by {gap}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_two_ranks_compute_what_transformers_does(
+    case: Case, engines: dict[Case, Path], results: dict[str, Any]
+) -> None:
+    """Logits of prompts, chunks and CUDA graphs; and of greedy tokens, run ahead in graphs, each is the best by the float32
+    logits for what came before it, or within the type's error of it."""
+    found = results[str(engines[case])]
+    reference = hf_logits(case.variant, TOKENS)
+    assert max_error(found["logits"], reference) <= logits_tolerance(case.dtype, reference)
+    agreed = 0
+    for prompt, new in zip(PROMPTS, found["together"], strict=True):
+        logits = hf_logits(case.variant, prompt + new)[len(prompt) - 1 : -1]
+        chosen = logits[torch.arange(len(new)), torch.tensor(new)]
+        assert (logits.max(-1).values - chosen).max() <= 2 * logits_tolerance(case.dtype, logits)
+        agreed += int((logits.argmax(-1) == torch.tensor(new)).sum())
+    assert agreed >= (0.97 if case.dtype is DType.FLOAT16 else 0.9) * sum(map(len, found["together"]))
+
+
+def test_nproc_gives_the_tokens_of_one_rank(
+    engines: dict[Case, Path], results: dict[str, Any], tmp_path: Path
+) -> None:
+    """The launcher's ranks say what mpirun's did, and what one rank on one GPU says."""
+    path = tmp_path / "out.json"
+    prompt = ",".join(map(str, PROMPTS[0]))
+    words = [*TRTC, "run", "--nproc", "2", "--input-ids", prompt, "--ignore-eos", "--max-output-len", "32"]
+    code, _, err = finish([*words, "--output-json", str(path), "--engine-dir", str(engines[CASES[0]])], JOB_S)
+    assert code == 0, err
+    (found,) = json.loads(path.read_text())
+    assert found["token_ids"] == results[str(engines[CASES[0]])]["alone"]
+    one = compute(engines[CASES[0]._replace(tp_size=1)])
+    assert_same_up_to_ties(CASES[0].variant, PROMPTS[0], found["token_ids"], one["alone"])
+    tolerance = logits_tolerance(DType.FLOAT16, one["logits"])
+    assert max_error(results[str(engines[CASES[0]])]["logits"], one["logits"]) <= tolerance
+
+
+def test_more_ranks_than_gpus_are_refused(engines: dict[Case, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    code, _, err = finish(
+        [*TRTC, "run", "--nproc", "2", "--input-ids", "2,5", "--engine-dir", str(engines[CASES[0]])]
+    )
+    assert code == 1
+    assert f"rank 1 on host {socket.gethostname()} has no GPU: it is number 2 of the ranks there" in err
+
+
+SPIN = """
+import sys
+from trtc.runtime.llm import LLM
+from trtc.runtime.sampling_params import SamplingParams
+
+with LLM(sys.argv[1]) as llm:
+    params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+    while True:
+        llm.generate([[2, 5]], params)
+        print("said", flush=True)
+"""
+LAUNCH = """
+import sys
+from trtc.runtime.launcher import launch
+
+sys.exit(launch([sys.executable, "-c", *sys.argv[1:]], 2))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_the_job(how: signal.Signals, engines: dict[Case, Path], tmp_path: Path) -> None:
+    """While rank 0 waits for its GPU, which waits for the other."""
+    source = tmp_path / "engine"
+    source.symlink_to(engines[CASES[0]])
+
+    def first_token(process: Any) -> None:
+        assert process.stdout.readline() == "said\n", process.communicate()
+
+    err = lose(1, how, [sys.executable, "-c", LAUNCH, SPIN, str(source)], first_token)
+    assert f"rank 1 on {'host ' if how == signal.SIGKILL else ''}{socket.gethostname()} (process " in err
