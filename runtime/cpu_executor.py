@@ -59,8 +59,7 @@ class CpuExecutor(EngineLimits):
     def execute(self, step: StepInput, **received: torch.Tensor) -> torch.Tensor:
         """See `Executor.execute`. received: what the graph of a stage needs beyond a step; its result may be no logits."""
         assert self._program is not None, "the executor is closed"
-        inputs = {name: torch.from_numpy(getattr(step, name)) for name in GRAPH_INPUTS}
-        return self._program.run(inputs | received)
+        return self._program.run(step_tensors(step) | received)
 
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """See `PageCopier.copy_pages`."""
@@ -70,3 +69,8 @@ class CpuExecutor(EngineLimits):
     def close(self) -> None:
         self._program = None
         self._cache = []
+
+
+def step_tensors(step: StepInput) -> dict[str, torch.Tensor]:
+    """The graph's inputs, over the same memory."""
+    return {name: torch.from_numpy(getattr(step, name)) for name in GRAPH_INPUTS}

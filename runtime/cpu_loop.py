@@ -1,4 +1,4 @@
-"""Greedy decode steps on the CPU that give tokens instead of logits."""
+"""Greedy steps on the CPU that give tokens instead of logits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from ..core.engine import Engine
 from ..core.errors import EngineError
 from ..core.targets.cpu_step import Unsupported
-from .cpu_executor import CpuExecutor
-from .step_input import Int32Array
+from .cpu_executor import COMPILED_TOKENS, CpuExecutor, step_tensors
+from .step_input import Int32Array, StepInput
 
 
 class CpuLoopExecutor(CpuExecutor):
-    """A `CpuExecutor` that is a `DecodeLoop` too: of greedy steps it gives tokens, for which it need not compute all logits.
+    """A `CpuExecutor` that is a `DecodeLoop` and a `GreedyChooser` too: of greedy steps it gives tokens, for which it need not
+    compute all logits.
 
     Nothing runs ahead: a burst of steps runs when it is collected. Raises Unsupported for graphs and machines without
     compiled decode steps.
@@ -27,6 +28,17 @@ class CpuLoopExecutor(CpuExecutor):
         if not self._program.decodes_greedily:
             raise Unsupported("no compiled decode steps")
         self._loop: dict[str, torch.Tensor] = {}
+
+    @property
+    def max_draft_tokens(self) -> int | None:
+        """See `GreedyChooser.max_draft_tokens`: more are not run by compiled code."""
+        return max(COMPILED_TOKENS, self.max_batch_size)
+
+    def choose(self, step: StepInput) -> Int32Array:
+        """See `GreedyChooser.choose`."""
+        assert self._program is not None, "the executor is closed"
+        chosen: Int32Array = self._program.next_tokens(step_tensors(step)).numpy()
+        return chosen
 
     def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
         self._loop = {

@@ -1,20 +1,21 @@
 """Decode steps that the device runs while the host is still reading the tokens of earlier ones.
 
-While every running sequence decodes greedily and nobody can be admitted, the host needs to decide nothing: it enqueues steps
-and reads their tokens one burst later. A sequence that ends is noticed late; the tokens it got since are dropped. Pages are
-given back only when no step is under way that could still write to them.
+While every running sequence decodes greedily, nobody can be admitted and prompt lookup has no guess that pays (`Drafting`),
+the host needs to decide nothing: it enqueues steps and reads their tokens one burst later. A sequence that ends is noticed
+late; the tokens it got since are dropped. Pages are given back only when no step is under way that could still write to them.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .drafting import HOLD
 from .executor import DecodeLoop
 from .request import Request, RequestStatus
 from .scheduler import Scheduler
@@ -74,9 +75,15 @@ class DecodeAhead:
 
     def _start(self) -> bool:
         scheduler = self._scheduler
-        if not scheduler.only_decodes() or not all(map(_needs_no_host, scheduler.running)):
+        if not scheduler.only_decodes() or not all(
+            request.params.plain_greedy for request in scheduler.running
+        ):
             return False
-        horizon = next((count for count in self._horizons() if scheduler.reserve(count)), 0)
+        looking = [(r.lookup, r.token_ids) for r in scheduler.running if r.lookup is not None]
+        if looking and scheduler.drafting.pays(looking, len(scheduler.running)):
+            return False
+        horizons = (HOLD,) if looking else HORIZONS
+        horizon = next((count for count in self._within(horizons) if scheduler.reserve(count)), 0)
         if not horizon:
             return False
         self._requests = list(scheduler.running)
@@ -87,10 +94,10 @@ class DecodeAhead:
         self._enqueue()
         return True
 
-    def _horizons(self) -> Iterator[int]:
+    def _within(self, horizons: Sequence[int]) -> Iterator[int]:
         """Numbers of steps to try: no more than until the last sequence ends, as far as lengths tell."""
         longest = max(self._scheduler.tokens_left(request) for request in self._scheduler.running)
-        for count in HORIZONS:
+        for count in horizons:
             yield min(count, longest)
 
     def _enqueue(self) -> None:
@@ -110,8 +117,4 @@ class DecodeAhead:
         now = self._clock()
         self._step_seconds = float(np.clip((now - self._last_collected) / count, 1e-5, 1.0))
         self._last_collected = now
-
-
-def _needs_no_host(request: Request) -> bool:
-    """Whether the device alone can choose its tokens: greedily, one a step."""
-    return request.params.plain_greedy and request.lookup is None
+        self._scheduler.drafting.costs.measured(len(self._requests), None, self._step_seconds)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.errors import RequestError
+from ..core.errors import EngineError, RequestError
 from .bad_words import bad_words
 from .batch import Batch, ScheduledRequest
 from .beam_search import BeamSearch, Hypothesis, candidates
 from .decode_ahead import DecodeAhead
 from .detokenizer import Detokenizer
-from .executor import DecodeLoop, Executor, PageCopier
+from .drafting import Drafting
+from .executor import DecodeLoop, Executor, GreedyChooser, PageCopier
 from .outputs import CompletionOutput, Logprob, RequestOutput
 from .prompt_lookup import LookupStats
 from .request import Request
@@ -28,6 +29,10 @@ from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
+
+
+Verdict = tuple[ScheduledRequest, list[int]]
+"""A part with a draft, and the tokens that the model chooses behind each token of that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +97,10 @@ class EngineCore:
                 page_size=executor.page_size,
                 num_pages=executor.num_pages,
                 enable_prefix_cache=enable_prefix_cache,
-            )
+            ),
+            Drafting(executor.max_draft_tokens if isinstance(executor, GreedyChooser) else None),
         )
+        self._chooser = executor if isinstance(executor, GreedyChooser) else None
         self._ahead = (
             DecodeAhead(executor, self.scheduler, clock) if isinstance(executor, DecodeLoop) else None
         )
@@ -188,13 +195,12 @@ class EngineCore:
             return self._report(self._groups_of(late))
         if self._ahead is not None and self._ahead.ready():
             return self._step_ahead(self._ahead)
+        began = self._clock()
         batch = self.scheduler.schedule()
         if not batch.scheduled:
             assert not self.has_unfinished, "requests are left and none can run"
             return []
-        logits = self.executor.execute(StepInput.from_batch(batch))
-        sampled = self._sample(batch, logits)
-        verdicts = self._judge_drafts(batch, logits)
+        sampled, verdicts = self._run(batch)
         self.scheduler.update(batch, [None if token is None else token.token_id for token in sampled])
         self._detokenize(batch, sampled)
         for part, token_ids in verdicts:
@@ -203,7 +209,32 @@ class EngineCore:
         for group in touched:
             if group.search is not None and group.search.ready:
                 self._advance(group, group.search)
-        return self._report(touched)
+        outputs = self._report(touched)
+        if all(part.num_tokens == 1 for part in batch.scheduled):
+            drafted = batch.num_tokens - len(batch.scheduled)
+            self.scheduler.drafting.costs.measured(len(batch.scheduled), drafted, self._clock() - began)
+        return outputs
+
+    def _run(self, batch: Batch) -> tuple[list[SampledToken | None], list[Verdict]]:
+        """Runs a step. Returns the next tokens, None for a beam: its search has got the candidates; and what the drafts are
+        worth."""
+        step = StepInput.from_batch(batch)
+        if self._chooser is None or not all(map(_needs_no_logits, batch.scheduled)):
+            logits = self.executor.execute(step)
+            return self._sample(batch, logits), self._judge_drafts(batch, logits)
+        chosen = self._chooser.choose(step).tolist()
+        if min(chosen, default=0) < 0:
+            raise EngineError("the engine's logits are not finite: its weights or dtype overflow")
+        sampled: list[SampledToken | None] = []
+        verdicts: list[Verdict] = []
+        end = 0
+        for part in batch.scheduled:
+            start, end = end, end + part.num_rows
+            if part.samples:
+                sampled.append(SampledToken(chosen[start]))
+            if part.draft:
+                verdicts.append((part, chosen[start + 1 : end]))
+        return sampled, verdicts
 
     def _advance(self, group: _Group, search: BeamSearch) -> None:
         """Puts the next beams of a search in the place of those before them."""
@@ -223,8 +254,7 @@ class EngineCore:
                     self.scheduler.give_way(beam)
                 raise
 
-    def _judge_drafts(self, batch: Batch, logits: torch.Tensor) -> list[tuple[ScheduledRequest, list[int]]]:
-        """For every part with a draft, the tokens that the model chooses behind each token of it."""
+    def _judge_drafts(self, batch: Batch, logits: torch.Tensor) -> list[Verdict]:
         rows: list[int] = []
         drafted: list[ScheduledRequest] = []
         end = 0
@@ -413,6 +443,10 @@ def _request_output(group: _Group, tokenizer: Tokenizer | None) -> RequestOutput
         finished=group.finished,
         num_cached_tokens=first.num_cached_tokens or 0,
     )
+
+
+def _needs_no_logits(part: ScheduledRequest) -> bool:
+    return part.request.params.plain_greedy and not part.num_prompt_rows
 
 
 def _completions(group: _Group) -> list[CompletionOutput]:

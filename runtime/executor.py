@@ -73,6 +73,19 @@ class PageCopier(Protocol):
 
 
 @runtime_checkable
+class GreedyChooser(Protocol):
+    """What an executor offers beyond `Executor` when it can choose tokens where the logits are."""
+
+    @property
+    def max_draft_tokens(self) -> int | None:
+        """Tokens of a step up to which guessed tokens are cheap to verify; None: no such limit."""
+
+    def choose(self, step: StepInput) -> Int32Array:
+        """As `execute`, but returns of each row the token with the largest logit, the first of equals; -1 where that logit
+        is not finite. [R], on the host."""
+
+
+@runtime_checkable
 class DecodeLoop(Protocol):
     """What an executor offers beyond `Executor` when its device can repeat greedy decode steps without the host.
 

@@ -38,7 +38,7 @@ class Request:
     token_ids:           prompt and output, one list
     logprobs:            per output token, filled when `params.logprobs` is set
     prompt_logprobs:     per prompt token (None for the first), filled when `params.prompt_logprobs` is set
-    lookup:              what guesses its next tokens, where `params.prompt_lookup` asks for it
+    lookup:              what guesses its next tokens, given by the scheduler where `params.prompt_lookup` asks for it
     num_computed_tokens: leading tokens whose keys and values are in the cache
     page_ids:            its cache pages, in the order of the sequence
     page_keys:           content of its leading full pages, as far as somebody wanted to know
@@ -73,8 +73,6 @@ class Request:
         self.token_ids = list(self.prompt_token_ids)
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)
-        if self.params.prompt_lookup is not None:
-            self.lookup = Lookup(self.params.prompt_lookup)
 
     @property
     def place(self) -> tuple[int, int, int]:

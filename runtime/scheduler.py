@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 
 from ..core.errors import ConfigError, RequestError
 from .batch import Batch, ScheduledRequest, count_tokens, next_part
+from .drafting import Drafting
 from .kv_cache import PageKey, PagePool, pages_for
 from .outputs import FinishReason
 from .prefix_cache import PrefixCache
@@ -60,12 +61,13 @@ _place = attrgetter("place")
 class Scheduler:
     """Holds every unfinished request and all cache pages. waiting, running: each in the order of the line."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, drafting: Drafting | None = None) -> None:
         self.config = config
         self.pool = PagePool(config.num_pages)
         self.prefix_cache = PrefixCache(self.pool, config.page_size, enabled=config.enable_prefix_cache)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.drafting = drafting or Drafting()
         self._num_arrived = 0
 
     @property
@@ -105,6 +107,8 @@ class Scheduler:
         assert request.status is RequestStatus.WAITING, f"request {request.request_id} was added before"
         request.arrival = self._num_arrived
         self._num_arrived += 1
+        if params.prompt_lookup is not None:
+            request.lookup = self.drafting.lookup(params.prompt_lookup)
         insort(self.waiting, request, key=_place)
 
     def cancel(self, request: Request) -> None:
@@ -324,20 +328,32 @@ class Scheduler:
             for request in self.running
         )
 
-    def _with_drafts(self, scheduled: list[ScheduledRequest]) -> Iterator[ScheduledRequest]:
+    def _with_drafts(self, scheduled: list[ScheduledRequest]) -> list[ScheduledRequest]:
         """Gives the guesses of prompt lookup what tokens and pages the step has left; nobody else gets less for them."""
-        budget = self.config.max_num_tokens - count_tokens(scheduled)
-        for part in scheduled:
-            request = part.request
-            if part.samples and request.lookup is not None:
-                limit = min(budget, self.tokens_left(request) - 1, self._room(request))
-                part = replace(
-                    part, draft=request.lookup.propose(request.token_ids, limit) if limit > 0 else ()
-                )
-                missing = pages_for(part.end + len(part.draft), self.config.page_size) - len(request.page_ids)
-                request.page_ids += self.pool.allocate(max(0, missing))
-                budget -= len(part.draft)
-            yield part
+        looking = [
+            (row, part.request, lookup)
+            for row, part in enumerate(scheduled)
+            if (lookup := part.request.lookup) is not None and part.samples and part.num_tokens == 1
+        ]
+        if not looking:
+            return scheduled
+        most = min(self.config.max_num_tokens, self.drafting.max_tokens or self.config.max_num_tokens)
+        budget = most - count_tokens(scheduled)
+        guesses = [
+            lookup.propose(request.token_ids, min(budget, self.tokens_left(request) - 1, self._room(request)))
+            for _, request, lookup in looking
+        ]
+        chances = [lookup.chances(len(guess)) for (_, _, lookup), guess in zip(looking, guesses, strict=True)]
+        lengths = self.drafting.lengths(chances, len(scheduled))
+        for (row, request, _), guess, length in zip(looking, guesses, lengths, strict=True):
+            draft = guess[: max(0, min(length, budget, self._room(request)))]
+            missing = pages_for(request.num_tokens + len(draft), self.config.page_size) - len(
+                request.page_ids
+            )
+            request.page_ids += self.pool.allocate(max(0, missing))
+            budget -= len(draft)
+            scheduled[row] = replace(scheduled[row], draft=draft)
+        return scheduled
 
     def _room(self, request: Request) -> int:
         """Tokens for which `request` has pages, or could get them with one left for each running sequence."""

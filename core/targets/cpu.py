@@ -107,16 +107,22 @@ class CpuProgram:
         step may overwrite."""
         if self._decode is not None and self._decode.fits(inputs):
             return self._decode.logits(inputs)
-        self._attention.begin_step(inputs["query_start"], inputs["kv_length"], inputs["page_table"])
-        return self._program.run(inputs)
+        return self._run(inputs)
 
     @property
     def decodes_greedily(self) -> bool:
-        """Whether `next_tokens` is there."""
+        """Whether `next_tokens` of decode steps is compiled code."""
         return self._decode is not None
 
     def next_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A step that wants logits of all its tokens, within the decode limits. Returns [T] int32: the tokens with the
-        largest logits, -1 where logits are not finite."""
-        assert self._decode is not None and self._decode.fits(inputs), "not a step for compiled code"
-        return self._decode.next_tokens(inputs)
+        """A step. Returns [R] int32, one for each of its logits rows: the token with the largest logit, -1 where that is not
+        finite. The next step may overwrite it."""
+        if self._decode is not None and self._decode.fits(inputs):
+            return self._decode.next_tokens(inputs)
+        best, chosen = self._run(inputs).max(-1)
+        return chosen.where(best.isfinite(), -1).int()
+
+    def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Node by node."""
+        self._attention.begin_step(inputs["query_start"], inputs["kv_length"], inputs["page_table"])
+        return self._program.run(inputs)

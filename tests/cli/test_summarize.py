@@ -15,6 +15,7 @@ from trtc.cli import summarize, tensorrt_llm_flags
 from trtc.cli.main import main, parser
 from trtc.core.engine import Engine
 from trtc.core.errors import ConfigError
+from trtc.runtime.drafting import StepCosts
 from trtc.tests.cli.tensorrt_llm_programs import PROGRAMS
 
 ROOT = Path(__file__).parents[2]
@@ -67,8 +68,12 @@ def test_a_missed_threshold_is_exit_code_1(engine: Path, capsys: pytest.CaptureF
     assert main([*command, "--rouge1-threshold", "100"]) == 0
 
 
-def test_prompt_lookup_has_a_side_of_its_own(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompt_lookup_has_a_side_of_its_own(
+    engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All 200 held-out articles, in batches of which some end early. Oracle: the engine's plain greedy tokens."""
+    for name in ("plain", "of"):  # no step costs more than another, so that all guesses are tried
+        monkeypatch.setattr(StepCosts, name, lambda *_: 1.0)
     command = [
         "summarize",
         "--engine-dir",
