@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .opt_sizes import SIZES, write_config
 Record = dict[str, Any]
 BATCHES = ("1", "8", "64")
 BUILD = ("--target", "cuda", "--dtype", "float16", "--dummy-weights", "--max-batch-size", "512", "--max-seq-len", "1024",
-         "--max-num-tokens", "16384")  # fmt: skip
+         "--max-num-tokens", "16384", "--workers", str(len(os.sched_getaffinity(0))))  # fmt: skip
 """512 sequences fit at once, as vLLM's default has it; 1,024 tokens hold 512 in and 256 out."""
 _LIMIT_S = 540
 """A side that takes longer is ended."""
@@ -35,32 +36,42 @@ _LIMIT_S = 540
 
 def main() -> int:
     args = arguments()
-    data: Record = {
-        "date": datetime.date.today().isoformat(),
-        "commit": args.commit[:12],
-        "dirty": args.dirty,
-        "driver": nvidia_smi("driver_version"),
-        "check": check(),
-        "models": {},
-    }
-    for size in args.sizes:
-        with tempfile.TemporaryDirectory(prefix=f"trtc-{size}-") as scratch:
-            config = write_config(size, Path(scratch) / "model")
-            sides = data["models"][size] = {"trtc": list(ours(config, Path(scratch), args))}
+    with tempfile.TemporaryDirectory(prefix="trtc-") as scratch, ThreadPoolExecutor(1) as background:
+        folders = {size: Path(scratch) / size for size in args.sizes}
+        builds = background.submit(lambda: {size: build(size, at, args) for size, at in folders.items()})
+        data: Record = {
+            "date": datetime.date.today().isoformat(),
+            "commit": args.commit[:12],
+            "dirty": args.dirty,
+            "driver": nvidia_smi("driver_version"),
+            "check": check(),
+            "models": earlier_models(args),
+        }
+        failed_builds = builds.result()  # nothing else runs while something is timed
+        for size, at in folders.items():
+            failed = failed_builds[size]
+            sides = data["models"][size] = {"trtc": [failed] if failed else list(ours(at, args))}
             if args.peer is not None:
-                sides["vllm"] = list(theirs(config, args))
-        data["device"] = next((r["device"] for r in sides["trtc"] if r["kind"] == "setup"), None)
-        args.json.write_text(json.dumps(data, indent=1) + "\n")  # after every size: what is measured is kept
-    failed = [
-        r
-        for sides in data["models"].values()
-        for side in sides.values()
-        for r in side
-        if r["kind"] == "error"
-    ]
-    for record in failed:
+                sides["vllm"] = list(theirs(at / "model", args))
+            setups = (r["device"] for r in sides["trtc"] if r["kind"] == "setup")
+            data["device"] = next(setups, data.get("device"))
+            args.json.write_text(json.dumps(data, indent=1) + "\n")  # what is measured is kept
+    sides_of_all = [side for sides in data["models"].values() for side in sides.values()]
+    errors = [record for side in sides_of_all for record in side if record["kind"] == "error"]
+    for record in errors:
         print(f"FAILED: {record['command']}: {record['message']}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if errors else 0
+
+
+def earlier_models(args: argparse.Namespace) -> Record:
+    """What the file holds of other sizes. Raises SystemExit where another commit or machine is in it."""
+    if not args.json.exists():
+        return {}
+    data = json.loads(args.json.read_text())
+    for what, now in (("commit", args.commit[:12]), ("driver", nvidia_smi("driver_version"))):
+        if data[what] != now:
+            raise SystemExit(f"{args.json} is of {what} {data[what]}, this is {now}: take another file")
+    return {size: sides for size, sides in data["models"].items() if size not in args.sizes}
 
 
 def arguments() -> argparse.Namespace:
@@ -73,7 +84,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--commit", required=True, help="the commit that is measured")
     parser.add_argument("--dirty", action="store_true", help="there are changes on top of it")
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True, help="is added to where it exists")
     return parser.parse_args()
 
 
@@ -87,18 +98,22 @@ def check() -> str:
     return f"tests/gpu: {result.stdout.strip().splitlines()[-1]}"
 
 
-def ours(config: Path, scratch: Path, args: argparse.Namespace) -> Iterator[Record]:
-    engine, report = scratch / "engine", scratch / "trtc.json"
-    trtc = [sys.executable, "-m", "trtc.cli"]
-    built = run([*trtc, "build", "--model-dir", str(config), "--output-dir", str(engine), *BUILD,
-                 "--cuda-arch", args.arch])  # fmt: skip
-    if built:
-        yield built
-        return
+TRTC = (sys.executable, "-m", "trtc.cli")
+
+
+def build(size: str, folder: Path, args: argparse.Namespace) -> Record | None:
+    """Writes `folder`/model and `folder`/engine. None when that went well, otherwise a record of what was said."""
+    config = write_config(size, folder / "model")
+    return run([*TRTC, "build", "--model-dir", str(config), "--output-dir", str(folder / "engine"), *BUILD,
+                "--cuda-arch", args.arch])  # fmt: skip
+
+
+def ours(folder: Path, args: argparse.Namespace) -> Iterator[Record]:
+    engine, report = folder / "engine", folder / "trtc.json"
     yield from first_token(
-        [*trtc, "run", "--engine-dir", str(engine), "--input-ids", "5,6,7", "--max-output-len", "1"]
+        [*TRTC, "run", "--engine-dir", str(engine), "--input-ids", "5,6,7", "--max-output-len", "1"]
     )
-    timed = run([*trtc, "bench", "--engine-dir", str(engine), "--batch", *BATCHES, "--mixed", str(args.mixed),
+    timed = run([*TRTC, "bench", "--engine-dir", str(engine), "--batch", *BATCHES, "--mixed", str(args.mixed),
                  "--json", str(report)])  # fmt: skip
     yield from [timed] if timed else json.loads(report.read_text())
 

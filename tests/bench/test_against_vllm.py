@@ -32,7 +32,6 @@ def test_both_sides_are_timed(
     tmp_path: Path, args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(opt_sizes.SIZES, "125m", TINY)  # type: ignore[misc]
-    config = opt_sizes.write_config("125m", tmp_path / "model")
     build = [word if word != "cuda" else "cpu" for word in against_vllm.BUILD]
     monkeypatch.setattr(against_vllm, "BUILD", build)
     monkeypatch.setattr(against_vllm, "BATCHES", ("1", "2"))
@@ -40,10 +39,12 @@ def test_both_sides_are_timed(
     monkeypatch.setattr(
         against_vllm, "run", lambda command, *rest, **more: run(for_cpu(command), *rest, **more)
     )
-    ours = list(against_vllm.ours(config, tmp_path, args))
+    assert against_vllm.build("125m", tmp_path, args) is None
+    ours = list(against_vllm.ours(tmp_path, args))
     kinds = [record["kind"] for record in ours]
     assert kinds == ["process", "start", "setup", "batch", "batch", "continuous", "continuous"], ours
     assert ours[0]["start_to_first_token_s"] > 0
+    config = tmp_path / "model"
     theirs = list(against_vllm.theirs(config, args))
     assert [record["kind"] for record in theirs] == ["setup", "process", "batch"]
     assert theirs[1]["start_s"] == 3.5
@@ -61,9 +62,12 @@ def for_cpu(command: list[str]) -> list[str]:
 
 def test_a_side_that_fails_is_on_record(tmp_path: Path, args: argparse.Namespace) -> None:
     """Oracle: what the command said."""
-    (config := tmp_path / "model").mkdir()
-    (failed,) = against_vllm.ours(config, tmp_path, args)
-    assert failed["kind"] == "error" and f"{config}: is empty" in failed["message"]
+    args.arch = "sm_1"
+    failed = against_vllm.build("125m", tmp_path, args)
+    assert failed is not None and failed["kind"] == "error" and "sm_1" in failed["message"]
+    first, second = against_vllm.ours(tmp_path / "none", args)
+    assert first["kind"] == second["kind"] == "error" and "no such folder" in second["message"]
+    config = tmp_path / "model"
     (args.peer / "bench_vllm.py").write_text("raise SystemExit('no GPU')")
     (failed,) = against_vllm.theirs(config, args)
     assert failed["kind"] == "error" and failed["message"] == "no GPU"
@@ -75,3 +79,16 @@ def test_the_table_marks_what_falls_short() -> None:
     reached = table.row("6.7b", "process", 1, "5 s", "49 s", 9.8, None)
     assert short[5] == "1.3 (short)" and reached[5] == "8.0"
     assert json.dumps(reached[1]) == '"process start to first token, batch 1"'
+
+
+def test_other_sizes_are_kept(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same commit and driver; numbers of another machine or code are not mixed in."""
+    monkeypatch.setattr(against_vllm, "nvidia_smi", lambda field: "580")
+    args.sizes, args.commit = ["1.3b"], "c" * 40
+    assert against_vllm.earlier_models(args) == {}
+    data = {"commit": "c" * 12, "driver": "580", "models": {"125m": {"trtc": []}, "1.3b": {"trtc": [1]}}}
+    args.json.write_text(json.dumps(data))
+    assert against_vllm.earlier_models(args) == {"125m": {"trtc": []}}
+    args.commit = "d" * 40
+    with pytest.raises(SystemExit, match="is of commit cccccccccccc, this is dddddddddddd"):
+        against_vllm.earlier_models(args)
