@@ -42,7 +42,12 @@ _SAMPLING_FIELDS = (
     "bad_words",
     "bad_words_ids",
     "prompt_logprobs",
+    "beam_width",
+    "length_penalty",
+    "early_stopping",
 )
+_OF_BEAMS = ("length_penalty", "early_stopping")
+"""Fields that mean something together with `beam_width` only."""
 _COMMON_FIELDS = (
     "model",
     "stream",
@@ -153,11 +158,11 @@ def parse_completion(body: Json, config: ServerConfig, vocab_size: int) -> Gener
     params = _sampling_params(body, config, vocab_size, default_max_tokens=16)
     prompt_logprobs = params.prompt_logprobs
     if echo and logprobs is not None:  # whoever wants more of the prompt has them in the other field
-        params = replace(params, prompt_logprobs=max(logprobs, prompt_logprobs or 0))
+        params = _with(params, prompt_logprobs=max(logprobs, prompt_logprobs or 0))
     stream, include_usage = _streaming(body, params)
     return GenerationRequest(
         prompts,
-        replace(params, logprobs=logprobs),
+        _with(params, logprobs=logprobs),
         stream,
         include_usage,
         _flag(body, "return_token_ids"),
@@ -184,7 +189,7 @@ def parse_chat(body: Json, config: ServerConfig, vocab_size: int) -> ChatRequest
         raise bad_field("top_logprobs", "top_logprobs is set without logprobs; accepted: with logprobs true")
     params = _sampling_params(body, config, vocab_size, default_max_tokens=None)
     stream, include_usage = _streaming(body, params)
-    params = replace(params, logprobs=(top or 0) if wanted else None)
+    params = _with(params, logprobs=(top or 0) if wanted else None)
     return ChatRequest(messages, params, stream, include_usage, _flag(body, "return_token_ids"), _line(body))
 
 
@@ -311,13 +316,18 @@ def _sampling_params(
         given["logit_bias"] = _by_token_id("logit_bias", given["logit_bias"])
     for name in given:
         _sampling_value(given, name, name)
-    for name in ("n", "best_of"):
+    for name in ("n", "best_of", "beam_width"):
         if given.get(name, 1) > config.max_n:
             raise not_accepted(name, given[name], f"an integer from 1 to {config.max_n}")
     _count(body, "prompt_logprobs", min(config.max_logprobs, vocab_size))
+    return _with(SamplingParams(max_tokens=default_max_tokens), **given)
+
+
+def _with(params: SamplingParams, **fields: Any) -> SamplingParams:
+    """`params` with more fields. Each value is fine; raises ApiError where one does not fit another."""
     try:
-        return SamplingParams(**{"max_tokens": default_max_tokens, **given})
-    except RequestError as error:  # each value is fine, but one does not fit another
+        return replace(params, **fields)
+    except RequestError as error:
         raise bad_field(error.field or "max_tokens", str(error)) from None
 
 
@@ -331,7 +341,10 @@ def _by_token_id(name: str, value: object) -> dict[int, Any]:
 def _sampling_value(body: Json, name: str, parameter: str) -> None:
     """Checks one value alone, so that the error can name its field."""
     try:
-        replace(SamplingParams(max_tokens=None), **{parameter: body[name]})
+        replace(
+            SamplingParams(max_tokens=None, beam_width=2 if name in _OF_BEAMS else 1),
+            **{parameter: body[name]},
+        )
     except RequestError as error:
         raise bad_field(name, str(error).replace(parameter, name, 1)) from None
 
@@ -339,6 +352,11 @@ def _sampling_value(body: Json, name: str, parameter: str) -> None:
 def _streaming(body: Json, params: SamplingParams) -> tuple[bool, bool]:
     """Whether to stream, and whether to end with a chunk about usage."""
     stream = _flag(body, "stream")
+    if stream and params.beam_width > 1:
+        raise bad_field(
+            "beam_width",
+            "beam_width above 1 in a stream; accepted: without stream, as beams change to the end",
+        )
     if stream and params.num_sequences > params.n:
         raise bad_field(
             "best_of", "best_of is above n in a stream; accepted: without stream, as the best come last"

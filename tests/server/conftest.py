@@ -23,6 +23,7 @@ CHAT_TEMPLATE = """\
 
 def build(model_dir: Path, engine_dir: Path) -> Path:
     command = f"build --model-dir {model_dir} --output-dir {engine_dir} --dtype float32 --max-batch-size 8"
+    command += " --max-beam-width 4"
     assert main(command.split()) == 0
     return engine_dir
 

@@ -122,6 +122,18 @@ def test_the_best_of_several(client: openai.OpenAI, llm: LLM) -> None:
     assert [choice.logprobs for choice in answer.choices] == [None, None]
 
 
+def test_beam_search(client: openai.OpenAI, llm: LLM) -> None:
+    """Oracle: the library's, which is that of transformers (test_beam_search.py)."""
+    beams = {"beam_width": 4, "length_penalty": 0.5, "early_stopping": True}
+    (expected,) = llm.generate(PROMPTS[0], SamplingParams(n=2, max_tokens=8, temperature=0, **beams))
+    answer = client.completions.create(
+        model=MODEL, prompt=PROMPTS[0], n=2, max_tokens=8, temperature=0, extra_body=beams
+    )
+    assert [choice.text for choice in answer.choices] == [output.text for output in expected.outputs]
+    alone = client.completions.create(model=MODEL, prompt=PROMPTS[0], max_tokens=8, temperature=0)
+    assert answer.choices[0].text != alone.choices[0].text, "the search changes nothing here"
+
+
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_prompt_logprobs_in_a_field_of_their_own(client: openai.OpenAI, llm: LLM, tokens: int) -> None:
     """Beside an echo with fewer of them, and without any token of output."""
@@ -375,6 +387,20 @@ MALFORMED: list[tuple[Any, int, str | None, str]] = [
     (completion(n=4, best_of=3), 400, "best_of", "best_of is 3; accepted: at least n (4)"),
     (completion(best_of=17), 400, "best_of", "accepted: an integer from 1 to 16"),
     (completion(best_of=2, stream=True), 400, "best_of", "accepted: without stream"),
+    (completion(beam_width=0), 400, "beam_width", "accepted: an integer of at least 1"),
+    (completion(beam_width=17), 400, "beam_width", "accepted: an integer from 1 to 16"),
+    (
+        completion(beam_width=5),
+        400,
+        "beam_width",
+        "accepted: 1 to 4, or build with a larger --max-beam-width",
+    ),
+    (completion(beam_width=2, stream=True), 400, "beam_width", "accepted: without stream"),
+    (completion(beam_width=2, n=3), 400, "n", "accepted: at most beam_width (2)"),
+    (completion(beam_width=2, logprobs=1), 400, "logprobs", "accepted: None with beam_width"),
+    (completion(length_penalty=0.5), 400, "length_penalty", "accepted: 1 without beam_width"),
+    (completion(beam_width=2, length_penalty="x"), 400, "length_penalty", "accepted: a finite number"),
+    (completion(beam_width=2, early_stopping=1), 400, "early_stopping", 'accepted: True, False or "never"'),
     (completion(logit_bias=[5]), 400, "logit_bias", 'an object such as {"50256": -100}'),
     (completion(logit_bias={"x": 1}), 400, "logit_bias", 'an object such as {"50256": -100}'),
     (completion(logit_bias={"5": 101}), 400, "logit_bias", "numbers from -100 to 100"),
