@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 from trtc.cli.main import main
+from trtc.runtime.llm import LLM
 
-from .running import RunningServer
+from .running import LIMIT_S, RunningServer
 
 TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 
@@ -62,3 +64,22 @@ def strict_server(chat_engine: Path) -> Iterator[RunningServer]:
     )
     yield running
     assert running.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def llm(engine: Path) -> Iterator[LLM]:
+    with LLM(engine) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=LIMIT_S) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def strict_client(strict_server: RunningServer) -> Iterator[openai.OpenAI]:
+    url = f"{strict_server.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=LIMIT_S) as client:
+        yield client

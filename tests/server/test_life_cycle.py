@@ -1,0 +1,262 @@
+"""Clients that go away, load, and a server that starts and stops. Oracle: `LLM.generate` on the same engine, unless a test
+says otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from trtc.cli.main import main
+from trtc.runtime.llm import LLM
+from trtc.runtime.server import serve
+from trtc.runtime.server.config import ServerConfig
+
+from .requests import MALFORMED, PROMPTS, completion, greedy
+from .running import LIMIT_S, RunningServer, wait_until
+
+LONG_PROMPTS = ["x"] * 16
+"""With n = 8 and 1000 tokens: sixteen full batches, a minute in which a test can do what it likes."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_pages(server: RunningServer, stream: bool) -> None:
+    """Oracle: the server's page count and log."""
+    name = f"gone-{stream}"
+    body = completion(prompt=LONG_PROMPTS, max_tokens=1000, n=8, ignore_eos=True, stream=stream)
+    aborted = 'trtc_requests_total{outcome="abort"}'
+    before = server.metrics().get(aborted, 0)
+
+    async def ask() -> None:
+        url, headers = f"{server.url}/v1/completions", {"x-request-id": name}
+        async with (
+            httpx.AsyncClient(timeout=LIMIT_S) as http,
+            http.stream("POST", url, json=body, headers=headers) as answer,
+        ):
+            async for _ in answer.aiter_lines():
+                pass
+
+    async def go_away() -> None:
+        task = asyncio.create_task(ask())
+        await asyncio.to_thread(wait_until, lambda: server.held() == 8 * len(LONG_PROMPTS))
+        assert server.metrics()["trtc_kv_cache_pages_used"] >= 8
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(go_away())
+    server.wait_until_idle()
+    assert server.metrics()[aborted] == before + len(LONG_PROMPTS)
+    entry = server.wait_for_log("request", request_id=name)
+    assert entry.get("client_gone") if stream else entry["status"] == 499
+
+
+def test_a_request_ends_in_its_time_with_what_it_has(server: RunningServer) -> None:
+    """A time in which no engine chooses so many tokens."""
+    body = completion(prompt=LONG_PROMPTS, n=8, max_tokens=1000, ignore_eos=True, timeout_s=0.5)
+    answer = server.request("POST", "/v1/completions", json=body).raise_for_status().json()
+    reasons = [choice["finish_reason"] for choice in answer["choices"]]
+    assert len(reasons) == 8 * len(LONG_PROMPTS) and "timeout" in reasons
+    assert answer["usage"]["completion_tokens"] < 1000 * len(reasons)
+    server.wait_until_idle()
+
+
+def test_a_better_priority_overtakes(server: RunningServer) -> None:
+    """Among those that wait: 128 sequences of which eight run at once."""
+    url = f"{server.url}/v1/completions"
+    slow = completion(prompt=LONG_PROMPTS, n=8, max_tokens=200, ignore_eos=True, stream=True, priority=5)
+    with httpx.stream("POST", url, json=slow, timeout=LIMIT_S):
+        wait_until(lambda: server.held() == 8 * len(LONG_PROMPTS))
+        server.request(
+            "POST", "/v1/completions", json=completion(max_tokens=1, priority=-5)
+        ).raise_for_status()
+        assert server.held() > 64, "the others had their turn first"
+    server.wait_until_idle()
+
+
+def test_half_a_request(server: RunningServer) -> None:
+    """Oracle: the server's log, which would have an error otherwise."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: half\r\nContent-Length: 99\r\n\r\n{"
+        )
+    assert server.wait_for_log("request", request_id="half")["status"] == 499
+
+
+def test_load(server: RunningServer, llm: LLM) -> None:
+    """200 requests on 16 connections, 20% of them cancelled midway, 5% malformed: nobody is stuck, no page is lost."""
+    chance = random.Random(0)
+    expected = {
+        output.prompt: output.outputs[0] for output in llm.generate(PROMPTS, greedy(24, ignore_eos=True))
+    }
+    malformed = [(body, param) for body, status, param, _ in MALFORMED if status == 400 and param]
+    kinds = chance.sample(["cancelled"] * 40 + ["malformed"] * 10 + ["whole"] * 75 + ["stream"] * 75, 200)
+    before = server.metrics()
+
+    async def one(http: httpx.AsyncClient, kind: str) -> str:
+        url = f"{server.url}/v1/completions"
+        prompt = chance.choice(PROMPTS)
+        body = completion(prompt=prompt, max_tokens=24, temperature=0, ignore_eos=True)
+        if kind == "malformed":
+            bad, param = chance.choice(malformed)
+            answer = await http.post(url, json=bad)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+        elif kind == "whole":
+            choice = (await http.post(url, json=body)).raise_for_status().json()["choices"][0]
+            assert choice["text"] == expected[prompt].text
+        else:
+            body |= {"stream": True, "max_tokens": 1000 if kind == "cancelled" else 24}
+            text = ""
+            async with http.stream("POST", url, json=body) as answer:
+                async for line in answer.aiter_lines():
+                    if kind == "cancelled":
+                        return kind
+                    if line and line != "data: [DONE]":
+                        text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+            assert text == expected[prompt].text
+        return kind
+
+    async def main() -> list[str]:
+        free = asyncio.Semaphore(16)
+        limits = httpx.Limits(max_connections=16)
+        async with httpx.AsyncClient(limits=limits, timeout=LIMIT_S) as http:
+
+            async def bounded(kind: str) -> str:
+                async with free:
+                    return await one(http, kind)
+
+            return list(await asyncio.gather(*map(bounded, kinds)))
+
+    assert asyncio.run(main()) == kinds
+    server.wait_until_idle()
+    after = server.metrics()
+    changes = {name: after[name] - before.get(name, 0) for name in after if "_total{" in name}
+    assert changes['trtc_requests_total{outcome="length"}'] == 150
+    assert changes['trtc_requests_total{outcome="abort"}'] == 40
+    assert changes['trtc_http_responses_total{path="/v1/completions",status="400"}'] == 10
+    assert changes['trtc_http_responses_total{path="/v1/completions",status="200"}'] == 190
+    assert after["trtc_generation_tokens_total"] - before["trtc_generation_tokens_total"] >= 150 * 24
+    assert (
+        after["trtc_time_to_first_token_seconds_count"] - before["trtc_time_to_first_token_seconds_count"]
+        >= 150
+    )
+
+
+def test_metrics_count_what_the_prefix_cache_had(server: RunningServer) -> None:
+    before = server.metrics()
+    for _ in range(2):
+        body = completion(prompt=[7, 8, 9] * 25, max_tokens=1)
+        httpx.post(f"{server.url}/v1/completions", json=body).raise_for_status()
+    after = server.metrics()
+    looked_up, found = (
+        after[name] - before[name]
+        for name in ("trtc_prefix_cache_queries_total", "trtc_prefix_cache_hits_total")
+    )
+    assert found >= 1 and looked_up == 2 * found, "all full pages of the second prompt, none of the first"
+    assert after["trtc_kv_cache_pages_cached"] >= found
+
+
+def test_sigterm_finishes_what_runs(engine: Path) -> None:
+    server = RunningServer(engine)
+    counts = []
+
+    async def one(http: httpx.AsyncClient) -> None:
+        body = completion(max_tokens=200, ignore_eos=True, stream=True, return_token_ids=True)
+        count = 0
+        async with http.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    count += len(json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"])
+        counts.append(count)
+
+    async def main() -> None:
+        async with httpx.AsyncClient(timeout=LIMIT_S) as http:
+            tasks = [asyncio.create_task(one(http)) for _ in range(10)]  # eight run, two wait
+            await asyncio.to_thread(wait_until, lambda: server.held() == 10)
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(server.wait_for_log, "draining")
+            await asyncio.to_thread(wait_until, lambda: not _reachable(server))
+            await asyncio.gather(*tasks)
+
+    try:
+        asyncio.run(main())
+    finally:
+        code = server.wait()
+    assert (code, counts) == (0, [200] * 10)
+    events = [entry["event"] for entry in server.log if entry.get("path") != "/ready"]
+    assert "request" in events[events.index("draining") :], "all had ended before the signal could matter"
+    assert events[-1] == "stopped"
+
+
+def _reachable(server: RunningServer) -> bool:
+    """Whether anybody listens. While it drains, it says so."""
+    try:
+        assert server.request("GET", "/ready").status_code == 503
+    except httpx.TransportError:
+        return False
+    return True
+
+
+def test_what_does_not_finish_in_time_is_told(engine: Path) -> None:
+    """Thirty-two sequences of 1000 tokens, eight at a time, take longer than a second."""
+    server = RunningServer(engine, "--drain-timeout-s", "1")
+    url, body = f"{server.url}/v1/completions", completion(max_tokens=1000, n=16, ignore_eos=True)
+    streamed = httpx.stream("POST", url, json=body | {"stream": True}, timeout=LIMIT_S)
+    with ThreadPoolExecutor() as pool, streamed as answer:
+        whole = pool.submit(httpx.post, url, json=body, timeout=LIMIT_S)
+        lines = answer.iter_lines()
+        next(lines)
+        wait_until(lambda: server.held() == 32)
+        server.process.send_signal(signal.SIGTERM)
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert server.wait() == 0
+    for error in (events[-1]["error"], whole.result().json()["error"]):
+        assert (error["message"], error["code"]) == ("the engine was shut down", "engine_failed")
+    assert whole.result().status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--host 0.0.0.0", "give --api-key"),
+        ("--host example.com", "give --api-key"),
+        ("--port 99999", "--port is 99999"),
+        ("--port {port}", "--port {port}: cannot listen there"),
+        ("--max-n 0", "--max-n is 0; accepted: an integer of at least 1"),
+        ("--max-queue -1", "--max-queue is -1"),
+        ("--api-key=", "--api-key is empty"),
+        ("--port 0", "engine.json"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(
+    server: RunningServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: str,
+    message: str,
+) -> None:
+    """In this process, whose logging stays as it is."""
+    monkeypatch.setattr(serve, "set_up", lambda: None)
+    monkeypatch.delenv("TRTC_API_KEY", raising=False)
+    port = server.url.rpartition(":")[2]
+    assert main(["serve", "--engine-dir", str(tmp_path), *options.format(port=port).split()]) == 1
+    errors = capsys.readouterr().err
+    assert message.format(port=port) in errors and errors.count("\n") == 1
+
+
+def test_the_key_of_the_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand. The server itself is not started."""
+    given: list[ServerConfig] = []
+    monkeypatch.setattr(serve, "serve", lambda engine_dir, config, **options: given.append(config))
+    monkeypatch.setenv("TRTC_API_KEY", "secret")
+    assert main(["serve", "--engine-dir", str(tmp_path / "engine"), "--host", "0.0.0.0"]) == 0
+    (config,) = given
+    assert (config.api_key, config.host, config.model_name) == ("secret", "0.0.0.0", "engine")
+    assert "secret" not in repr(config)
