@@ -106,7 +106,16 @@ def table(data: dict[str, Any]) -> str:
 
 def plans_table(data: dict[str, Any]) -> str:
     """What TensorRT plans cost to build: one line a model and dtype, for all GPUs that were measured."""
-    header = ("model", "dtype", "for GPUs", "weights", "plan", "build time", "memory at most")
+    header = (
+        "model",
+        "dtype",
+        "for GPUs",
+        "weights",
+        "plan",
+        "build time",
+        "of a processor",
+        "memory at most",
+    )
     lines = [header, ("---",) * len(header)]
     by_size = sorted(data["cases"], key=lambda case: case["weight_bytes"])
     for model, dtype in dict.fromkeys((case["model"], case["dtype"]) for case in by_size):
@@ -115,15 +124,16 @@ def plans_table(data: dict[str, Any]) -> str:
         lines.append((
             f"OPT-{model.upper()}" if model != "tiny" else "examples/tiny-opt", dtype, ", ".join(gpus),
             spread(cases, "weight_bytes", 1e6, "MB"), spread(cases, "plan_bytes", 1e6, "MB"),
-            spread(cases, "build_s", 1, "s"), spread(cases, "peak_bytes", 1e9, "GB"),
+            spread(cases, "build_s", 1, "s"), spread(cases, "cpu_s", 1, "s"),
+            spread(cases, "peak_bytes", 1e9, "GB"),
         ))  # fmt: skip
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     return (
         f"{text}\n{data['device']}; random weights, max-batch-size 8, max-num-tokens 8192; {versions}; trtc at "
         f"{data['commit']}{' with local changes' if data['dirty'] else ''} on {data['date']}. A plan for each GPU was built "
-        f"alone, on a machine without other work; least to most over the GPUs. The time is that of `trtc build`, random "
-        f"numbers included. Samples: `bench/results/{PLANS.name}`, made by `bench/tensorrt_plans.py`.\n"
+        f"alone, in one thread, while the machine had other work too; least to most over the GPUs. The time is that of "
+        f"`trtc build`, random numbers included. Samples: `bench/results/{PLANS.name}`, made by `bench/tensorrt_plans.py`.\n"
     )
 
 
