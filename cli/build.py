@@ -198,7 +198,7 @@ def _open_source(args: argparse.Namespace, stack: ExitStack) -> Source:
 def _dummy(args: argparse.Namespace) -> Source:
     from ..core.checkpoint import DummyWeights
     from ..core.hf import read_config
-    from ..core.quantize.source import nearest
+    from ..core.quantize.dummy import DummyQuantizedWeights
 
     family, model = find_family(args, read_config(args.model_dir), args.model_dir)
     weights = DummyWeights(
@@ -209,7 +209,7 @@ def _dummy(args: argparse.Namespace) -> Source:
         return Source(family, model, weights, args.model_dir)
     if args.calibrate is not None:
         raise ConfigError("--calibrate does not go with --dummy-weights: they are random")
-    return Source(family, model, nearest(options)(weights), args.model_dir)
+    return Source(family, model, DummyQuantizedWeights(weights, options), args.model_dir)
 
 
 def _from_trtc_checkpoint(args: argparse.Namespace, stack: ExitStack) -> Source:

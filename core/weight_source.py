@@ -273,6 +273,12 @@ def _cast(tensor: torch.Tensor, dtype: DType, where: str) -> torch.Tensor:
     return result
 
 
+def dummy_generator(seed: int, name: str, row: int) -> torch.Generator:
+    """What draws the rows from `row` on of the dummy weight `name`."""
+    digest = hashlib.sha256(f"{seed}/{name}/{row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
 class DummyWeights(ShardedWeights):
     """Random weights in the shapes of a model, for measurements without a checkpoint.
 
@@ -291,12 +297,11 @@ class DummyWeights(ShardedWeights):
         sharding: ShardingOptions,
         seed: int = 0,
     ) -> None:
-        self._seed = seed
+        self.seed = seed
         super().__init__(table.expand(config), dtype=dtype, sharding=sharding)
 
     def _read_rows(self, weight: ResolvedWeight, start: int, stop: int) -> torch.Tensor:
-        digest = hashlib.sha256(f"{self._seed}/{weight.name}/{start}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        generator = dummy_generator(self.seed, weight.name, start)
         values = torch.randn((stop - start, *weight.shape[1:]), generator=generator).mul_(DUMMY_STD)
         if len(weight.shape) == 1 and weight.name.endswith(".weight"):
             values += 1

@@ -20,6 +20,8 @@ from ...kernels import embedding, layer_norm, linear
 from ...kernels.append_kv import SOURCE as APPEND_KV
 from ...kernels.context_attention.plan import sources as context_attention_sources
 from ...kernels.contract import ELEMENT_TYPES
+from ...kernels.linear.quantized import dequantize_sources
+from ...kernels.linear.quantized_plan import choose_quantized
 from ...kernels.nvrtc import CI_ARCHITECTURES, KernelSource, compile_kernel, compile_target
 from ...kernels.paged_decode_attention.plan import sources as decode_attention_sources
 from ...kernels.sampling import sources as sampling_sources
@@ -55,6 +57,28 @@ def linear_plans(arch: str) -> Iterator[linear.Plan]:
             )
 
 
+INTEGERS = ("int8", "int4/64", "int4/128")
+
+
+def quantized_plans(arch: str) -> Iterator[linear.Plan]:
+    """Plans of the layers of a 6.7B decoder for decode batches, whose norms are kernels of their own, and some with a norm."""
+    capability, multiprocessors, hidden = (
+        int(arch.removeprefix("sm_")),
+        MULTIPROCESSORS[arch],
+        HIDDEN_SIZES[-1],
+    )
+    for rows, weight in itertools.product((1, 8, 64), INTEGERS):
+        for features, columns, norm in (
+            (3 * hidden, hidden, "none"),
+            (hidden, 4 * hidden, "none"),
+            (3 * hidden, hidden, "layer"),
+        ):
+            if norm == "none" or (rows == 1 and arch == "sm_90"):
+                yield choose_quantized(
+                    rows, features, columns, weight=weight, norm=norm, capability=capability, multiprocessors=multiprocessors
+                )  # fmt: skip
+
+
 def sources(arch: str) -> Iterator[KernelSource]:
     """The kernels of float16 engines on `arch`; bfloat16 is the same code and is compiled for sm_90 only."""
     capability = int(arch.removeprefix("sm_"))
@@ -63,7 +87,8 @@ def sources(arch: str) -> Iterator[KernelSource]:
         element = ELEMENT_TYPES[dtype]
         yield from embedding.sources(element)
         yield from layer_norm.sources(element)
-        yield from linear.sources(element, linear_plans(arch))
+        yield from linear.sources(element, itertools.chain(linear_plans(arch), quantized_plans(arch)))
+        yield from dequantize_sources(element, INTEGERS)
         yield from sampling_sources(element)
         yield from decode_attention_sources(element, capability=capability)
         yield from context_attention_sources(element, capability=capability)

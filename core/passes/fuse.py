@@ -80,17 +80,17 @@ def add_norm(graph: Graph, node: Node) -> Rewrite | None:
 
 
 def linear_residual(graph: Graph, node: Node) -> Rewrite | None:
-    """residual + linear(x, W, b) -> linear(x, W, b, residual)"""
+    """residual + linear(x, W, b) -> linear(x, W, b, residual); the same of quantized_linear"""
     if node.op != "add":
         return None
     for tensor, residual in (node.used[::-1], node.used):
         inner = graph.producers[tensor]
         same = graph.specs[residual] == node.outputs[0]  # not a vector over the last axis
-        if inner.op == "linear" and len(inner.inputs) <= 3 and same and only_reader(graph, tensor):
-            bias = inner.inputs[2] if len(inner.inputs) == 3 else None
+        before = PRODUCTS.get(inner.op, -1)
+        if len(inner.inputs) <= before and same and only_reader(graph, tensor):
+            given = (*inner.inputs, *[None] * (before - len(inner.inputs)))
             result = Rewrite(graph, (node, inner))
-            x, weight = inner.inputs[:2]
-            (total,) = result.add("linear", x, weight, bias, residual, name=node.name, **inner.attrs)
+            (total,) = result.add(inner.op, *given, residual, name=node.name, **inner.attrs)
             result.replace(node.name, total)
             return result
     return None
@@ -127,14 +127,15 @@ def affine_into_linear(graph: Graph, node: Node) -> Rewrite | None:
 def norm_linear(graph: Graph, node: Node) -> Rewrite | None:
     """linear(norm(x), W, ...) -> linear(x, W, ...; norm), where nothing else reads the norm and it has no weights
 
-    Not one of `RULES`: whether it pays depends on the number of rows, which a target knows when it plans a step.
+    The same of quantized_linear. Not one of `RULES`: whether it pays depends on the number of rows, which a target knows
+    when it plans a step.
     """
-    inner = graph.producers[node.used[0]] if node.op == "linear" and "norm" not in node.attrs else None
+    inner = graph.producers[node.used[0]] if node.op in PRODUCTS and "norm" not in node.attrs else None
     if inner is None or inner.op not in NORMS or len(inner.inputs) > 1 or not only_reader(graph, inner.name):
         return None
     attrs = {**node.attrs, "norm": NORMS[inner.op], "eps": inner.attrs["eps"]}
     result = Rewrite(graph, (node, inner))
-    (tensor,) = result.add("linear", inner.used[0], *node.inputs[1:], name=node.name, **attrs)
+    (tensor,) = result.add(node.op, inner.used[0], *node.inputs[1:], name=node.name, **attrs)
     result.replace(node.name, tensor)
     return result
 
@@ -176,6 +177,8 @@ def embedding_positions(graph: Graph, node: Node) -> Rewrite | None:
 
 NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
 """Op of a norm -> its name in a linear layer."""
+PRODUCTS = {"linear": 3, "quantized_linear": 5}
+"""Op of a linear layer -> how many inputs it has before a residual."""
 
 RULES: dict[str, Rule] = {
     SIBLINGS: linear_siblings,

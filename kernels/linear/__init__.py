@@ -9,6 +9,7 @@ from ..contract import check_tensor, element_type, pointer
 from ..errors import KernelContractError
 from ..launch import BoundKernel, tensor_map
 from ..library import KernelLibrary
+from .formats import FLOAT
 from .plan import (
     ACTIVATIONS,
     MAX_ROWS,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACTIVATIONS",
+    "FLOAT",
     "MAX_ROWS",
     "MAX_STREAM_ROWS",
     "NORMS",
@@ -120,12 +122,12 @@ class Linear:
         code = ACTIVATIONS[activation]
         if isinstance(plan, StreamPlan):
             sums, epsilon = (norm.weight_sums, norm.epsilon) if norm else (None, 0.0)
-            addresses = map(pointer, (out, x, weight, bias, residual, sums))
+            addresses = map(pointer, (out, x, weight, None, bias, residual, sums))
             kernel(*addresses, rows, features, columns, code, epsilon)
             return out
         sizes = (rows, features, columns, plan.features_per_block, plan.columns_per_block, code)
         if isinstance(plan, TilePlan):
-            kernel(*map(pointer, (out, x, weight, bias, residual)), *sizes)
+            kernel(*map(pointer, (out, x, weight, None, bias, residual)), *sizes)
         else:
             dtype = str(x.dtype).removeprefix("torch.")
             weight_map = tensor_map(weight.data_ptr(), dtype, features, columns, plan.features_per_block)
@@ -157,33 +159,47 @@ class Linear:
         activation: str,
         norm: Norm | None,
     ) -> None:
-        import torch
-
         element_type("linear", x, ELEMENTS)
         rows, columns = x.shape
         features = weight.shape[0]
         check_sizes(rows, columns, features)
-        if activation not in ACTIVATIONS:
+        sizes = {"out_features": features, "in_features": columns}
+        check_epilogue("linear", x, features, bias, residual, out, activation, norm)
+        check_tensor("linear", "weight", weight, x.dtype, sizes, x)
+
+
+def check_epilogue(
+    op: str,
+    x: torch.Tensor,
+    features: int,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    activation: str,
+    norm: Norm | None,
+) -> None:
+    """Raise KernelContractError unless everything but the weight fits x [rows, in_features] and `features`."""
+    import torch
+
+    if activation not in ACTIVATIONS:
+        raise KernelContractError(
+            f"{op}: activation {activation!r} is unknown; accepted: {', '.join(ACTIVATIONS)}"
+        )
+    if norm and norm.kind not in ("layer", "rms"):
+        raise KernelContractError(f"{op}: norm {norm.kind!r} is unknown; accepted: layer, rms")
+    rows, columns = x.shape
+    row_sizes = {"rows": rows, "out_features": features}
+    for name, tensor, sizes in (
+        ("x", x, {"rows": rows, "in_features": columns}),
+        ("bias", bias, {"out_features": features}),
+        ("residual", residual, row_sizes),
+        ("out", out, row_sizes),
+    ):
+        if tensor is not None:
+            check_tensor(op, name, tensor, x.dtype, sizes, x)
+    if norm and norm.kind == "layer":
+        if norm.weight_sums is None:
             raise KernelContractError(
-                f"linear: activation {activation!r} is unknown; accepted: {', '.join(ACTIVATIONS)}"
+                f"{op}: a layer norm needs weight_sums, the float32 sums of the weight's rows"
             )
-        if norm and norm.kind not in ("layer", "rms"):
-            raise KernelContractError(f"linear: norm {norm.kind!r} is unknown; accepted: layer, rms")
-        row_sizes = {"rows": rows, "out_features": features}
-        for name, tensor, sizes in (
-            ("x", x, {"rows": rows, "in_features": columns}),
-            ("weight", weight, {"out_features": features, "in_features": columns}),
-            ("bias", bias, {"out_features": features}),
-            ("residual", residual, row_sizes),
-            ("out", out, row_sizes),
-        ):
-            if tensor is not None:
-                check_tensor("linear", name, tensor, x.dtype, sizes, x)
-        if norm and norm.kind == "layer":
-            if norm.weight_sums is None:
-                raise KernelContractError(
-                    "linear: a layer norm needs weight_sums, the float32 sums of the weight's rows"
-                )
-            check_tensor(
-                "linear", "norm.weight_sums", norm.weight_sums, torch.float32, {"out_features": features}, x
-            )
+        check_tensor(op, "norm.weight_sums", norm.weight_sums, torch.float32, {"out_features": features}, x)

@@ -9,10 +9,10 @@ from pathlib import Path
 from ..errors import KernelContractError
 from ..launch import SWIZZLED_COLUMNS, LaunchShape
 from ..nvrtc import KernelSource
+from .formats import FLOAT, WEIGHTS, StoredWeight
 
 FOLDER = Path(__file__).parent
 LANE_COLUMNS = 8
-WARP_COLUMNS = 32
 LANE_BYTES = 16
 
 NORMS = {"none": 0, "layer": 1, "rms": 2}
@@ -31,9 +31,9 @@ MIN_RING_BYTES = 48 * 1024
 MAX_STAGES = 12
 MAX_TILE_FEATURES = 32
 
-STREAM_SIGNATURE = "PPPPPPiiiif"
-TILE_SIGNATURE = "PPPPPiiiiii"
-TILE_STAGE_COLUMNS = 64
+STREAM_SIGNATURE = "PPPPPPPiiiif"
+TILE_SIGNATURE = "PPPPPPiiiiii"
+LEAST_STAGE_COLUMNS = 64
 
 SWIZZLED_ROW_BYTES = 2 * SWIZZLED_COLUMNS
 MAX_WARPGROUP_STAGES = 16
@@ -52,6 +52,9 @@ SHARED_LIMITS = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024
 RESERVED_BYTES = 1024
 """Shared memory that the driver adds to each block; an SM has room for one block of the limit and this."""
 
+MOMENTS_BYTES = 1024
+"""Static shared memory of a stream kernel with a norm, at most."""
+
 MAX_STREAM_ROWS = 16
 MAX_ROWS = 64
 MAX_NARROW_FEATURES = 32_768
@@ -67,6 +70,7 @@ class StreamPlan:
     stages:      of the ring of W.
     held_x:      x is held in shared memory; else it comes through the ring, once a tile.
     least_bytes: shared memory that a block takes even when it needs less.
+    weight:      how W is stored, a key of `formats.WEIGHTS`.
     """
 
     rows: int
@@ -80,6 +84,7 @@ class StreamPlan:
     stages: int
     held_x: bool
     least_bytes: int = 0
+    weight: str = FLOAT
 
     @property
     def source(self) -> KernelSource:
@@ -89,12 +94,14 @@ class StreamPlan:
         """Name expression of the kernel for CUDA type `element`."""
         held = "true" if self.held_x else "false"
         parameters = (element, self.warps, self.octets, self.token_tiles, self.stages, held, NORMS[self.norm])
-        return f"trtc::linear_stream<{', '.join(map(str, parameters))}>"
+        policy = WEIGHTS[self.weight].policy(element)
+        return f"trtc::linear_stream<{', '.join(map(str, parameters))}{policy}>"
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory; the layout is that at the top of `linear_stream`."""
-        ring = self.stages * _stage_bytes(self.warps, self.octets, 0 if self.held_x else self.token_tiles)
+        x_slots = 0 if self.held_x else self.token_tiles * WEIGHTS[self.weight].pieces
+        ring = self.stages * _stage_bytes(self.warps, self.octets, x_slots)
         held = _held_bytes(self.rows, self.columns) if self.held_x else 0
         return max(self.least_bytes, ring + _partial_bytes(self.rows, self.warps, self.octets) + held)
 
@@ -108,6 +115,7 @@ class TilePlan:
 
     token_tiles:   groups of 8 rows of x (2, 4 or 8).
     feature_tiles: groups of 16 features per warp; warps_down: warps that own different features (4 or 8).
+    weight:        how W is stored, a key of `formats.WEIGHTS`.
     """
 
     rows: int
@@ -119,6 +127,7 @@ class TilePlan:
     stages: int
     features_per_block: int
     cluster: int
+    weight: str = FLOAT
 
     WARPS = 8
 
@@ -129,23 +138,28 @@ class TilePlan:
     def entry(self, element: str) -> str:
         """Name expression of the kernel for CUDA type `element`."""
         parameters = f"{element}, {self.token_tiles}, {self.feature_tiles}, {self.warps_down}, {self.stages}"
-        return f"trtc::linear_tile<{parameters}>"
+        return f"trtc::linear_tile<{parameters}{WEIGHTS[self.weight].policy(element)}>"
+
+    @property
+    def stage_columns(self) -> int:
+        """Columns of a stage: a step of the warps that split them."""
+        return tile_stage_columns(self.warps_down, WEIGHTS[self.weight])
 
     @property
     def columns_per_block(self) -> int:
-        return _round_up(_ceil_div(self.columns, self.cluster), TILE_STAGE_COLUMNS)
+        return _round_up(ceil_div(self.columns, self.cluster), self.stage_columns)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the ring, or the sums that take its place, whichever is larger."""
         tile = 16 * self.feature_tiles * self.warps_down
         tokens = 8 * self.token_tiles
-        ring = self.stages * TILE_STAGE_COLUMNS * 2 * (tile + tokens)
+        ring = self.stages * tile_stage_bytes(tile, tokens, self.warps_down, WEIGHTS[self.weight])
         sums = self.WARPS // self.warps_down * tokens * (tile + 4) * 4
         return max(ring, sums)
 
     def launch_shape(self, dependent: bool) -> LaunchShape:
-        blocks = _ceil_div(self.features, self.features_per_block) * self.cluster
+        blocks = ceil_div(self.features, self.features_per_block) * self.cluster
         cluster = (self.cluster,) if self.cluster > 1 else ()
         return LaunchShape((blocks,), (32 * self.WARPS,), self.shared_bytes, cluster, dependent=dependent)
 
@@ -178,7 +192,7 @@ class WarpgroupPlan:
 
     @property
     def columns_per_block(self) -> int:
-        return _round_up(_ceil_div(self.columns, self.cluster), SWIZZLED_COLUMNS)
+        return _round_up(ceil_div(self.columns, self.cluster), SWIZZLED_COLUMNS)
 
     @property
     def shared_bytes(self) -> int:
@@ -188,7 +202,7 @@ class WarpgroupPlan:
         return max(ring, self.tokens * (64 * self.feature_tiles + 4) * 4)
 
     def launch_shape(self, dependent: bool) -> LaunchShape:
-        blocks = _ceil_div(self.features, self.features_per_block) * self.cluster
+        blocks = ceil_div(self.features, self.features_per_block) * self.cluster
         cluster = (self.cluster,) if self.cluster > 1 else ()
         threads = 288 if self.feature_tiles > 2 else 160  # one or two warpgroups and the copying warp
         return LaunchShape((blocks,), (threads,), self.shared_bytes, cluster, dependent=dependent)
@@ -208,26 +222,33 @@ def plan_stream(
     held: bool = True,
     block_bytes: int = BLOCK_BYTES,
     least_bytes: int = 0,
+    weight: str = FLOAT,
+    ring_bytes: int = RING_BYTES,
 ) -> StreamPlan:
     """A stream launch over `blocks` blocks (fewer for fewer features), in the smallest tile of the fewest turns.
 
     held: hold x where it fits. block_bytes, least_bytes: shared memory a block may take, and takes at least.
+    ring_bytes: of W in flight.
     """
+    pieces = WEIGHTS[weight].pieces
     blocks = min(blocks, features)
-    per_block = _ceil_div(features, blocks)
-    octets = _ceil_div(_ceil_div(per_block, _ceil_div(per_block, MAX_TILE_FEATURES)), 8)
-    token_tiles = _ceil_div(rows, 8)
-    needed = _ceil_div(columns, WARP_COLUMNS * warps) * _ceil_div(per_block, 8 * octets)
+    per_block = ceil_div(features, blocks)
+    octets = ceil_div(ceil_div(per_block, ceil_div(per_block, MAX_TILE_FEATURES)), 8)
+    token_tiles = ceil_div(rows, 8)
+    needed = ceil_div(columns, WEIGHTS[weight].warp_columns * warps) * ceil_div(per_block, 8 * octets)
     needed = min(MAX_STAGES, max(2, needed))
 
     free = block_bytes - _partial_bytes(rows, warps, octets)
-    room, stage = min(RING_BYTES, free - _held_bytes(rows, columns)), _stage_bytes(warps, octets, 0)
+    room, stage = min(ring_bytes, free - _held_bytes(rows, columns)), _stage_bytes(warps, octets, 0)
     held = held and room >= min(MIN_RING_BYTES, needed * stage)
     if not held:
-        room, stage = min(RING_BYTES, free), _stage_bytes(warps, octets, token_tiles)
+        # The ring also holds x. Of float weights that is little; of others it must not take W's room.
+        stage = _stage_bytes(warps, octets, token_tiles * pieces)
+        whole = ring_bytes if weight == FLOAT else ring_bytes * (octets + token_tiles * pieces) // octets
+        room = min(whole, free)
     stages = max(2, min(needed, room // stage))
     return StreamPlan(
-        rows, features, columns, norm, blocks, warps, octets, token_tiles, stages, held, least_bytes
+        rows, features, columns, norm, blocks, warps, octets, token_tiles, stages, held, least_bytes, weight
     )
 
 
@@ -241,15 +262,16 @@ def plan_tile(
     warps_down: int,
     stages: int = 4,
     blocks: int = 132,
+    weight: str = FLOAT,
 ) -> TilePlan:
     """A tile launch with `cluster` blocks per range, in as few whole waves of `blocks` blocks as the tile allows."""
     tile = 16 * feature_tiles * warps_down
     ranges_per_wave = max(1, blocks // cluster)
-    waves = _ceil_div(features, tile * ranges_per_wave)
-    per_block = _round_up(_ceil_div(features, ranges_per_wave * waves), 4)
+    waves = ceil_div(features, tile * ranges_per_wave)
+    per_block = _round_up(ceil_div(features, ranges_per_wave * waves), 4)
     token_tiles = 2 if rows <= 16 else 4 if rows <= 32 else 8
     return TilePlan(
-        rows, features, columns, token_tiles, feature_tiles, warps_down, stages, per_block, cluster
+        rows, features, columns, token_tiles, feature_tiles, warps_down, stages, per_block, cluster, weight
     )
 
 
@@ -268,10 +290,10 @@ def plan_warpgroup(
     ring_bytes: up to BLOCK_BYTES for two blocks per SM, so that the next kernel loads ahead; up to twice that for one.
     """
     ranges_per_wave = max(1, blocks // cluster)
-    waves = _ceil_div(features, 64 * feature_tiles * ranges_per_wave)
-    per_block = min(64 * feature_tiles, _round_up(_ceil_div(features, ranges_per_wave * waves), 8))
+    waves = ceil_div(features, 64 * feature_tiles * ranges_per_wave)
+    per_block = min(64 * feature_tiles, _round_up(ceil_div(features, ranges_per_wave * waves), 8))
     tokens = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    needed = _ceil_div(_ceil_div(columns, cluster), SWIZZLED_COLUMNS)
+    needed = ceil_div(ceil_div(columns, cluster), SWIZZLED_COLUMNS)
     room = ring_bytes // SWIZZLED_ROW_BYTES - (64 * feature_tiles - per_block)
     stages = max(2, min(MAX_WARPGROUP_STAGES, needed, room // (per_block + tokens)))
     return WarpgroupPlan(rows, features, columns, tokens, feature_tiles, stages, per_block, cluster)
@@ -288,7 +310,7 @@ def choose_plan(
 ) -> Plan:
     """The plan for a shape, by rules that follow the measured best on an H200 (bench/notes/kernels_linear.md).
 
-    capability: 90 for sm_90. multiprocessors: of the GPU.
+    For float weights; `quantized_plan` chooses for others. capability: 90 for sm_90. multiprocessors: of the GPU.
     Raises KernelContractError for a norm in front of more than MAX_STREAM_ROWS rows.
     """
     if rows > 8 and norm == "none" and capability == WARPGROUP_CAPABILITY and _is_wide(features, columns):
@@ -296,16 +318,31 @@ def choose_plan(
     if rows <= MAX_STREAM_ROWS:
         shared_limit = SHARED_LIMITS.get(capability, SMALLEST_SHARED_LIMIT)
         return _choose_stream(rows, features, columns, norm, multiprocessors, shared_limit)
-    if norm != "none":
-        raise KernelContractError(
-            f"linear: a norm is fused for up to {MAX_STREAM_ROWS} rows, not {rows}; norm in a kernel of its own"
-        )
+    check_norm(rows, norm)
     if capability == WARPGROUP_CAPABILITY:
         return _choose_warpgroup(rows, features, columns, multiprocessors)
     cluster = 4 if capability >= 90 and columns >= 4 * MIN_BLOCK_COLUMNS else 1
     return plan_tile(
         rows, features, columns, cluster=cluster, feature_tiles=2, warps_down=4, blocks=multiprocessors
     )
+
+
+def check_norm(rows: int, norm: str) -> None:
+    """Raise KernelContractError for a norm in front of more rows than a kernel norms."""
+    if norm != "none" and rows > MAX_STREAM_ROWS:
+        raise KernelContractError(
+            f"linear: a norm is fused for up to {MAX_STREAM_ROWS} rows, not {rows}; norm in a kernel of its own"
+        )
+
+
+def tile_stage_columns(warps_down: int, stored: StoredWeight) -> int:
+    """Columns of a stage of a tile kernel; `TileLayout` in tile.cu."""
+    return max(LEAST_STAGE_COLUMNS, stored.warp_columns * (TilePlan.WARPS // warps_down))
+
+
+def tile_stage_bytes(tile: int, tokens: int, warps_down: int, stored: StoredWeight) -> int:
+    """Bytes of a stage of a tile kernel's ring: `tile` features of W, `tokens` rows of x."""
+    return tile_stage_columns(warps_down, stored) * (tile * stored.bits + tokens * 16) // 8
 
 
 def outruns_cublas(rows: int, features: int) -> bool:
@@ -328,7 +365,7 @@ def _choose_stream(
     """Small weights are bound by latency: fewer and larger blocks; others by bandwidth: every SM equally busy."""
     blocks, warps, held, least_bytes = multiprocessors, 8, rows <= 4, 0
     if features * columns < SMALL_WEIGHT:
-        blocks = min(multiprocessors * 3 // 4, max(multiprocessors // 2, _ceil_div(features, 24)))
+        blocks = min(multiprocessors * 3 // 4, max(multiprocessors // 2, ceil_div(features, 24)))
         warps = 12 if rows <= 8 else 8
     elif columns <= 1024 and features > 80 * multiprocessors:
         # Many turns of little K: x is held, and a second block covers the ends of the turns of the first.
@@ -347,7 +384,7 @@ def _choose_stream(
 
 def _choose_warpgroup(rows: int, features: int, columns: int, multiprocessors: int) -> WarpgroupPlan:
     """Tiles of 64 features; as many blocks per cluster as it takes to give every SM one or two blocks."""
-    tiles = _ceil_div(features, 64)
+    tiles = ceil_div(features, 64)
     if features > MAX_NARROW_FEATURES:
         return plan_warpgroup(rows, features, columns, cluster=1, feature_tiles=4, blocks=multiprocessors)
     if 2 * tiles <= multiprocessors:
@@ -393,9 +430,9 @@ def check_sizes(rows: int, columns: int, features: int) -> None:
         )
 
 
-def _stage_bytes(warps: int, octets: int, token_tiles: int) -> int:
+def _stage_bytes(warps: int, octets: int, x_slots: int) -> int:
     """Bytes of one stage of a stream kernel's ring: W, and x unless that is held."""
-    return (octets + token_tiles) * warps * 32 * LANE_BYTES
+    return (octets + x_slots) * warps * 32 * LANE_BYTES
 
 
 def _partial_bytes(rows: int, warps: int, octets: int) -> int:
@@ -404,13 +441,13 @@ def _partial_bytes(rows: int, warps: int, octets: int) -> int:
 
 
 def _held_bytes(rows: int, columns: int) -> int:
-    """Bytes of x in shared memory; the stride is `held_stride` in stream.cu."""
+    """Bytes of x in shared memory; the stride is `held_stride` in stream.cu, or less."""
     return rows * (_round_up(columns, 64) + 32) * 2
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def _round_up(a: int, multiple: int) -> int:
-    return _ceil_div(a, multiple) * multiple
+    return ceil_div(a, multiple) * multiple

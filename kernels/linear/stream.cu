@@ -13,6 +13,7 @@
 //
 // A lane's 16 bytes are 8 neighbouring k of one feature. The tensor core's k order is arbitrary as long as both
 // operands agree, so bytes 0-7 feed a first product of depth 16 and bytes 8-15 a second one; nothing is shuffled.
+// Integer weights (weights.cuh) are 16 or 32 k in these 16 bytes: more pieces of x, otherwise the same.
 //
 // The norm has no parameters of its own (they belong into W and b) and costs no pass over x: with the mean m and the
 // inverse deviation r of a row, r * (x - m) W^T = r * (x W^T - m * (sums of W's rows)). The sums of x and x^2 come from
@@ -22,32 +23,33 @@
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
 #include "common/types.cuh"
+#include "linear/weights.cuh"
 
 namespace trtc {
 
-constexpr int kLaneColumns = 8;                // elements in 16 bytes
-constexpr int kWarpColumns = 4 * kLaneColumns; // columns of W that one warp takes in a step
+constexpr int kPieceSize = 8;  // elements in 16 bytes
 
 constexpr int kNormNone = 0;
 constexpr int kNormLayer = 1;
 constexpr int kNormRms = 2;  // as kNormLayer with a mean of 0
 
-__device__ __forceinline__ int held_stride(int columns) {
-    // 64 bytes beyond a multiple of 128: two neighbouring rows then lie in different halves of the banks.
-    return (columns + 63) / 64 * 64 + 32;
-}
-
-// y, residual: [rows, features]; x: [rows, columns]; weight: [features, columns]; bias: [features];
-// weight_sums: [features] float, the sums of W's rows, for kNormLayer. bias and residual may be null; residual may be y.
-// columns is a multiple of 8.
-template <typename T, int kWarps, int kOctets, int kTokenTiles, int kStages, bool kHeldX, int kNorm>
-__global__ void __launch_bounds__(kWarps* kWarpSize, 2)
-    linear_stream(T* y, const T* x, const T* weight, const T* bias, const T* residual, const float* weight_sums,
-                  int rows, int features, int columns, int activation, float epsilon) {
+// y, residual: [rows, features]; x: [rows, columns]; weight: [features, columns], as Weight stores it; bias: [features];
+// scales: [features] or [features, groups], for integers; weight_sums: [features] float, the sums of W's rows, for
+// kNormLayer. bias and residual may be null; residual may be y. columns is a multiple of 8.
+template <typename T, int kWarps, int kOctets, int kTokenTiles, int kStages, bool kHeldX, int kNorm,
+          typename Weight = FloatWeight<T>>
+__global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTiles > 2 ? 1 : 2)
+    linear_stream(T* y, const T* x, const typename Weight::Stored* weight, const T* scales, const T* bias,
+                  const T* residual, const float* weight_sums, int rows, int features, int columns, int activation,
+                  float epsilon) {
+    constexpr int kPieces = Weight::kPieces;
+    constexpr int kLaneColumns = kPieces * kPieceSize;  // columns in 16 bytes of W
+    constexpr int kWarpColumns = 4 * kLaneColumns;      // columns of W that one warp takes in a step
+    constexpr bool kGrouped = Weight::kGroups > 0;
     constexpr int kThreads = kWarps * kWarpSize;
     constexpr int kStepColumns = kWarps * kWarpColumns;
     constexpr int kSlotBytes = kThreads * 16;
-    constexpr int kSlots = kOctets + (kHeldX ? 0 : kTokenTiles);
+    constexpr int kSlots = kOctets + (kHeldX ? 0 : kTokenTiles * kPieces);
     constexpr int kStageBytes = kSlots * kSlotBytes;
     constexpr int kFeatureTiles = (kOctets + 1) / 2;
     constexpr int kTile = 8 * kOctets;
@@ -68,6 +70,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
     // those that did not (measured: a grid of 131 instead of 132 costs a quarter of the bandwidth).
     const int first_feature = static_cast<uint64>(blockIdx.x) * features / gridDim.x;
     const int end_feature = static_cast<uint64>(blockIdx.x + 1) * features / gridDim.x;
+    const int stored_columns = padded_columns<Weight>(columns);
+    const int held_stride = (columns + 63) / 64 * 64 + Weight::kHeldPad;
     const int steps = (columns + kStepColumns - 1) / kStepColumns;
     const int total_steps = (end_feature - first_feature + kTile - 1) / kTile * steps;
 
@@ -92,30 +96,40 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
 #pragma unroll
         for (int octet = 0; octet < kOctets; ++octet) {
             const int feature = cursor.feature + 8 * octet;
-            const bool valid = feature < end_feature && cursor.column < columns;
-            const uint32 offset = valid ? static_cast<uint32>(feature) * columns + cursor.column : 0;
-            stream_async_16(cursor.slot + octet * kSlotBytes, weight + offset, valid);
+            const bool valid = feature < end_feature && cursor.column < stored_columns;
+            constexpr int kPer = Weight::kColumnsPerStored;
+            const uint32 place = static_cast<uint32>(feature) * (stored_columns / kPer) + cursor.column / kPer;
+            stream_async_16(cursor.slot + octet * kSlotBytes, weight + (valid ? place : 0), valid);
         }
+    };
+    // The lane's piece of x for a piece of its W, where the W begins at `column`.
+    auto x_column = [&](int column, int piece) {
+        return column - member * (kLaneColumns - Weight::kMemberColumns) + piece * Weight::kPieceColumns;
     };
     auto copy_x_to_ring = [&](const Cursor& cursor) {
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) {
             const int row = 8 * tile + group;
-            const bool valid = row < rows && cursor.column < columns;
-            const uint32 offset = valid ? static_cast<uint32>(row) * columns + cursor.column : 0;
-            copy_async_16(cursor.slot + (kOctets + tile) * kSlotBytes, x + offset, valid);
+#pragma unroll
+            for (int piece = 0; piece < kPieces; ++piece) {
+                const int column = x_column(cursor.column, piece);
+                const bool valid = row < rows && column < columns;
+                const uint32 offset = valid ? static_cast<uint32>(row) * columns + column : 0;
+                copy_async_16(cursor.slot + (kOctets + tile * kPieces + piece) * kSlotBytes, x + offset, valid);
+            }
         }
     };
-    auto held_place = [&](int tile, int column) { return held + (8 * tile + group) * held_stride(columns) + column; };
+    auto held_place = [&](int tile, int column) { return held + (8 * tile + group) * held_stride + column; };
 
     // What a thread needs at the end of a tile for its outputs is loaded at the tile's start.
-    T offset[kOutputs], addend[kOutputs];
+    T offset[kOutputs], addend[kOutputs], row_scale[kOutputs];
     float weight_sum[kOutputs];
     auto load_parameters = [&](int tile_first) {
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
             const int feature = tile_first + (threadIdx.x + i * kThreads) % kTile;
             offset[i] = bias && feature < end_feature ? bias[feature] : from_float<T>(0.f);
+            if (Weight::kRowScales) row_scale[i] = feature < end_feature ? scales[feature] : from_float<T>(0.f);
             if (kNorm == kNormLayer) weight_sum[i] = feature < end_feature ? weight_sums[feature] : 0.f;
         }
     };
@@ -131,6 +145,18 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
         }
     };
 
+    // Scales of groups are loaded to registers a step ahead of their use, by a cursor of their own.
+    using Scales = GroupScales<T, Weight::kGroups>;
+    Scales scale[kGrouped ? 2 * kFeatureTiles : 1], next_scale[kGrouped ? 2 * kFeatureTiles : 1];
+    auto load_group_scales = [&](const Cursor& cursor) {
+#pragma unroll
+        for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) {
+            const int feature = cursor.feature + 8 * octet;
+            const bool valid = octet < kOctets && feature < end_feature && cursor.column < stored_columns;
+            next_scale[octet] = load_scales<T, Weight::kGroups>(scales, feature, cursor.column, stored_columns, valid);
+        }
+    };
+
     // Everything that no predecessor wrote, before the wait: a ring full of W, and the parameters.
     const Cursor start{first_feature + group, first_column, ring};
     Cursor ahead = start;
@@ -140,6 +166,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
         advance(ahead);
     }
     load_parameters(first_feature);
+    Cursor scale_ahead = start;
+    if constexpr (kGrouped) load_group_scales(scale_ahead);
     wait_for_predecessors();
 
     if constexpr (kHeldX) {
@@ -148,8 +176,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
             if (8 * tile + group >= rows) continue;
             const T* row = x + static_cast<uint32>(8 * tile + group) * columns;
 #pragma unroll 4
-            for (int column = first_column; column < columns; column += kStepColumns) {
-                copy_async_16(shared_address(held_place(tile, column)), row + column, true);
+            for (int column = first_column; column < stored_columns; column += kStepColumns) {
+#pragma unroll
+                for (int piece = 0; piece < kPieces; ++piece) {
+                    const int place = x_column(column, piece);
+                    if (kPieces > 1 && place >= columns) continue;
+                    copy_async_16(shared_address(held_place(tile, place)), row + place, true);
+                }
             }
         }
     } else {
@@ -164,7 +197,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
     load_residual(first_feature);
     copy_async_wait<0>();
 
-    float sum[kChains][kFeatureTiles][kTokenTiles][4] = {};
+    float product[kChains][kFeatureTiles][kTokenTiles][4] = {};      // of a tile, or of a group where groups have scales
+    float sum[kGrouped ? kFeatureTiles : 1][kGrouped ? kTokenTiles : 1][4] = {};  // of the groups of a tile
     float x_sum[kTokenTiles] = {}, square_sum[kTokenTiles] = {};
     float mean[kOutputs], inverse[kOutputs];
     const unsigned char* slot = shared + threadIdx.x * 16;
@@ -177,36 +211,63 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
             load_parameters(tile_first);
             load_residual(tile_first);
         }
-#pragma unroll 2
+#pragma unroll(kGrouped ? 1 : 2)
         for (int column = first_column; column < steps * kStepColumns; column += kStepColumns) {
             copy_async_wait<kStages - 1>();
-            uint4 a[2 * kFeatureTiles];
+            if constexpr (kGrouped) {
+#pragma unroll
+                for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) scale[octet] = next_scale[octet];
+                advance(scale_ahead);
+                load_group_scales(scale_ahead);
+            }
+            uint4 stored[2 * kFeatureTiles];
 #pragma unroll
             for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) {
-                a[octet] = make_uint4(0, 0, 0, 0);
-                if (octet < kOctets) a[octet] = *reinterpret_cast<const uint4*>(slot + octet * kSlotBytes);
+                stored[octet] = make_uint4(0, 0, 0, 0);
+                if (octet < kOctets) stored[octet] = *reinterpret_cast<const uint4*>(slot + octet * kSlotBytes);
             }
 #pragma unroll
-            for (int tile = 0; tile < kTokenTiles; ++tile) {
-                uint4 b = make_uint4(0, 0, 0, 0);
-                if constexpr (!kHeldX) {
-                    b = *reinterpret_cast<const uint4*>(slot + (kOctets + tile) * kSlotBytes);
-                } else if (8 * tile + group < rows && column < columns) {
-                    b = *reinterpret_cast<const uint4*>(held_place(tile, column));
-                }
+            for (int piece = 0; piece < kPieces; ++piece) {
+                uint4 a[2 * kFeatureTiles];
 #pragma unroll
-                for (int i = 0; i < kFeatureTiles; ++i) {
-                    const uint4 low = a[2 * i], high = a[2 * i + 1];
-                    mma_16x8x16<T>(sum[0][i][tile], low.x, high.x, low.y, high.y, b.x, b.y);
-                    mma_16x8x16<T>(sum[kChains - 1][i][tile], low.z, high.z, low.w, high.w, b.z, b.w);
-                }
-                if (kNorm != kNormNone && first_tile) {
-                    float value[kLaneColumns];
-                    unpack(*reinterpret_cast<const Vector<T>*>(&b), value);
+                for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) a[octet] = Weight::piece(stored[octet], piece);
 #pragma unroll
-                    for (int j = 0; j < kLaneColumns; ++j) {
-                        x_sum[tile] += value[j];
-                        square_sum[tile] += value[j] * value[j];
+                for (int tile = 0; tile < kTokenTiles; ++tile) {
+                    const int place = x_column(column, piece);
+                    uint4 b = make_uint4(0, 0, 0, 0);
+                    if constexpr (!kHeldX) {
+                        b = *reinterpret_cast<const uint4*>(slot + (kOctets + tile * kPieces + piece) * kSlotBytes);
+                    } else if (8 * tile + group < rows && place < columns) {
+                        b = *reinterpret_cast<const uint4*>(held_place(tile, place));
+                    }
+#pragma unroll
+                    for (int i = 0; i < kFeatureTiles; ++i) {
+                        const uint4 low = a[2 * i], high = a[2 * i + 1];
+                        mma_16x8x16<T>(product[0][i][tile], low.x, high.x, low.y, high.y, b.x, b.y);
+                        mma_16x8x16<T>(product[kChains - 1][i][tile], low.z, high.z, low.w, high.w, b.z, b.w);
+                    }
+                    if (kNorm != kNormNone && first_tile) {
+                        float value[kPieceSize];
+                        unpack(*reinterpret_cast<const Vector<T>*>(&b), value);
+#pragma unroll
+                        for (int j = 0; j < kPieceSize; ++j) {
+                            x_sum[tile] += value[j];
+                            square_sum[tile] += value[j] * value[j];
+                        }
+                    }
+                    if constexpr (kGrouped) {
+                        if ((piece + 1) % (kPieces / Weight::kGroups) != 0) continue;
+#pragma unroll
+                        for (int i = 0; i < 4 * kFeatureTiles; ++i) {
+                            float total = 0.f;
+#pragma unroll
+                            for (int chain = 0; chain < kChains; ++chain) {
+                                total += product[chain][i / 4][tile][i % 4];
+                                product[chain][i / 4][tile][i % 4] = 0.f;
+                            }
+                            const T factor = scale[i / 2].value[piece / (kPieces / Weight::kGroups)];
+                            sum[i / 4][tile][i % 4] += to_float(factor) * total;
+                        }
                     }
                 }
             }
@@ -228,10 +289,15 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
             for (int i = 0; i < 4 * kFeatureTiles; ++i) {
                 const int row = 8 * tile + 2 * member + i % 2, octet = i / 2;
                 float total = 0.f;
+                if constexpr (kGrouped) {
+                    total = sum[i / 4][tile][i % 4];
+                    sum[i / 4][tile][i % 4] = 0.f;
+                } else {
 #pragma unroll
-                for (int chain = 0; chain < kChains; ++chain) {
-                    total += sum[chain][i / 4][tile][i % 4];
-                    sum[chain][i / 4][tile][i % 4] = 0.f;
+                    for (int chain = 0; chain < kChains; ++chain) {
+                        total += product[chain][i / 4][tile][i % 4];
+                        product[chain][i / 4][tile][i % 4] = 0.f;
+                    }
                 }
                 if (octet < kOctets && row < rows) {
                     tile_partial[(warp * rows + row) * kTile + 8 * octet + group] = total;
@@ -266,6 +332,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 2)
             float value = 0.f;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) value += tile_partial[w * rows * kTile + output];
+            if (Weight::kRowScales) value *= to_float(row_scale[i]);
             if (kNorm == kNormLayer) value -= mean[i] * weight_sum[i];
             if (kNorm != kNormNone) value *= inverse[i];
             value = activate(value + to_float(offset[i]), activation) + to_float(addend[i]);

@@ -13,41 +13,56 @@
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
 #include "common/types.cuh"
+#include "linear/weights.cuh"
 
 namespace trtc {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kLaneColumns = 8;     // elements in 16 bytes
-constexpr int kWarpColumns = 32;    // columns of one pair of products
-constexpr int kStageColumns = 64;
-constexpr int kRowChunks = kStageColumns / kLaneColumns;
+constexpr int kPieceSize = 8;  // elements in 16 bytes
 constexpr int kSlotBytes = kThreads * 16;
 
-template <int kTokenTiles, int kFeatureTiles, int kWarpsDown, int kStages>
+template <int kTokenTiles, int kFeatureTiles, int kWarpsDown, int kStages, typename Weight>
 struct TileLayout {
     static constexpr int kWarpsAcross = kWarps / kWarpsDown;                         // warps that split K
+    static constexpr int kLaneColumns = kPieceSize * Weight::kPieces;                // columns in 16 bytes of W
+    static constexpr int kWarpColumns = 4 * kLaneColumns;                            // of a warp in a step
+    static constexpr int kStageColumns = kWarpColumns * kWarpsAcross < 64 ? 64 : kWarpColumns * kWarpsAcross;
+    static constexpr int kRowChunks = kStageColumns / kPieceSize;
     static constexpr int kSteps = kStageColumns / (kWarpColumns * kWarpsAcross);     // of one warp in a stage
     static constexpr int kTokens = 8 * kTokenTiles;
     static constexpr int kFeatures = 16 * kFeatureTiles * kWarpsDown;
     static constexpr int kWeightBytes = kSteps * 2 * kFeatureTiles * kSlotBytes;     // of a stage
     static constexpr int kStageBytes = kWeightBytes + kTokens * kStageColumns * 2;
     static constexpr int kSumStride = kFeatures + 4;                                 // floats; 4 keeps 16-byte alignment
+    // Byte offset of 16 bytes of x in a stage. The swizzle puts what the members of a group read of neighbouring rows into
+    // different banks: neighbouring pieces, or every other one.
+    static __device__ __forceinline__ unsigned int x_offset(int row, int chunk) {
+        return (row * kRowChunks + (chunk ^ ((row & 1) * (Weight::kMemberColumns == kPieceSize ? 4 : 1)))) * 16;
+    }
 };
 
-// Byte offset of 16 bytes of x in a stage. The swizzle puts neighbouring rows into different halves of the banks.
-__device__ __forceinline__ unsigned int x_offset(int row, int chunk) {
-    return (row * kRowChunks + (chunk ^ ((row & 1) << 2))) * 16;
+template <bool kFirst>
+__device__ __forceinline__ float (&choose(float (&first)[4], float (&second)[4]))[4] {
+    if constexpr (kFirst) return first;
+    else return second;
 }
 
-// y, residual: [rows, features]; x: [rows, columns]; weight: [features, columns]; bias: [features].
-// bias and residual may be null; residual may be y. columns is a multiple of 8, features_per_block of 4,
-// columns_per_block of kStageColumns. The blocks of a cluster share a range of features.
-template <typename T, int kTokenTiles, int kFeatureTiles, int kWarpsDown, int kStages>
-__global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 ? 2 : 1)
-    linear_tile(T* y, const T* x, const T* weight, const T* bias, const T* residual, int rows, int features,
-                int columns, int features_per_block, int columns_per_block, int activation) {
-    using Layout = TileLayout<kTokenTiles, kFeatureTiles, kWarpsDown, kStages>;
+// y, residual: [rows, features]; x: [rows, columns]; weight: [features, columns], as Weight stores it; bias: [features];
+// scales: [features] or [features, groups], for integers. bias and residual may be null; residual may be y. columns is a
+// multiple of 8, features_per_block of 4, columns_per_block of kStageColumns. The blocks of a cluster share a range of
+// features.
+template <typename T, int kTokenTiles, int kFeatureTiles, int kWarpsDown, int kStages, typename Weight = FloatWeight<T>>
+__global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 && Weight::kPieces == 1 ? 2 : 1)
+    linear_tile(T* y, const T* x, const typename Weight::Stored* weight, const T* scales, const T* bias,
+                const T* residual, int rows, int features, int columns, int features_per_block, int columns_per_block,
+                int activation) {
+    using Layout = TileLayout<kTokenTiles, kFeatureTiles, kWarpsDown, kStages, Weight>;
+    constexpr int kPieces = Weight::kPieces;
+    constexpr int kLaneColumns = Layout::kLaneColumns, kWarpColumns = Layout::kWarpColumns;
+    constexpr int kStageColumns = Layout::kStageColumns, kRowChunks = Layout::kRowChunks;
+    constexpr bool kGrouped = Weight::kGroups > 0;
+    constexpr int kSpan = kGrouped ? kPieces / Weight::kGroups : 1;  // pieces that are multiplied before a scale
     extern __shared__ __align__(16) unsigned char shared[];
 
     allow_dependents();
@@ -60,6 +75,8 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 ? 2
     const int end_feature = min(first_feature + features_per_block, features);
     const int first_column = rank * columns_per_block;
     const int end_column = min(first_column + columns_per_block, columns);
+    const int stored_columns = padded_columns<Weight>(columns);
+    const int end_stored = min(first_column + columns_per_block, stored_columns);
     const int stages = max(0, (end_column - first_column + kStageColumns - 1) / kStageColumns);
 
     const unsigned int base = shared_address(shared);
@@ -74,9 +91,11 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 ? 2
 #pragma unroll
             for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) {
                 const int feature = lane_feature + 8 * octet;
-                const bool valid = feature < end_feature && column < end_column;
-                const uint32 offset = valid ? static_cast<uint32>(feature) * columns + column : 0;
-                stream_async_16(slot + (step * 2 * kFeatureTiles + octet) * kSlotBytes, weight + offset, valid);
+                const bool valid = feature < end_feature && column < end_stored;
+                constexpr int kPer = Weight::kColumnsPerStored;
+                const uint32 place = static_cast<uint32>(feature) * (stored_columns / kPer) + column / kPer;
+                stream_async_16(slot + (step * 2 * kFeatureTiles + octet) * kSlotBytes, weight + (valid ? place : 0),
+                                valid);
             }
         }
     };
@@ -87,10 +106,23 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 ? 2
             const int index = threadIdx.x + i * kThreads;
             const int row = index / kRowChunks, chunk = index % kRowChunks;
             if (row >= Layout::kTokens) break;
-            const int column = first_column + stage * kStageColumns + chunk * kLaneColumns;
+            const int column = first_column + stage * kStageColumns + chunk * kPieceSize;
             const bool valid = row < rows && column < end_column;
             const uint32 offset = valid ? static_cast<uint32>(row) * columns + column : 0;
-            copy_async_16(target + x_offset(row, chunk), x + offset, valid);
+            copy_async_16(target + Layout::x_offset(row, chunk), x + offset, valid);
+        }
+    };
+    // Scales of groups are loaded to registers a stage ahead of their use.
+    using Scales = GroupScales<T, Weight::kGroups>;
+    constexpr int kScales = kGrouped ? Layout::kSteps * 2 * kFeatureTiles : 1;
+    Scales scale[kScales], next_scale[kScales];
+    auto load_group_scales = [&](int stage) {
+#pragma unroll
+        for (int i = 0; i < kScales; ++i) {
+            const int column = lane_column + stage * kStageColumns + i / (2 * kFeatureTiles) * kWarpColumns;
+            const int feature = lane_feature + 8 * (i % (2 * kFeatureTiles));
+            const bool valid = feature < end_feature && column < end_stored;
+            next_scale[i] = load_scales<T, Weight::kGroups>(scales, feature, column, stored_columns, valid);
         }
     };
 
@@ -99,6 +131,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 ? 2
         if (stage < stages) copy_weight(stage);
     }
     if (bias && first_feature + threadIdx.x < end_feature) prefetch_l2(bias + first_feature + threadIdx.x);
+    if constexpr (kGrouped) load_group_scales(0);
     wait_for_predecessors();
 #pragma unroll 1
     for (int stage = 0; stage < kStages - 1; ++stage) {
@@ -116,26 +149,54 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 ? 2
             copy_x(stage + kStages - 1);
         }
         copy_async_commit();
+        if constexpr (kGrouped) {
+#pragma unroll
+            for (int i = 0; i < kScales; ++i) scale[i] = next_scale[i];
+            load_group_scales(stage + 1);
+        }
 
         const unsigned char* place = shared + stage % kStages * Layout::kStageBytes;
         const uint4* slot = reinterpret_cast<const uint4*>(place) + threadIdx.x;
 #pragma unroll
         for (int step = 0; step < Layout::kSteps; ++step) {
-            uint4 a[2 * kFeatureTiles];
+            uint4 stored[2 * kFeatureTiles];
 #pragma unroll
             for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) {
-                a[octet] = slot[(step * 2 * kFeatureTiles + octet) * kThreads];
+                stored[octet] = slot[(step * 2 * kFeatureTiles + octet) * kThreads];
             }
-            const int chunk = (warp_across * Layout::kSteps + step) * (kWarpColumns / kLaneColumns) + member;
+            const int first_chunk = (warp_across * Layout::kSteps + step) * (kWarpColumns / kPieceSize) +
+                                    member * (Weight::kMemberColumns / kPieceSize);
 #pragma unroll
-            for (int tile = 0; tile < kTokenTiles; ++tile) {
-                const uint4 b = *reinterpret_cast<const uint4*>(place + Layout::kWeightBytes +
-                                                                x_offset(8 * tile + group, chunk));
+            for (int first = 0; first < kPieces; first += kSpan) {
+                uint4 a[kSpan][2 * kFeatureTiles];
 #pragma unroll
-                for (int i = 0; i < kFeatureTiles; ++i) {
-                    const uint4 low = a[2 * i], high = a[2 * i + 1];
-                    mma_16x8x16<T>(sum[i][tile], low.x, high.x, low.y, high.y, b.x, b.y);
-                    mma_16x8x16<T>(sum[i][tile], low.z, high.z, low.w, high.w, b.z, b.w);
+                for (int i = 0; i < kSpan * 2 * kFeatureTiles; ++i) {
+                    const int piece = i / (2 * kFeatureTiles), octet = i % (2 * kFeatureTiles);
+                    a[piece][octet] = Weight::piece(stored[octet], first + piece);
+                }
+#pragma unroll
+                for (int tile = 0; tile < kTokenTiles; ++tile) {
+                    float part[kFeatureTiles][4] = {};  // of a group
+#pragma unroll
+                    for (int piece = 0; piece < kSpan; ++piece) {
+                        const int chunk = first_chunk + (first + piece) * (Weight::kPieceColumns / kPieceSize);
+                        const uint4 b = *reinterpret_cast<const uint4*>(place + Layout::kWeightBytes +
+                                                                        Layout::x_offset(8 * tile + group, chunk));
+#pragma unroll
+                        for (int i = 0; i < kFeatureTiles; ++i) {
+                            const uint4 low = a[piece][2 * i], high = a[piece][2 * i + 1];
+                            auto& total = choose<kGrouped>(part[i], sum[i][tile]);
+                            mma_16x8x16<T>(total, low.x, high.x, low.y, high.y, b.x, b.y);
+                            mma_16x8x16<T>(total, low.z, high.z, low.w, high.w, b.z, b.w);
+                        }
+                    }
+                    if constexpr (kGrouped) {
+#pragma unroll
+                        for (int i = 0; i < 4 * kFeatureTiles; ++i) {
+                            const T factor = scale[step * 2 * kFeatureTiles + i / 2].value[first / kSpan];
+                            sum[i / 4][tile][i % 4] += to_float(factor) * part[i / 4][i % 4];
+                        }
+                    }
                 }
             }
         }
@@ -179,6 +240,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 ? 2
         for (int j = 0; j < 4; ++j) {
             if (feature + j >= end_feature) break;
             float value = total[j];
+            if (Weight::kRowScales) value *= to_float(scales[feature + j]);
             if (bias) value += to_float(bias[feature + j]);
             value = activate(value, activation);
             if (residual) value += to_float(__ldcg(residual + place + j));

@@ -25,14 +25,16 @@ from trtc.core.ops import ReferenceContext, op_names
 from trtc.core.passes import Partition, fuse, optimize
 from trtc.core.passes.quantize import quantize
 from trtc.core.passes.rewrite import rewrite
+from trtc.core.quantize import dummy as dummy_module
 from trtc.core.quantize import source as source_module
+from trtc.core.quantize.dummy import DummyQuantizedWeights
 from trtc.core.quantize.integers import Quantized, dequantize, pack_int4, round_to_nearest, unpack_int4
 from trtc.core.quantize.scheme import KINDS, Quantization, QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import QuantizedWeights, nearest
 from trtc.core.sharding import Shard, ShardingOptions
 from trtc.core.targets.base import get_target
 from trtc.core.targets.cpu import CpuProgram
-from trtc.core.weight_source import WeightSource
+from trtc.core.weight_source import DummyWeights, WeightSource
 from trtc.core.weights import IDENTITY, ResolvedWeight
 from trtc.tests.opt_models import BUILD, VARIANTS, OptCheckpoint
 from trtc.tests.packed_steps import Inputs, PagedSequences, filled_cache
@@ -280,6 +282,50 @@ def test_groups_must_fill_rows_and_keep_to_a_rank(opt_checkpoint: Callable[[str]
         quantized(opt_checkpoint("pre_norm"), WeightFormat("int4", 64), tp_size=2)
 
 
+def dummy(checkpoint: OptCheckpoint, how: WeightFormat, **sharding: Any) -> DummyQuantizedWeights:
+    table = checkpoint.family.weight_table(checkpoint.config)
+    options = ShardingOptions(**sharding)
+    floats = DummyWeights(table, checkpoint.config, dtype=DType.BFLOAT16, sharding=options)
+    return DummyQuantizedWeights(floats, QuantizeOptions(how, lm_head=True))
+
+
+@pytest.mark.parametrize("block_bytes", [1000, weight_source.BLOCK_BYTES])
+@pytest.mark.parametrize("precision", FORMATS)
+def test_dummy_shards_are_parts_of_one_model(
+    precision: str, block_bytes: int, opt_checkpoint: Callable[[str], OptCheckpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Oracle: the rows and columns of one rank's weights; an odd vocabulary's head is padded with zeros. No float weight that
+    is quantized is drawn."""
+    monkeypatch.setattr(dummy_module, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(DummyWeights, "_read_rows", None)
+    checkpoint = opt_checkpoint("vocabulary_odd")
+    one, two = (dummy(checkpoint, FORMATS[precision], tp_size=size) for size in (1, 2))
+    assert one.quantization.method == "dummy"
+    for name in one.quantization.weights:
+        whole, scale = parts_of(one, 0, name)
+        integers, scales = zip(*(parts_of(two, rank, name) for rank in range(2)), strict=True)
+        axis = 1 if name.endswith((".attention.out.weight", ".mlp.fc2.weight")) else 0
+        assert torch.equal(torch.cat(integers, axis)[: len(whole)], whole), name
+        assert not torch.cat(integers, axis)[len(whole) :].any()
+        if axis == 0:
+            assert torch.equal(torch.cat(scales)[: len(scale)], scale)
+        assert whole.shape == one.shape(0, name) and whole.dtype == to_torch(one.dtype(0, name))
+
+
+@pytest.mark.parametrize("precision", FORMATS)
+def test_dummy_integers_are_distributed_as_promised(
+    precision: str, opt_checkpoint: Callable[[str], OptCheckpoint]
+) -> None:
+    """A standard deviation of about 0.02 and the whole range of integers, but for -128."""
+    source = dummy(opt_checkpoint("pre_norm"), FORMATS[precision])
+    integers, scale = parts_of(source, 0, "layers.0.mlp.fc1.weight")
+    values = integers if precision == "int8" else unpack_int4(integers)
+    assert (int(values.min()), int(values.max())) == ((-127, 127) if precision == "int8" else (-8, 7))
+    assert 0.015 < float(by_definition(integers, scale).std()) < 0.028
+    again, _ = parts_of(source, 0, "layers.1.mlp.fc1.weight")
+    assert not torch.equal(again, integers)
+
+
 # ---- passes --------------------------------------------------------------------------------------
 
 
@@ -488,8 +534,10 @@ def test_a_target_says_what_it_runs(opt_checkpoint: Callable[[str], OptCheckpoin
     checkpoint = opt_checkpoint("cuda_pre_norm")
     model = dataclasses.replace(checkpoint.config, dtype=DType.FLOAT16)
     build = dataclasses.replace(BUILD, target="cuda")
-    with pytest.raises(ConfigError, match="target cuda does not run int8 weights yet; accepted: float"):
-        plan(checkpoint.family, model, quantized(checkpoint, INT8, DType.FLOAT16), build, 0)
+    zeros = quantized(checkpoint, WeightFormat("int4", 32, True), DType.FLOAT16)
+    message = "target cuda does not run int4 with zero points weights yet; accepted: float, int4, int8"
+    with pytest.raises(ConfigError, match=message):
+        plan(checkpoint.family, model, zeros, build, 0)
 
 
 def test_parts_are_named_after_their_weight() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ....kernels import context_attention, embedding, layer_norm, linear, paged_decode_attention, sampling
 from ....kernels.contract import ELEMENT_TYPES
 from ....kernels.errors import KernelContractError, KernelError
+from ....kernels.linear.formats import format_name
+from ....kernels.linear.quantized import dequantize_sources
+from ....kernels.linear.quantized_plan import choose_quantized
 from ....kernels.nvrtc import (
     KERNELS_ROOT,
     CompiledKernel,
@@ -20,8 +24,10 @@ from ....kernels.nvrtc import (
     compile_target,
 )
 from ....kernels.paged import check_model
+from ...dtypes import DType
 from ...errors import BuildError, EngineError
-from ...graph import Graph
+from ...graph import Graph, Node
+from ...passes.fuse import PRODUCTS
 from ..base import CacheShape
 from .variants import decode_graph
 
@@ -65,7 +71,7 @@ def check_supported(shape: CacheShape, num_heads: int) -> None:
 
 def check_sizes(graph: Graph) -> None:
     """Raises BuildError when a linear layer of `graph` has sizes that the kernels do not take."""
-    for features, columns, _ in sorted(linear_shapes(graph, 1)):
+    for features, columns, *_ in sorted(linear_shapes(graph, 1)):
         try:
             linear.plan.check_sizes(1, columns, features)
         except KernelContractError as error:
@@ -78,10 +84,12 @@ def kernel_sources(
     """Every kernel that `CudaProgram` can ask for when it runs `graph` on a GPU of `arch`."""
     element = ELEMENT_TYPES[shape.dtype.value]
     capability = int(arch.removeprefix("sm_"))
+    quantized = {weight for _, _, _, weight in linear_shapes(graph, 1)} - {linear.FLOAT}
     return (
         *embedding.sources(element),
         *layer_norm.sources(element),
         *linear.sources(element, _linear_plans(graph, max_batch_size, arch, capability)),
+        *dequantize_sources(element, quantized),
         *paged_decode_attention.sources(element, (shape.head_dim,), capability),
         *context_attention.sources(element, (shape.head_dim,)),
         *sampling.sources(ELEMENT_TYPES[logits_dtype]),
@@ -92,23 +100,39 @@ def _linear_plans(
     graph: Graph, max_batch_size: int, arch: str, capability: int
 ) -> Iterator[linear.plan.Plan]:
     for rows in decode_buckets(min(max_batch_size, linear.MAX_ROWS)):
-        for features, columns, norm in linear_shapes(graph, rows):
+        for features, columns, norm, weight in linear_shapes(graph, rows):
+            choose = (
+                linear.choose_plan if weight == linear.FLOAT else partial(choose_quantized, weight=weight)
+            )
             for multiprocessors in MULTIPROCESSORS[arch]:
-                yield linear.choose_plan(
+                yield choose(
                     rows, features, columns, norm=norm, capability=capability, multiprocessors=multiprocessors
                 )
 
 
-def linear_shapes(graph: Graph, rows: int) -> set[tuple[int, int, str]]:
-    """(features, columns, fused norm) of the linear layers in a decode step of `rows` sequences."""
+def linear_shapes(graph: Graph, rows: int) -> set[tuple[int, int, str, str]]:
+    """(features, columns, fused norm, format of the weight) of the linear layers in a decode step of `rows` sequences."""
     decode = decode_graph(graph, fuse_norms=rows <= linear.MAX_STREAM_ROWS)
     shapes = set()
     for node in decode.nodes:
-        if node.op == "linear":
-            features, columns = decode.specs[node.used[1]].shape
+        if node.op in PRODUCTS:
+            features, columns = node.outputs[0].shape[-1], decode.specs[node.used[0]].shape[-1]
             assert isinstance(features, int) and isinstance(columns, int)
-            shapes.add((features, columns, str(node.attrs.get("norm", "none"))))
+            weight = linear.FLOAT if node.op == "linear" else _format(decode, node)
+            shapes.add((features, columns, str(node.attrs.get("norm", "none")), weight))
     return shapes
+
+
+def _format(graph: Graph, node: Node) -> str:
+    """The format of the weight of a quantized_linear, as the kernels call it."""
+    integers, scale = (graph.specs[name] for name in node.used[1:3])
+    columns = graph.specs[node.used[0]].shape[-1]
+    assert isinstance(columns, int)
+    if integers.dtype is DType.INT8:
+        return format_name(8, None)
+    groups = scale.shape[1]
+    assert isinstance(groups, int)
+    return format_name(4, columns // groups)
 
 
 def code_file(arch: str) -> str:

@@ -12,7 +12,8 @@ from ....kernels.context_attention import ContextAttention
 from ....kernels.embedding import Embedding, Positions
 from ....kernels.layer_norm import LayerNorm
 from ....kernels.library import KernelLibrary
-from ....kernels.linear import MAX_STREAM_ROWS, Linear, Norm, outruns_cublas, weight_sums
+from ....kernels.linear import MAX_ROWS, MAX_STREAM_ROWS, Linear, Norm, outruns_cublas, weight_sums
+from ....kernels.linear.quantized import Dequantize, QuantizedLinear, for_kernels
 from ....kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
 from ...graph import Graph, Node
 from ...ops import ReferenceContext, get_op
@@ -79,9 +80,11 @@ class CudaProgram:
         rank: int = 0,
     ) -> None:
         self._communicator, self._rank = communicator, rank
-        self._graph, self._weights, self._cache, self._library = graph, weights, cache, library
+        self._graph, self._cache, self._library = graph, cache, library
+        self._weights, self._scratch = _quantized_for_kernels(graph, weights)
         self._accumulation, self._max_kv_length = accumulation, max_kv_length
         self._embedding, self._norm, self._linear = Embedding(library), LayerNorm(library), Linear(library)
+        self._quantized_linear, self._dequantize = QuantizedLinear(library), Dequantize(library)
         self._decode_attention, self._context_attention = (
             PagedDecodeAttention(library),
             ContextAttention(library),
@@ -120,6 +123,7 @@ class CudaProgram:
         kernels: dict[str, KernelFactory] = {
             "embedding": self._embedding_kernel,
             "linear": partial(self._linear_kernel, library_products),
+            "quantized_linear": partial(self._quantized_linear_kernel, library_products),
             "layer_norm": partial(self._norm_kernel, "layer"),
             "rms_norm": partial(self._norm_kernel, "rms"),
             "add_layer_norm": partial(self._add_norm_kernel, "layer"),
@@ -205,18 +209,54 @@ class CudaProgram:
     def _all_reduce_kernel(self, graph: Graph, node: Node) -> Kernel:
         assert self._communicator is not None, f"{node.name}: ranks that cannot talk to each other"
         (summand,) = node.used
-        fresh = graph.producers[summand].op in (
-            "linear",
-            "embedding",
-        )  # these give tensors of their own, not views
+        # These give tensors of their own, not views.
+        fresh = graph.producers[summand].op in ("linear", "quantized_linear", "embedding")
         overwrite = fresh and only_reader(graph, summand)
         return partial(self._communicator.all_reduce, overwrite=overwrite)
+
+    def _quantized_linear_kernel(self, library_products: bool, node: Node) -> Kernel:
+        activation = node.attrs.get("activation", "none")
+        norm = self._fused_norm(node) if "norm" in node.attrs else None
+
+        def run(
+            x: torch.Tensor,
+            integers: torch.Tensor,
+            scale: torch.Tensor,
+            zero: torch.Tensor | None = None,
+            bias: torch.Tensor | None = None,
+            residual: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            assert zero is None, f"{node.name}: the target refuses zero points"
+            rows, features = x.shape[0], integers.shape[0]
+            if rows == 0:
+                return x.new_empty(0, features)
+            if library_products or rows > MAX_ROWS:
+                assert norm is None, f"{node.name}: a norm is fused into a product of {rows} rows"
+                weight = self._dequantized(integers, scale, x.shape[1])
+                return large_linear(x, weight, bias, residual, activation)
+            return self._quantized_linear(
+                x.contiguous(), integers, scale, bias, out=x.new_empty(rows, features), residual=residual,
+                activation=activation, norm=norm,
+            )  # fmt: skip
+
+        return run
+
+    def _dequantized(self, integers: torch.Tensor, scale: torch.Tensor, columns: int) -> torch.Tensor:
+        """[out, in] in the scratch that all weights share: the next one is made when this one has been multiplied."""
+        assert self._scratch is not None
+        out = self._scratch[: integers.shape[0] * columns].view(-1, columns)
+        return self._dequantize(integers, scale, out=out)
 
     def _fused_norm(self, node: Node) -> Norm:
         kind, epsilon = node.attrs["norm"], node.attrs["eps"]
         name = node.used[1]
         if kind == "layer" and name not in self._weight_sums:
-            self._weight_sums[name] = weight_sums(self._weights[name])
+            weight = self._weights[name]
+            if node.op == "quantized_linear":
+                scale = self._weights[node.used[2]]
+                padded = weight.shape[1] * (1 if weight.dtype is torch.int8 else 2)
+                weight = self._dequantize(weight, scale, out=scale.new_empty(len(weight), padded))
+            self._weight_sums[name] = weight_sums(weight)
         return Norm(self._weight_sums.get(name), kind, epsilon)
 
     def _attention_kernel(self, node: Node) -> Kernel:
@@ -279,6 +319,25 @@ class CudaProgram:
         self._context_attention(
             q, k, v, keys, values, *starts, out=out, scale=scale, accumulation=self._accumulation
         )
+
+
+def _quantized_for_kernels(
+    graph: Graph, weights: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """`weights` with integers as the kernels read them, in place where possible, and room for the largest dequantized."""
+    made, largest = dict(weights), 0
+    products = [node for node in graph.nodes if node.op == "quantized_linear"]
+    for integers, scale in {
+        (node.used[1], node.used[2]) for node in products
+    }:  # a weight may serve several layers
+        made[integers], made[scale] = for_kernels(weights[integers], weights[scale])
+    if not products:
+        return made, None
+    for node in products:
+        columns = graph.specs[node.used[0]].shape[-1]
+        assert isinstance(columns, int)
+        largest = max(largest, len(weights[node.used[1]]) * columns)
+    return made, weights[products[0].used[2]].new_empty(largest)
 
 
 def narrow_logits(graph: Graph) -> Graph:

@@ -11,7 +11,7 @@ from ...dtypes import DType
 from ...errors import BuildError, ConfigError
 from ...graph import Graph
 from ...ops import op_names
-from ...passes.fuse import ACTIVATION, AFFINE, POSITIONS, SIBLINGS
+from ...passes.fuse import ACTIVATION, AFFINE, DEQUANTIZE, POSITIONS, SIBLINGS
 from ..base import CacheShape, Capabilities
 from .code import ARCHITECTURES, MAX_DECODE_BUCKET, check_sizes, check_supported, kernel_sources, write_code
 
@@ -36,9 +36,10 @@ class CudaTarget:
         return Capabilities(
             ops=op_names(),
             # What more is fused depends on the rows of a step: see `variants`.
-            fusions=frozenset({SIBLINGS, ACTIVATION, POSITIONS, AFFINE}),
+            fusions=frozenset({SIBLINGS, ACTIVATION, POSITIONS, AFFINE, DEQUANTIZE}),
             dtypes=frozenset({DType.FLOAT16, DType.BFLOAT16}),
             tensor_parallel=True,
+            quantized=frozenset({"int8", "int4"}),
         )
 
     def compile(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from trtc.core.build import plan
+from trtc.core.build import build_engine, plan
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
 from trtc.core.errors import BuildError, ConfigError, TargetError
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext
+from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
+from trtc.core.quantize.source import nearest
 from trtc.core.targets.base import CacheShape
 from trtc.core.targets.cuda.code import code_file, decode_buckets, kernel_sources, read_code
 from trtc.core.targets.cuda.variants import decode_graph, prefill_graph
@@ -30,8 +33,6 @@ def checkpoint(variant: str, folder: Path) -> OptCheckpoint:
 
 def planned(source: OptCheckpoint) -> tuple[Graph, dict[str, torch.Tensor]]:
     """The graph an engine would have, and its weights in float64."""
-    import dataclasses
-
     model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
     parts = plan(source.family, model, source.weights(DType.FLOAT16), dataclasses.replace(BUILD, **CUDA), 0)
     raw = {name: source.weights().read(0, name).double() for name in source.weights().names(0)}
@@ -39,9 +40,29 @@ def planned(source: OptCheckpoint) -> tuple[Graph, dict[str, torch.Tensor]]:
     return parts.graph, raw | made
 
 
-@pytest.mark.parametrize("variant", CUDA_VARIANTS)
-def test_variants_compute_what_the_graph_does(variant: str, tmp_path: Path) -> None:
-    graph, weights = planned(checkpoint(variant, tmp_path))
+def planned_quantized(source: OptCheckpoint, how: WeightFormat) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """The same of an engine with integer weights, every scale and float weight widened to float64."""
+    model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
+    weights = nearest(QuantizeOptions(how, lm_head=True))(source.weights(DType.FLOAT16))
+    parts = plan(source.family, model, weights, dataclasses.replace(BUILD, **CUDA), 0)
+    raw = {name: weights.read(0, name) for name in weights.names(0)}
+    raw = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in raw.items()}
+    made = {name: interpret(recipe, raw) for name, recipe in parts.recipes.items()}
+    return parts.graph, raw | made
+
+
+INT8, INT4 = WeightFormat("int8"), WeightFormat("int4", 64)
+VARIANTS = [
+    *((variant, None) for variant in CUDA_VARIANTS),
+    *((variant, INT8) for variant in ("cuda_pre_norm", "cuda_post_norm_projected", "cuda_bias_free_gelu")),
+    ("cuda_bias_free_gelu", INT4),
+]
+
+
+@pytest.mark.parametrize(("variant", "how"), VARIANTS, ids=str)
+def test_variants_compute_what_the_graph_does(variant: str, how: WeightFormat | None, tmp_path: Path) -> None:
+    source = checkpoint(variant, tmp_path)
+    graph, weights = planned(source) if how is None else planned_quantized(source, how)
     sequences = PagedSequences(16, 32)
 
     def run(one: Graph, inputs: dict[str, torch.Tensor], cache: list) -> torch.Tensor:
@@ -71,9 +92,28 @@ def test_decode_graph_has_few_kernels(tmp_path: Path) -> None:
     assert work == ["embedding", *["linear", "attention", "linear", "linear", "linear"] * 2, "linear"]
 
 
-def test_engine_carries_its_kernels(tmp_path: Path) -> None:
+def test_quantized_decode_graph_has_few_kernels(tmp_path: Path) -> None:
+    """Residuals are inside the products, and so are norms without weights; others keep theirs and are kernels of their own."""
+    views = {"input", "weight", "reshape", "split", "cast"}
+    for variant, norms in (("cuda_bias_free_gelu", []), ("cuda_pre_norm", ["layer_norm"])):
+        graph, _ = planned_quantized(checkpoint(variant, tmp_path / variant), INT8)
+        work = [node.op for node in decode_graph(graph, fuse_norms=True).nodes if node.op not in views]
+        product = ["quantized_linear"]
+        layer = [*norms, *product, "attention", *product, *norms, *product, *product]
+        assert work == ["embedding", *layer * 2, *norms, *product], variant
+
+
+@pytest.mark.parametrize("how", [None, INT8, INT4], ids=str)
+def test_engine_carries_its_kernels(how: WeightFormat | None, tmp_path: Path) -> None:
     """Every kernel the program can ask for is in the engine: entries compare equal with the sources asked for."""
-    folder = checkpoint("cuda_pre_norm", tmp_path).build(tmp_path / "engine", dtype=DType.FLOAT16, **CUDA)
+    source = checkpoint("cuda_pre_norm", tmp_path)
+    folder = tmp_path / "engine"
+    if how is None:
+        source.build(folder, dtype=DType.FLOAT16, **CUDA)
+    else:
+        model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
+        weights = nearest(QuantizeOptions(how))(source.weights(DType.FLOAT16))
+        build_engine(source.family, model, weights, dataclasses.replace(BUILD, **CUDA), folder)
     engine = Engine.open(folder)
     assert code_file("sm_90") in engine.files
     (part,) = engine.ranks
@@ -82,6 +122,9 @@ def test_engine_carries_its_kernels(tmp_path: Path) -> None:
     shape = CacheShape.of(part.graph, engine.build.page_size)
     wanted = kernel_sources(part.graph, shape, engine.build.max_batch_size, "sm_90", "float16")
     assert set(code) == {entry for source in wanted for entry in source.entries}
+    integers = {entry for entry in code if "Int8Weight" in entry or "Int4Weight" in entry}
+    assert bool(integers) == (how is not None)
+    assert any("dequantize" in entry for entry in code) == (how is not None)
     for compiled in code.values():
         assert compiled.cubin.startswith(b"\x7fELF")
         assert all(use.spill_store_bytes == use.spill_load_bytes == 0 for use in compiled.resources.values())

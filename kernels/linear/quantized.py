@@ -1,0 +1,209 @@
+"""Linear layers with integer weights: fused for 1 to 64 rows, dequantized for more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ..contract import check_tensor, element_type, pointer
+from ..errors import KernelContractError
+from ..launch import BoundKernel, LaunchShape
+from ..library import KernelLibrary
+from ..nvrtc import KernelSource
+from . import ELEMENTS, SIGNATURES, Norm, check_epilogue
+from .formats import WEIGHTS, StoredWeight, format_name, interleave_int4
+from .plan import ACTIVATIONS, FOLDER, StreamPlan, check_sizes
+from .quantized_plan import QuantizedPlan, choose_quantized
+
+if TYPE_CHECKING:
+    import torch
+
+DEQUANTIZE_SIGNATURE = "PPPii"
+_DEQUANTIZE_THREADS, _PIECES_PER_THREAD = 256, 4
+
+
+def for_kernels(integers: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight as engines store it -> as these kernels read it: rows padded, four-bit integers interleaved.
+
+    integers: int8 [out, in], or uint8 [out, in / 2] with two of four bits each; scale: [out], or [out, groups].
+    In place where no padding is needed.
+    """
+    stored = stored_format(integers, scale)
+    columns = integers.shape[1] * 8 // stored.bits
+    missing = stored.padded(columns) - columns
+    if missing:
+        integers = _widened(integers, missing * stored.bits // 8)
+        scale = scale if stored.group is None else _widened(scale, missing // stored.group)
+    if stored.bits == 4:
+        integers.copy_(interleave_int4(integers))
+    return integers, scale
+
+
+def _widened(tensor: torch.Tensor, columns: int) -> torch.Tensor:
+    """`tensor` with so many columns of zeros more."""
+    import torch
+
+    return torch.cat((tensor, tensor.new_zeros(tensor.shape[0], columns)), dim=1)
+
+
+def stored_format(integers: torch.Tensor, scale: torch.Tensor) -> StoredWeight:
+    """Which format a weight has. Raises KernelContractError for one that there is no kernel for."""
+    import torch
+
+    bits = {torch.int8: 8, torch.uint8: 4}.get(integers.dtype)
+    found = None
+    if bits == 8 and scale.dim() == 1:
+        found = format_name(8, None)
+    elif bits == 4 and scale.dim() == 2 and scale.shape[1]:
+        # Rows may be padded: a group is the power of two that has so many in them.
+        group = 2 * integers.shape[1] / scale.shape[1]
+        found = format_name(4, int(group)) if group == int(group) else None
+    if found is None or found not in WEIGHTS:
+        raise KernelContractError(
+            f"quantized linear: integers {integers.dtype} {list(integers.shape)} with scales {list(scale.shape)} are not "
+            f"supported; accepted: {', '.join(list(WEIGHTS)[1:])}"
+        )
+    return WEIGHTS[found]
+
+
+class QuantizedLinear:
+    """Launcher of the linear kernels for integer weights; see `__call__`. One per device and thread."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._library = library
+        self._bound: dict[tuple[object, ...], tuple[QuantizedPlan, BoundKernel]] = {}
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        integers: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: str = "none",
+        norm: Norm | None = None,
+        dependent: bool = True,
+        plan: QuantizedPlan | None = None,
+    ) -> torch.Tensor:
+        """`activation(norm(x) @ W.T + bias) + residual` with W = integers * scale, as `Linear` has it.
+
+        integers: int8 [out_features, in_features] or uint8 [out_features, in_features / 2], from `for_kernels`
+        scale:    [out_features] for int8, [out_features, groups] for int4; dtype of x
+        The rest as in `Linear`; `norm.weight_sums` are those of W. Integers are exact in the product, scales are applied to
+        float32 sums: of a row for int8, of a group for int4.
+        Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
+        """
+        rows, columns = x.shape
+        features = integers.shape[0]
+        tensors = (x, integers, scale, bias, residual, out, norm.weight_sums if norm else None)
+        key = (
+            *((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) if t is not None else None for t in tensors),
+            activation, norm.kind if norm else None, dependent, plan,
+        )  # fmt: skip
+        found = self._bound.get(key)
+        if found is None:
+            stored = self._check(x, integers, scale, bias, residual, out, activation, norm)
+            found = self._bound[key] = self._bind(x, features, stored, norm, dependent, plan)
+        plan, kernel = found
+        code = ACTIVATIONS[activation]
+        if isinstance(plan, StreamPlan):
+            sums, epsilon = (norm.weight_sums, norm.epsilon) if norm else (None, 0.0)
+            addresses = map(pointer, (out, x, integers, scale, bias, residual, sums))
+            kernel(*addresses, rows, features, columns, code, epsilon)
+            return out
+        sizes = (rows, features, columns, plan.features_per_block, plan.columns_per_block, code)
+        kernel(*map(pointer, (out, x, integers, scale, bias, residual)), *sizes)
+        return out
+
+    def _bind(
+        self, x: torch.Tensor, features: int, stored: StoredWeight, norm: Norm | None, dependent: bool,
+        plan: QuantizedPlan | None,
+    ) -> tuple[QuantizedPlan, BoundKernel]:  # fmt: skip
+        library = self._library
+        rows, columns = x.shape
+        chosen = plan or choose_quantized(
+            rows, features, columns, norm=norm.kind if norm else "none", capability=library.capability,
+            multiprocessors=library.multiprocessors, weight=stored.name,
+        )  # fmt: skip
+        assert chosen.weight == stored.name
+        entry = chosen.entry(element_type("quantized linear", x, ELEMENTS))
+        kernel = library.kernel(chosen.source, entry, SIGNATURES[type(chosen)])
+        return chosen, kernel.bind(chosen.launch_shape(dependent and library.capability >= 90))
+
+    @staticmethod
+    def _check(
+        x: torch.Tensor,
+        integers: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        out: torch.Tensor,
+        activation: str,
+        norm: Norm | None,
+    ) -> StoredWeight:
+        op = "quantized linear"
+        element_type(op, x, ELEMENTS)
+        rows, columns = x.shape
+        check_sizes(rows, columns, integers.shape[0])
+        stored = check_weight(op, integers, scale, columns, x)
+        check_epilogue(op, x, integers.shape[0], bias, residual, out, activation, norm)
+        return stored
+
+
+class Dequantize:
+    """Launcher of the kernel that makes a float matrix of an integer weight; see `__call__`."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._library = library
+
+    def __call__(self, integers: torch.Tensor, scale: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        """`integers * scale`, rounded once, written to `out` [out_features, in_features] on torch's current stream.
+
+        integers, scale: as `QuantizedLinear` takes them, scales in the dtype of `out`. in_features is a multiple of 8.
+        """
+        element = element_type("dequantize", out, ELEMENTS)
+        features, columns = out.shape
+        check_sizes(1, columns, features)
+        stored = check_weight("dequantize", integers, scale, columns, out)
+        check_tensor(
+            "dequantize", "out", out, out.dtype, {"out_features": features, "in_features": columns}, out
+        )
+        if integers.shape[0] != features:
+            raise KernelContractError(f"dequantize: {integers.shape[0]} rows of integers, out has {features}")
+        kernel = self._library.kernel(
+            dequantize_source(), dequantize_entry(element, stored.name), DEQUANTIZE_SIGNATURE
+        )
+        blocks = -(-features * (columns // 8) // (_DEQUANTIZE_THREADS * _PIECES_PER_THREAD))
+        shape = LaunchShape((blocks,), (_DEQUANTIZE_THREADS,))
+        kernel(shape, *map(pointer, (out, integers, scale)), features, columns)
+        return out
+
+
+def check_weight(
+    op: str, integers: torch.Tensor, scale: torch.Tensor, columns: int, like: torch.Tensor
+) -> StoredWeight:
+    """The format of a weight of `columns` columns. Raises KernelContractError when its parts do not fit each other."""
+    stored = stored_format(integers, scale)
+    features, padded = integers.shape[0], stored.padded(columns)
+    sizes = {"out_features": features, "stored": padded * stored.bits // 8}
+    check_tensor(op, "integers", integers, integers.dtype, sizes, like)
+    groups = {} if stored.group is None else {"groups": padded // stored.group}
+    check_tensor(op, "scale", scale, like.dtype, {"out_features": features, **groups}, like)
+    return stored
+
+
+def dequantize_source(entries: Iterable[str] = ()) -> KernelSource:
+    return KernelSource(FOLDER / "dequantize.cu", tuple(entries))
+
+
+def dequantize_entry(element: str, weight: str) -> str:
+    """Name expression of the kernel for CUDA type `element` and a key of `formats.WEIGHTS`."""
+    return f"trtc::dequantize_weight<{element}{WEIGHTS[weight].policy(element)}>"
+
+
+def dequantize_sources(element: str, weights: Iterable[str]) -> tuple[KernelSource, ...]:
+    """The source with the kernels for the formats `weights`; none when there are none."""
+    entries = sorted({dequantize_entry(element, weight) for weight in weights})
+    return (dequantize_source(entries),) if entries else ()

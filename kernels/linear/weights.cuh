@@ -1,0 +1,143 @@
+// How linear kernels read their weights: a lane takes 16 bytes of a row at a time, in pieces that go with 16 bytes of x.
+//
+//   Stored            one stored element, which holds kColumnsPerStored columns
+//   kPad              rows are stored in whole multiples of so many columns
+//   kPieces           16-byte pieces of x, of 8 columns each, that go with 16 bytes of W
+//   kMemberColumns    columns from the first piece of a lane to that of the next member of its group
+//   kPieceColumns     columns from a piece of a lane to its next one
+//   kHeldPad          columns that rows of x in shared memory are apart beyond a multiple of 64: against bank conflicts
+//   kRowScales        one scale a row, applied to the finished sum
+//   kGroups           scales of a row in 128 columns: the sum of each group is scaled, in float32; 0: none
+//   piece(stored, i)  piece i as 8 elements of T, exact
+//
+// Integers become floating point by their bits: behind the right exponent they are a number with an offset, which one
+// subtraction takes off.
+#pragma once
+#include "common/types.cuh"
+
+namespace trtc {
+
+// 16-bit elements, as they are.
+template <typename T>
+struct FloatWeight {
+    using Stored = T;
+    static constexpr int kColumnsPerStored = 1, kPad = 1, kPieces = 1, kMemberColumns = 8, kPieceColumns = 0;
+    static constexpr int kHeldPad = 32, kGroups = 0;
+    static constexpr bool kRowScales = false;
+
+    static __device__ __forceinline__ uint4 piece(const uint4& stored, int) { return stored; }
+};
+
+// a - b and a * b + c of pairs of T, all given by their bits.
+template <typename T>
+__device__ __forceinline__ uint32 subtract_pairs(uint32 a, uint32 b) {
+    using Pair = typename PairOf<T>::type;
+    const Pair result = __hsub2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+    return reinterpret_cast<const uint32&>(result);
+}
+
+__device__ __forceinline__ uint32 multiply_add_halves(uint32 a, uint32 b, uint32 c) {
+    const __half2 result = __hfma2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b),
+                                   reinterpret_cast<const __half2&>(c));
+    return reinterpret_cast<const uint32&>(result);
+}
+
+// Two neighbouring signed bytes of a word as a pair; kSelect is 0x4140 for the lower two, 0x4342 for the upper two.
+template <typename T>
+struct BytePair;
+template <>
+struct BytePair<__half> {
+    template <int kSelect>
+    static __device__ __forceinline__ uint32 of(uint32 word) {
+        // 0x6400 | (byte + 128) is 1024 + 128 + byte.
+        return subtract_pairs<__half>(__byte_perm(word ^ 0x80808080u, 0x64646464u, kSelect), 0x64806480u);
+    }
+};
+template <>
+struct BytePair<__nv_bfloat16> {
+    template <int kSelect>
+    static __device__ __forceinline__ uint32 of(uint32 word) {
+        // Seven bits of mantissa hold the byte but for its sign: 0x4300 | bits is 128 + bits. The sign turns what is taken
+        // off from 128 (0x4300) into 256 (0x4380).
+        const uint32 wide = __byte_perm(word, 0x43434343u, kSelect);
+        return subtract_pairs<__nv_bfloat16>(wide & 0xff7fff7fu, wide & 0xff80ff80u);
+    }
+};
+
+// int8, as engines store it: a lane takes 16 neighbouring columns.
+template <typename T>
+struct Int8Weight {
+    using Stored = signed char;
+    static constexpr int kColumnsPerStored = 1, kPad = 16, kPieces = 2, kMemberColumns = 16, kPieceColumns = 8;
+    static constexpr int kHeldPad = 8, kGroups = 0;
+    static constexpr bool kRowScales = true;
+
+    static __device__ __forceinline__ uint4 piece(const uint4& stored, int index) {
+        const uint32 low = index ? stored.z : stored.x, high = index ? stored.w : stored.y;
+        using Pair = BytePair<T>;
+        return make_uint4(Pair::template of<0x4140>(low), Pair::template of<0x4342>(low),
+                          Pair::template of<0x4140>(high), Pair::template of<0x4342>(high));
+    }
+};
+
+// Eight four-bit integers of a word, 8 added to each, as elements. Columns 2 i and 2 i + 1 are in bits 4 i and 4 i + 16.
+template <typename T>
+struct Nibbles;
+template <>
+struct Nibbles<__half> {
+    static __device__ __forceinline__ uint4 of(uint32 word) {
+        // 0x6400 | four bits is 1024 + them; four bits higher, they count 16 times: (1024 + 16 n) / 16 - 72 is n - 8.
+        const uint32 upper = word >> 8;
+        return make_uint4(subtract_pairs<__half>((word & 0x000f000fu) | 0x64006400u, 0x64086408u),
+                          multiply_add_halves((word & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u),
+                          subtract_pairs<__half>((upper & 0x000f000fu) | 0x64006400u, 0x64086408u),
+                          multiply_add_halves((upper & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u));
+    }
+};
+template <>
+struct Nibbles<__nv_bfloat16> {
+    static __device__ __forceinline__ uint32 pair(uint32 word) {
+        return subtract_pairs<__nv_bfloat16>((word & 0x000f000fu) | 0x43004300u, 0x43084308u);  // 128 + n - 136
+    }
+    static __device__ __forceinline__ uint4 of(uint32 word) {
+        return make_uint4(pair(word), pair(word >> 4), pair(word >> 8), pair(word >> 12));
+    }
+};
+
+// int4 in groups of kGroupColumns, interleaved (`interleave_int4` in formats.py): of 128 columns, a lane's 16 bytes hold the
+// four pieces whose neighbours the other members of its group have, so that every piece is within one group.
+template <typename T, int kGroupColumns>
+struct Int4Weight {
+    using Stored = unsigned char;
+    static constexpr int kColumnsPerStored = 2, kPad = 128, kPieces = 4, kMemberColumns = 8, kPieceColumns = 32;
+    static constexpr int kHeldPad = 32, kGroups = 128 / kGroupColumns;
+    static constexpr bool kRowScales = false;
+
+    static __device__ __forceinline__ uint4 piece(const uint4& stored, int index) {
+        const uint32 word = index == 0 ? stored.x : index == 1 ? stored.y : index == 2 ? stored.z : stored.w;
+        return Nibbles<T>::of(word);
+    }
+};
+
+// The kGroups scales of one row in 128 columns.
+template <typename T, int kGroups>
+struct alignas(2 * (kGroups > 0 ? kGroups : 1)) GroupScales {
+    T value[kGroups > 0 ? kGroups : 1];
+};
+
+// Place of a row's scales in 128 columns; rows have as many as their padded columns.
+template <typename T, int kGroups>
+__device__ __forceinline__ GroupScales<T, kGroups> load_scales(const T* scales, int row, int column, int padded_columns,
+                                                               bool valid) {
+    using Scales = GroupScales<T, kGroups>;
+    if (!valid) return Scales{};
+    const uint32 place = static_cast<uint32>(row) * (padded_columns / 128) + column / 128;
+    return *(reinterpret_cast<const Scales*>(scales) + place);
+}
+
+template <typename Weight>
+__device__ __forceinline__ int padded_columns(int columns) {
+    return (columns + Weight::kPad - 1) / Weight::kPad * Weight::kPad;
+}
+
+}  // namespace trtc

@@ -1,0 +1,157 @@
+"""Quantized engines of target cuda on a GPU. Oracle: the float graph in float64 with the weights that integers stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trtc.core.build import build_engine
+from trtc.core.dtypes import DType
+from trtc.core.interpreter import interpret
+from trtc.core.ops import ReferenceContext
+from trtc.core.quantize.integers import dequantize
+from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
+from trtc.core.quantize.source import QuantizedWeights, nearest
+from trtc.runtime.executor import Executor
+from trtc.runtime.llm import LLM
+from trtc.runtime.load import load_executor
+from trtc.runtime.sampling_params import SamplingParams
+from trtc.runtime.step_input import StepInput
+from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
+from trtc.tests.packed_steps import PagedSequences, filled_cache
+from trtc.tests.tolerances import logits_tolerance, max_error
+
+pytestmark = pytest.mark.gpu
+TOKENS = [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 80)]
+INT8, INT4 = WeightFormat("int8"), WeightFormat("int4", 128)
+CASES = [
+    ("cuda_pre_norm", INT8),
+    ("cuda_pre_norm", INT4),
+    ("cuda_pre_norm", WeightFormat("int4", 32)),
+    ("cuda_post_norm_projected", INT8),
+    ("cuda_post_norm_projected", WeightFormat("int4", 64)),
+    ("cuda_bias_free_gelu", INT8),
+    ("cuda_bias_free_gelu", INT4),
+    ("cuda_head_dim_80_odd_vocabulary", INT8),
+    ("cuda_head_dim_128_untied", WeightFormat("int4", 64)),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An engine, and what it stands for."""
+
+    engine: Path
+    checkpoint: OptCheckpoint
+    source: QuantizedWeights
+    lm_head: bool
+
+    @classmethod
+    def build(
+        cls,
+        variant: str,
+        how: WeightFormat,
+        dtype: DType,
+        folder: Path,
+        *,
+        lm_head: bool = False,
+        **options: object,
+    ) -> Quantized:
+        checkpoint = OptCheckpoint.open(save_hf(variant, folder / "hf"))
+        source = nearest(QuantizeOptions(how, lm_head))(checkpoint.weights(dtype))
+        major, minor = torch.cuda.get_device_capability()
+        build = dataclasses.replace(
+            BUILD, target="cuda", target_options={"architectures": [f"sm_{major}{minor}"]}, **options
+        )
+        model = dataclasses.replace(checkpoint.config, dtype=dtype)
+        build_engine(checkpoint.family, model, source, build, folder / "engine")
+        return cls(folder / "engine", checkpoint, source, lm_head)
+
+    def reference(self, page_size: int, num_pages: int) -> Reference:
+        return Reference(self, page_size, num_pages)
+
+
+class Reference:
+    """The composed graph in float64, step by step."""
+
+    def __init__(self, quantized: Quantized, page_size: int, num_pages: int) -> None:
+        self._graph = quantized.checkpoint.family.compose(quantized.checkpoint.config)
+        self._weights = {node.name: self._weight(quantized.source, node.name) for node in self._graph.weights}
+        self._context = ReferenceContext(filled_cache(self._graph, page_size, num_pages, torch.float64))
+
+    @staticmethod
+    def _weight(source: QuantizedWeights, name: str) -> torch.Tensor:
+        value = source.read(0, name)
+        if name not in source.quantization.weights:
+            return value.double()
+        return dequantize(value, source.read(0, f"{name}.scale").double())
+
+    def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = interpret(self._graph, {**self._weights, **inputs}, self._context)
+        return logits
+
+
+def execute(executor: Executor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
+    return executor.execute(step).float().cpu()
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
+@pytest.mark.parametrize(("variant", "how"), CASES, ids=str)
+def test_logits(variant: str, how: WeightFormat, dtype: DType, tmp_path: Path) -> None:
+    """One prompt, a prompt with chunks, and token by token (from CUDA graphs)."""
+    quantized = Quantized.build(variant, how, dtype, tmp_path, lm_head=variant == "cuda_head_dim_128_untied")
+    reference = quantized.reference(BUILD.page_size, 16).run(
+        PagedSequences(BUILD.page_size, 16).step({"a": TOKENS})
+    )
+    tolerance = logits_tolerance(dtype, reference)
+    for chunks in ([len(TOKENS)], [9, 20, *[1] * (len(TOKENS) - 29)]):
+        executor = load_executor(quantized.engine)
+        sequence = PagedSequences(executor.page_size, executor.num_pages)
+        rows, start = [], 0
+        for size in chunks:
+            rows.append(execute(executor, sequence.step({"a": TOKENS[start : start + size]})))
+            start += size
+        executor.close()
+        error = max_error(torch.cat(rows), reference)
+        assert error <= tolerance, f"chunks {chunks[:3]}: {error} > {tolerance}"
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+@pytest.mark.parametrize("how", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("sequences", [7, 16, 33, 70])
+def test_batches(sequences: int, how: WeightFormat, lm_head: bool, tmp_path: Path) -> None:
+    """Decode steps of several sequences: the streaming and the tile kernels, and beyond 64 rows dequantized weights."""
+    quantized = Quantized.build(
+        "cuda_pre_norm", how, DType.FLOAT16, tmp_path, lm_head=lm_head, max_batch_size=80, max_num_tokens=240
+    )
+    executor = load_executor(quantized.engine)
+    paged = PagedSequences(executor.page_size, executor.num_pages)
+    reference = quantized.reference(executor.page_size, executor.num_pages)
+    names = [str(i) for i in range(sequences)]
+    for step in range(3):
+        inputs = paged.step({name: [(7 * i + step) % 90, (5 * i) % 90, i % 90][: 3 if step == 0 else 1]
+                             for i, name in enumerate(names)})  # fmt: skip
+        expected = reference.run(inputs)
+        assert max_error(execute(executor, inputs), expected) <= logits_tolerance(DType.FLOAT16, expected)
+    executor.close()
+
+
+def test_generation_is_reproducible(tmp_path: Path) -> None:
+    """Greedy tokens, run ahead in CUDA graphs, twice, after weights were laid out anew for the kernels."""
+    quantized = Quantized.build("cuda_pre_norm", INT4, DType.FLOAT16, tmp_path)
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    runs = []
+    for _ in range(2):
+        with LLM(quantized.engine) as llm:
+            runs.append(list(llm.generate([TOKENS[:20]], params)[0].outputs[0].token_ids))
+    assert runs[0] == runs[1]

@@ -1,0 +1,362 @@
+"""Linear layers with integer weights: layouts, bit tricks, plans and contract on the CPU; on a GPU the kernels themselves.
+
+Oracle of a weight: `core.quantize.integers.dequantize`, which `tests/core/test_quantize.py` checks by the definition.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from trtc.core.quantize.integers import dequantize, pack_int4
+from trtc.kernels.errors import KernelContractError
+from trtc.kernels.layer_norm.reference import norm as reference_norm
+from trtc.kernels.library import KernelLibrary
+from trtc.kernels.linear import Norm, weight_sums
+from trtc.kernels.linear.formats import WEIGHTS, interleave_int4
+from trtc.kernels.linear.plan import (
+    SHARED_LIMITS,
+    SMALLEST_SHARED_LIMIT,
+    StreamPlan,
+    TilePlan,
+)
+from trtc.kernels.linear.quantized import Dequantize, QuantizedLinear, for_kernels, stored_format
+from trtc.kernels.linear.quantized_plan import (
+    QuantizedPlan,
+    choose_quantized,
+    quantized_stream,
+    quantized_tile,
+)
+from trtc.kernels.linear.reference import linear as reference
+
+RELATIVE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Largest 2-norm of the error over that of the reference: one rounding of the output, of 11 or 8 bits."""
+FORMATS = ("int8", "int4/32", "int4/64", "int4/128")
+
+
+def weight(
+    features: int, columns: int, how: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers over their whole range and scales, as engines store them."""
+    generator = torch.Generator().manual_seed(seed + features * columns)
+    stored = WEIGHTS[how]
+    limit = 127 if stored.bits == 8 else 8
+    integers = torch.randint(-limit, limit, (features, columns), generator=generator, dtype=torch.int8)
+    shape = (features,) if stored.group is None else (features, columns // stored.group)
+    scale = (torch.rand(shape, generator=generator) + 0.2) * 2 / limit * columns**-0.5
+    packed = integers if stored.bits == 8 else pack_int4(integers)
+    return packed.to(device), scale.to(device, dtype)
+
+
+# ---- layouts and bits, emulated ------------------------------------------------------------------
+
+
+def test_interleaved_words_hold_the_columns_that_the_kernel_multiplies() -> None:
+    """Oracle: the columns that stream.cu and tile.cu read of x for piece p of member m (8 m + 32 p), and the places of
+    pairs in a word that weights.cuh states: columns 2 i and 2 i + 1 in bits 4 i and 4 i + 16."""
+    integers = torch.randint(-8, 8, (3, 256), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    stored = interleave_int4(pack_int4(integers))
+    assert stored.shape == (3, 128) and stored.dtype == torch.uint8
+    for row, block, member, piece in itertools.product(range(3), range(2), range(4), range(4)):
+        start = 64 * block + 16 * member + 4 * piece
+        word = int.from_bytes(bytes(stored[row, start : start + 4].tolist()), "little")
+        found = [(word >> (4 * (i // 2) + 16 * (i % 2)) & 15) - 8 for i in range(8)]
+        first = 128 * block + 8 * member + 32 * piece
+        assert found == integers[row, first : first + 8].tolist()
+
+
+def pair_value(bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The two elements in a 32-bit register, the lower half first."""
+    halves = torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.int16)
+    return halves.view(dtype)
+
+
+def byte_perm(a: int, b: int, selector: int) -> int:
+    """PRMT: byte i of the result is byte (selector >> 4 i) & 7 of b:a."""
+    whole = a | b << 32
+    return sum((whole >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+
+
+@pytest.mark.parametrize("value", [-128, -127, -100, -2, -1, 0, 1, 63, 64, 127])
+def test_bytes_become_elements_exactly(value: int) -> None:
+    """Oracle: the integer. The steps are those of BytePair in weights.cuh, in torch's float16 and bfloat16 arithmetic."""
+    other = 5
+    word = (value & 255) | other << 8 | (value & 255) << 16 | (other & 255) << 24
+    for selector in (0x4140, 0x4342):
+        half = byte_perm(word ^ 0x80808080, 0x64646464, selector)
+        difference = pair_value(half, torch.float16) - pair_value(0x64806480, torch.float16)
+        assert difference.tolist() == [value, other]
+        wide = byte_perm(word, 0x43434343, selector)
+        a, b = (pair_value(wide & mask, torch.bfloat16) for mask in (0xFF7FFF7F, 0xFF80FF80))
+        assert (a - b).tolist() == [value, other]
+
+
+@pytest.mark.parametrize("value", range(-8, 8))
+def test_nibbles_become_elements_exactly(value: int) -> None:
+    """Oracle: the integer. The steps are those of Nibbles in weights.cuh."""
+    word = sum(((value if i % 2 else -value - 1) + 8) << 4 * i for i in range(8))
+    expected = [-value - 1, value] * 2
+    half = torch.float16
+    low, high = word & 0x000F000F | 0x64006400, word & 0x00F000F0 | 0x64006400
+    assert (pair_value(low, half) - pair_value(0x64086408, half)).tolist() == [-value - 1] * 2
+    scaled = pair_value(high, half) * pair_value(0x2C002C00, half) + pair_value(0xD480D480, half)
+    assert scaled.tolist() == [value] * 2
+    for shift in (0, 4, 8, 12):
+        bits = word >> shift & 0x000F000F | 0x43004300
+        found = pair_value(bits, torch.bfloat16) - pair_value(0x43084308, torch.bfloat16)
+        assert found.tolist() == [expected[shift // 4]] * 2
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("columns", [128, 192, 224, 384])
+def test_every_column_of_a_row_is_multiplied_once(how: str, columns: int) -> None:
+    """Oracle: a permutation. The places are those of x_column and copy_weight in stream.cu: every column of x meets the
+    column of W that lies in the same piece, pieces within 32 columns (a group or part of one)."""
+    stored = WEIGHTS[how]
+    lane_columns = 8 * stored.pieces
+    member_columns, piece_columns = {2: (16, 8), 4: (8, 32)}[stored.pieces]
+    seen = []
+    for step in range(-(-columns // stored.warp_columns)):
+        for member in range(4):
+            column = step * stored.warp_columns + member * lane_columns
+            assert column * stored.bits % 128 == 0  # 16-byte pieces of W
+            for piece in range(stored.pieces):
+                place = column - member * (lane_columns - member_columns) + piece * piece_columns
+                seen += [place + j for j in range(8)]
+                if stored.group is not None:
+                    groups = 128 // stored.group
+                    assert place // stored.group == column // 128 * groups + piece * groups // stored.pieces
+    padded = -(-columns // stored.warp_columns) * stored.warp_columns
+    assert sorted(seen) == list(range(padded))
+
+
+@pytest.mark.parametrize(
+    ("how", "columns"), [("int8", 24), ("int4/32", 160), ("int4/64", 192), ("int4/128", 256)]
+)
+def test_padding_adds_zeros(how: str, columns: int) -> None:
+    """Oracle: the integers; what is added stands for zeros, of groups with a scale of zero."""
+    integers, scale = weight(3, columns, how, torch.float16)
+    original = integers.clone()
+    made, scales = for_kernels(integers, scale)
+    stored = stored_format(made, scales)
+    assert stored.name == how and made.shape[1] * 8 // stored.bits == stored.padded(columns)
+    if stored.bits == 8:
+        assert torch.equal(made[:, :columns], original) and not made[:, columns:].any()
+    else:
+        width = stored.padded(columns) // 2
+        whole = torch.zeros(3, width, dtype=torch.uint8)
+        whole[:, : columns // 2] = original
+        assert torch.equal(made, interleave_int4(whole))
+    if stored.group is not None:
+        assert torch.equal(scales[:, : scale.shape[1]], scale) and not scales[:, scale.shape[1] :].any()
+
+
+def test_whole_weights_are_made_in_place() -> None:
+    """Oracle: the address: a second copy of a large model's weights would not fit beside them."""
+    for how in FORMATS:
+        integers, scale = weight(4, 512, how, torch.bfloat16)
+        made, scales = for_kernels(integers, scale)
+        assert made.data_ptr() == integers.data_ptr() and scales.data_ptr() == scale.data_ptr()
+
+
+# ---- plans and contract --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+@pytest.mark.parametrize("how", FORMATS)
+def test_plans_cover_the_matrix_and_fit(how: str, capability: int) -> None:
+    """Oracle: the sizes of the matrix, the rules that the kernels state, the hardware's limits."""
+    shapes = [
+        (2304, 768),
+        (768, 3072),
+        (12288, 4096),
+        (4096, 16384),
+        (50272, 9216),
+        (9216, 36864),
+        (101, 256),
+        (7, 128),
+    ]
+    limit = SHARED_LIMITS.get(capability, SMALLEST_SHARED_LIMIT)
+    for rows, (features, columns), norm in itertools.product(
+        (1, 4, 8, 9, 16, 17, 64), shapes, ("none", "layer")
+    ):
+        if norm != "none" and rows > 16:
+            continue
+        plan = choose_quantized(rows, features, columns, capability=capability, norm=norm, weight=how)
+        assert plan.weight == how and how.split("/")[0][3:] in plan.entry("__half")
+        assert plan.shared_bytes + (1024 if norm != "none" else 0) <= limit, plan
+        shape = plan.launch_shape(dependent=True)
+        assert shape.block[0] % 32 == 0
+        if isinstance(plan, StreamPlan):
+            assert plan.blocks <= features and 8 * plan.token_tiles >= rows
+            continue
+        assert isinstance(plan, TilePlan)
+        cluster = shape.cluster[0] if shape.cluster else 1
+        assert cluster <= (8 if capability >= 90 else 1)
+        assert shape.grid[0] // cluster * plan.features_per_block >= features
+        assert (
+            cluster * plan.columns_per_block >= columns and plan.columns_per_block % plan.stage_columns == 0
+        )
+        assert plan.features_per_block <= 16 * plan.feature_tiles * plan.warps_down
+        assert 8 * plan.token_tiles >= rows and plan.stage_columns >= WEIGHTS[how].warp_columns
+
+
+def arguments(how: str = "int8") -> dict[str, object]:
+    integers, scale = for_kernels(*weight(16, 128, how, torch.float16))
+    return {
+        "x": torch.zeros(2, 128, dtype=torch.float16),
+        "integers": integers,
+        "scale": scale,
+        "out": torch.zeros(2, 16, dtype=torch.float16),
+    }
+
+
+@pytest.mark.parametrize(
+    ("how", "change", "message"),
+    [
+        ("int8", {"scale": torch.ones(16, 1, dtype=torch.float16)}, "with scales .* are not supported; accepted: int8"),
+        ("int8", {"scale": torch.ones(16)}, r"scale is \[16\] float32 on cpu; expected \[out_features=16\] float16"),
+        ("int8", {"integers": torch.zeros(16, 112, dtype=torch.int8)}, "integers is .*; expected .* int8"),
+        ("int4/64", {"scale": torch.ones(16, 3, dtype=torch.float16)}, r"with scales \[16, 3\] are not supported"),
+        ("int4/64", {"scale": torch.ones(15, 2, dtype=torch.float16)}, r"scale is \[15, 2\]"),
+        ("int4/64", {"x": torch.zeros(65, 128, dtype=torch.float16)}, "rows=65 is not in 1 to 64"),
+        ("int4/64", {"x": torch.zeros(2, 128)}, "quantized linear: dtype float32 is not supported"),
+        ("int8", {"bias": torch.zeros(9, dtype=torch.float16)}, r"quantized linear: bias is \[9\]"),
+        ("int8", {"activation": "swish"}, "quantized linear: activation 'swish' is unknown"),
+        ("int8", {"norm": Norm(None)}, "quantized linear: a layer norm needs weight_sums"),
+    ],
+)  # fmt: skip
+def test_contract_is_checked_before_anything_runs(how: str, change: dict[str, object], message: str) -> None:
+    """Oracle: the text; no GPU is touched."""
+    with pytest.raises(KernelContractError, match=message):
+        QuantizedLinear(KernelLibrary())(**{**arguments(how), **change})  # type: ignore[arg-type]
+
+
+def test_a_matrix_of_another_size_is_refused() -> None:
+    """Oracle: the text."""
+    given = arguments("int4/32")
+    with pytest.raises(KernelContractError, match="dequantize: 16 rows of integers, out has 15"):
+        Dequantize(KernelLibrary())(
+            given["integers"], given["scale"], out=torch.zeros(15, 128, dtype=torch.float16)
+        )  # type: ignore[arg-type]
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def plans(rows: int, features: int, columns: int, how: str) -> list[QuantizedPlan]:
+    """The chosen plan and one of every kernel and way of running it."""
+    found = [choose_quantized(rows, features, columns, weight=how)]
+    if rows <= 16:
+        found += [
+            quantized_stream(rows, features, columns, weight=how, blocks=blocks, warps=warps, held=held, alone=alone)
+            for blocks, warps, held, alone in ((264, 4, False, False), (5, 8, True, True), (132, 6, False, True))
+        ]  # fmt: skip
+    found += [
+        quantized_tile(rows, features, columns, weight=how, cluster=cluster, stages=stages)
+        for cluster, stages in ((1, 2), (2, 4))
+    ]
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize(
+    ("rows", "features", "columns"),
+    [
+        (1, 768, 768),
+        (3, 100, 896),
+        (8, 1024, 3072),
+        (13, 1001, 640),
+        (16, 256, 4096),
+        (33, 1001, 384),
+        (64, 520, 1152),
+    ],
+)
+def test_kernels(
+    rows: int, features: int, columns: int, how: str, dtype: torch.dtype, library: KernelLibrary
+) -> None:
+    """Oracle: the float64 reference with the weight dequantized in float64, on poisoned outputs; the second run gives the
+    same bits."""
+    integers, scale = weight(features, columns, how, dtype, "cuda")
+    exact = dequantize(integers, scale.double())
+    made, scales = for_kernels(integers.clone(), scale)
+    generator = torch.Generator().manual_seed(rows)
+    x, bias, residual = (
+        torch.randn(*shape, generator=generator).to("cuda", dtype)
+        for shape in ((rows, columns), (features,), (rows, features))
+    )
+    out = torch.empty(rows, features, device="cuda", dtype=dtype)
+    linear, activations = (
+        QuantizedLinear(library),
+        itertools.cycle(("none", "relu", "gelu", "gelu_tanh", "silu")),
+    )
+    for plan, activation in zip(plans(rows, features, columns, how), activations, strict=False):
+        given = {"bias": bias, "residual": residual, "activation": activation}
+        expected = reference(x, exact, **given)
+        first = linear(x, made, scales, out=out.fill_(float("nan")), plan=plan, **given).clone()
+        second = linear(x, made, scales, out=out.fill_(float("nan")), plan=plan, **given)
+        assert relative_error(first, expected) < RELATIVE_ERROR[dtype], plan
+        assert torch.equal(first, second), plan
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("columns", [160, 192, 224])
+def test_columns_that_are_not_whole_blocks(
+    columns: int, how: str, dtype: torch.dtype, library: KernelLibrary
+) -> None:
+    """Oracle: the float64 reference. Rows are padded; what lies behind x's last column must not be read into the sum."""
+    group = WEIGHTS[how].group
+    if group is not None and columns % group:
+        pytest.skip("columns are not whole groups")
+    integers, scale = weight(72, columns, how, dtype, "cuda")
+    exact = dequantize(integers, scale.double())
+    made, scales = for_kernels(integers, scale)
+    for rows in (1, 8, 40):
+        whole = torch.full((rows + 1, columns), float("nan"), device="cuda", dtype=dtype)
+        whole[:rows] = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        out = torch.full((rows, 72), float("nan"), device="cuda", dtype=dtype)
+        result = QuantizedLinear(library)(whole[:rows], made, scales, out=out)
+        assert relative_error(result, reference(whole[:rows], exact)) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("how", ["int8", "int4/128"])
+@pytest.mark.parametrize(("rows", "kind"), [(1, "layer"), (5, "layer"), (16, "layer"), (2, "rms")])
+def test_fused_norm(rows: int, kind: str, how: str, dtype: torch.dtype, library: KernelLibrary) -> None:
+    """Oracle: the float64 reference."""
+    integers, scale = weight(1000, 2048, how, dtype, "cuda")
+    exact = dequantize(integers, scale.double())
+    made, scales = for_kernels(integers, scale)
+    x = (torch.randn(rows, 2048, generator=torch.Generator().manual_seed(rows)) + 3).to("cuda", dtype)
+    norm = Norm(weight_sums(exact) if kind == "layer" else None, kind)
+    out = QuantizedLinear(library)(x, made, scales, out=x.new_empty(rows, 1000), norm=norm)
+    expected = reference_norm(x, kind=kind) @ exact.T
+    assert relative_error(out, expected) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize(("features", "columns"), [(33, 128), (100, 896), (7, 192), (1024, 4096)])
+def test_dequantization(
+    features: int, columns: int, how: str, dtype: torch.dtype, library: KernelLibrary
+) -> None:
+    """Oracle: `dequantize` of the engine's own layout, bit by bit."""
+    group = WEIGHTS[how].group
+    if group is not None and columns % group:
+        pytest.skip("columns are not whole groups")
+    integers, scale = weight(features, columns, how, dtype, "cuda")
+    expected = dequantize(integers, scale)
+    made, scales = for_kernels(integers, scale)
+    out = torch.full((features, columns), float("nan"), device="cuda", dtype=dtype)
+    assert torch.equal(Dequantize(library)(made, scales, out=out), expected)
