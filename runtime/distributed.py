@@ -80,6 +80,12 @@ class RankGroup:
             # The communicator is made here and now (device_id), not within the first exchange, which may be captured.
             self._gpus = dist.new_group(backend="nccl", timeout=_UNLIMITED, device_id=device)
 
+    def nccl_communicator(self) -> int:
+        """Address of the `ncclComm_t` of this rank's stage; after `connect_gpus`."""
+        assert self._gpus is not None, "no communicator before connect_gpus"
+        backend = self._gpus._get_backend(torch.device("cuda"))
+        return int(backend._comm_ptr())  # type: ignore[attr-defined]  # ProcessGroupNCCL's own
+
     def least(self, value: int) -> int:
         """The smallest of what the ranks bring."""
         found = torch.tensor([value], dtype=torch.int64)

@@ -17,7 +17,7 @@ from ..core.errors import TargetError
 from .cpu_executor import CpuExecutor
 from .distributed import RankGroup, join
 from .engine_limits import EngineLimits
-from .executor import DecodeLoop
+from .executor import DecodeLoop, PageCopier
 from .gpus import choose_device
 from .placement import Placement
 from .stage_executor import StageExecutor
@@ -49,12 +49,11 @@ def pack(step: StepInput) -> Int32Array:
 
 
 class Local(Protocol):
-    """What runs the part of one rank. One that is a `DecodeLoop` too chooses the same tokens on every rank."""
+    """What runs the part of one rank. It may be a `PageCopier` too; a `DecodeLoop` chooses the same tokens on every rank."""
 
     num_pages: int
 
     def execute(self, step: StepInput) -> torch.Tensor: ...
-    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -140,11 +139,6 @@ class LeadingExecutor(EngineLimits):
         with self._in_step_with(pack(step)):
             return self._local.execute(step)
 
-    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """See `PageCopier.copy_pages`."""
-        with self._in_step_with(pack_copies(source, target)):
-            self._local.copy_pages(source, target)
-
     @contextmanager
     def _in_step_with(self, message: Int32Array) -> Iterator[None]:
         """Tells the other ranks what this one does inside."""
@@ -173,8 +167,18 @@ class LeadingExecutor(EngineLimits):
             group.close()
 
 
-class LeadingLoop(LeadingExecutor):
-    """A `LeadingExecutor` whose ranks are `DecodeLoop`s: one message starts a burst of steps, and none of their results
+class LeadingCopier(LeadingExecutor):
+    """A `LeadingExecutor` whose ranks are `PageCopier`s."""
+
+    def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """See `PageCopier.copy_pages`."""
+        with self._in_step_with(pack_copies(source, target)):
+            assert isinstance(self._local, PageCopier)
+            self._local.copy_pages(source, target)
+
+
+class LeadingLoop(LeadingCopier):
+    """A `LeadingCopier` whose ranks are `DecodeLoop`s: one message starts a burst of steps, and none of their results
     travels to the host of another rank."""
 
     def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
@@ -218,6 +222,7 @@ def _obey(local: Local, message: Int32Array) -> None:
         return
     _, rows, pages, _ = message[:HEADER].tolist()
     if not pages:
+        assert isinstance(local, PageCopier)
         local.copy_pages(*message[HEADER:].reshape(2, -1).tolist())
         return
     assert isinstance(local, DecodeLoop)
@@ -251,7 +256,9 @@ def load_ranks(
         local = _LOCAL[engine.build.target](engine, num_pages, kv_cache_memory_bytes, group)
     if place.rank > 0:
         follow(local, group)
-    leading = LeadingLoop if isinstance(local, DecodeLoop) else LeadingExecutor
+    leading = LeadingCopier if isinstance(local, PageCopier) else LeadingExecutor
+    if isinstance(local, DecodeLoop):
+        leading = LeadingLoop
     return leading(engine, local.num_pages, local, group)
 
 
@@ -282,19 +289,26 @@ def _cuda(
     )
 
 
+def _tensorrt(
+    engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None, group: RankGroup
+) -> Local:
+    from .load import tensorrt_executor
+
+    device = choose_device(group.rank, group.local_rank, torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    group.connect_gpus(torch.device("cuda", device))
+    return tensorrt_executor(engine, num_pages, kv_cache_memory_bytes, group)
+
+
 _LOCAL: dict[str, Callable[[Engine, int | None, int | None, RankGroup], Local]] = {
     "cpu": _cpu,
     "cuda": _cuda,
+    "tensorrt": _tensorrt,
 }
-"""The targets that run on several ranks."""
 
 
 def require_runnable(engine: Engine, processes: int) -> None:
     """Raises TargetError, saying what to do, when `engine` is not one for so many ranks."""
-    if engine.build.target not in _LOCAL:
-        raise TargetError(
-            f"{engine.path}: built for target {engine.build.target}; only {' and '.join(_LOCAL)} run on several ranks today"
-        )
     count = len(engine.ranks)
     if count != processes:
         raise TargetError(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core.engine import Engine
 from ..core.errors import TargetError
 from ..core.plugin_registry import plugins
 from .executor import Executor
 from .placement import placement
+
+if TYPE_CHECKING:
+    from .distributed import RankGroup
+    from .tensorrt_executor import PackedTensorRTExecutor, TensorRTExecutor
 
 
 def load_executor(
@@ -62,7 +67,13 @@ def _cuda(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | No
     return CudaExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)
 
 
-def _tensorrt(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:
+def tensorrt_executor(
+    engine: Engine,
+    num_pages: int | None,
+    kv_cache_memory_bytes: int | None,
+    group: RankGroup | None = None,
+) -> TensorRTExecutor | PackedTensorRTExecutor:
+    """What runs a plan; of an engine of several ranks, the plan of this one's rank in `group`."""
     from .tensorrt_executor import (
         PackedTensorRTExecutor,
         TensorRTExecutor,
@@ -74,13 +85,13 @@ def _tensorrt(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int 
 
     if is_packed(engine):
         pages = packed_pages(engine, num_pages, kv_cache_memory_bytes)
-        return PackedTensorRTExecutor(engine, TensorRTSession(engine, pages), pages)
+        return PackedTensorRTExecutor(engine, TensorRTSession(engine, pages, group), pages)
     slots = cache_slots(engine, num_pages, kv_cache_memory_bytes)
-    return TensorRTExecutor(engine, TensorRTSession(engine, slots), slots)
+    return TensorRTExecutor(engine, TensorRTSession(engine, slots, group), slots)
 
 
 _EXECUTORS: dict[str, Callable[[Engine, int | None, int | None], Executor]] = {
     "cpu": _cpu,
     "cuda": _cuda,
-    "tensorrt": _tensorrt,
+    "tensorrt": tensorrt_executor,
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +17,9 @@ from ..core.targets.tensorrt.build_log import build_log
 from ..core.targets.tensorrt.flavour import Flavour, find_flavour
 from .tensorrt_steps import DECODE, PackedBatch, PaddedBatch
 
+if TYPE_CHECKING:
+    from .distributed import RankGroup
+
 Batch = PaddedBatch | PackedBatch
 
 DTYPES = {"FLOAT": DType.FLOAT32, "HALF": DType.FLOAT16, "BF16": DType.BFLOAT16, "INT32": DType.INT32}
@@ -22,18 +27,20 @@ DTYPES = {"FLOAT": DType.FLOAT32, "HALF": DType.FLOAT16, "BF16": DType.BFLOAT16,
 
 
 class TensorRTSession:
-    """A `PlanSession` on the current GPU.
+    """A `PlanSession` on the current GPU, for one rank of the engine.
 
     Every shape of a decode batch has an execution context of its own and, where TensorRT says that it can be captured,
     a CUDA graph: changing a context would void its graph. Contexts share one activation memory, as one runs at a time.
     """
 
-    def __init__(self, engine: Engine, num_rows: int) -> None:
+    def __init__(self, engine: Engine, num_rows: int, group: RankGroup | None = None) -> None:
         """num_rows: of the KV memory, sequences or pages.
+        group: the ranks of the job, for an engine of several; all run the same batches in the same order.
 
         Raises TargetError when there is no TensorRT of the plan's flavour, no GPU that it is for, or no memory."""
-        (part,) = engine.ranks
-        self._artifacts = part.artifacts
+        assert len(engine.ranks) == 1 or group is not None, "ranks that cannot talk to each other"
+        self._artifacts = engine.ranks[0 if group is None else group.rank].artifacts
+        self._group = group
         flavour = find_flavour(self._artifacts["flavour"])
         require_gpu(engine.path, flavour, self._artifacts["compute_capabilities"], _gpu_capability())
         self._trt, self._log = flavour.trt, build_log(flavour.trt)
@@ -70,12 +77,15 @@ class TensorRTSession:
 
     def run(self, batch: Batch) -> torch.Tensor:
         """See `PlanSession.run`."""
-        with torch.cuda.stream(self._stream):
+        limited: AbstractContextManager[None] = (
+            nullcontext() if self._group is None else self._group.device_work()
+        )
+        with limited, torch.cuda.stream(self._stream):
             ready = self._decode_shape(batch) if batch.profile == DECODE else self._prefill_shape(batch)
             for name, tensor in ready.inputs.items():
                 tensor.copy_(torch.from_numpy(batch.inputs[name]).pin_memory(), non_blocking=True)
             self._execute(ready)
-        self._stream.synchronize()
+            self._stream.synchronize()
         return ready.logits
 
     def _decode_shape(self, batch: Batch) -> _Shape:
@@ -98,6 +108,11 @@ class TensorRTSession:
         names = [one["name"] for one in self._artifacts["profiles"]]
         context.set_optimization_profile_async(names.index(profile), self._stream.cuda_stream)
         context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
+        # Collective: the ranks run the same batches, so that each makes its contexts in the same order.
+        if self._group is not None and not context.set_communicator(
+            _capsule(self._group.nccl_communicator())
+        ):
+            raise self._failed("the communicator of the ranks is refused")
         return context
 
     def _shape(self, batch: Batch, context: Any, *, repeats: bool = True) -> _Shape:
@@ -165,6 +180,13 @@ class _Shape:
     logits: torch.Tensor
     repeats: bool
     graph: torch.cuda.CUDAGraph | None = None
+
+
+def _capsule(address: int) -> Any:
+    """`address` as TensorRT's bindings take a pointer."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return new(address, None, None)
 
 
 def _gpu_capability() -> str | None:

@@ -16,7 +16,7 @@ from trtc.core.engine import Engine
 from trtc.core.errors import TargetError
 from trtc.runtime.distributed import RankGroup
 from trtc.runtime.executor import DecodeLoop, PageCopier
-from trtc.runtime.follower import FIRST, LeadingExecutor, LeadingLoop, follow
+from trtc.runtime.follower import FIRST, LeadingCopier, LeadingExecutor, LeadingLoop, follow
 from trtc.runtime.step_input import StepInput
 
 
@@ -120,11 +120,13 @@ def test_followers_do_what_rank_0_does(engine: Engine) -> None:
     assert [call[0] for call in second.calls] == ["execute", "load", "enqueue", "enqueue", "copy", "load"]
 
 
-def test_an_executor_without_a_loop_offers_none(engine: Engine) -> None:
+def test_an_executor_offers_what_its_ranks_do(engine: Engine) -> None:
     wire = Wire(deque(), reads=False)
-    executor = LeadingExecutor(engine, 8, Recorder(wire.events), cast(RankGroup, wire))
-    assert not isinstance(executor, DecodeLoop)
-    executor.close()
+    offers = {LeadingExecutor: (False, False), LeadingCopier: (True, False), LeadingLoop: (True, True)}
+    for kind, (copies, loops) in offers.items():
+        executor = kind(engine, 8, LoopRecorder(wire.events), cast(RankGroup, wire))
+        assert (isinstance(executor, PageCopier), isinstance(executor, DecodeLoop)) == (copies, loops)
+        executor.close()
 
 
 def test_after_a_burst_that_was_cut_short_nothing_runs(

@@ -5,9 +5,12 @@ Oracle: greedy tokens of transformers, through the whole `LLM`; an exact copy of
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +28,7 @@ from trtc.runtime.load import executor_of
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import StepInput
 from trtc.runtime.tensorrt_executor import TensorRTExecutor, cache_slots, limits
-from trtc.runtime.tensorrt_session import require_gpu
+from trtc.runtime.tensorrt_session import TensorRTSession, require_gpu
 from trtc.runtime.tensorrt_steps import Limits, PaddedBatch, StepPadder
 from trtc.tests.core.targets.tensorrt_opt import Rank, ranks_of
 from trtc.tests.opt_models import OptCheckpoint, hf_model
@@ -244,3 +247,36 @@ def test_kv_memory(opt_checkpoint: Checkpoints) -> None:
         ConfigError, match=f"cannot hold one sequence of max_seq_len 40: .* {row} bytes for each"
     ):
         cache_slots(engine, None, row - 1)
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_every_context_gets_the_communicator_of_the_ranks(accepted: bool) -> None:
+    """Of the profile that it is for. Oracle: by hand; a context that refuses it says so with TensorRT's reason."""
+    seen: list[Any] = []
+
+    def set_communicator(capsule: Any) -> bool:
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        seen.append(pointer(capsule, None))
+        return accepted
+
+    context = SimpleNamespace(
+        set_optimization_profile_async=lambda index, stream: seen.append(index),
+        set_device_memory=lambda address, size: seen.append(size),
+        set_communicator=set_communicator,
+    )
+    session = TensorRTSession.__new__(TensorRTSession)
+    vars(session).update(
+        _trt=SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=1)),
+        _plan=SimpleNamespace(create_execution_context=lambda strategy: context),
+        _artifacts={"profiles": [{"name": "decode"}, {"name": "prefill"}]},
+        _stream=SimpleNamespace(cuda_stream=0), _memory=torch.empty(64, dtype=torch.uint8),
+        _group=SimpleNamespace(nccl_communicator=lambda: 0xABCDEF),
+        _path=Path("rank1.plan"), _log=SimpleNamespace(reasons=lambda: "ranks differ"),
+    )  # fmt: skip
+    if accepted:
+        assert session._context("prefill") is context
+    else:
+        with pytest.raises(TargetError, match=r"rank1.plan: the communicator .* is refused: ranks differ"):
+            session._context("prefill")
+    assert seen == [1, 64, 0xABCDEF]
