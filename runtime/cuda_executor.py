@@ -32,6 +32,7 @@ from ..kernels.sampling import LoopState, Sampling
 from .cache_size import cache_pages
 from .distributed import RankGroup
 from .engine_limits import EngineLimits
+from .gpu_communicator import GpuCommunicator
 from .kv_cache import pages_for
 from .step_input import Int32Array, StepInput
 
@@ -102,7 +103,6 @@ class CudaExecutor(EngineLimits):
         self._group = group
         if group is not None:
             torch.cuda.set_device(self._device)  # whose current stream the kernels are launched on
-            group.connect_gpus(self._device)
         try:
             self._load(engine, library, num_pages, kv_cache_memory_bytes)
         except torch.OutOfMemoryError:
@@ -115,7 +115,9 @@ class CudaExecutor(EngineLimits):
     def _load(
         self, engine: Engine, library: EngineKernels, num_pages: int | None, kv_cache_memory_bytes: int | None
     ) -> None:
-        rank = 0 if self._group is None else self._group.rank
+        group = self._group
+        rank = 0 if group is None else group.rank
+        communicator = None if group is None else GpuCommunicator(group, self._device, library)
         part = engine.ranks[rank]
         weights = {name: tensor.to(self._device) for name, tensor in engine.map_weights(rank).items()}
         shape = CacheShape.of(part.graph, engine.build.page_size)
@@ -124,7 +126,7 @@ class CudaExecutor(EngineLimits):
             whole = pages_for(engine.build.max_seq_len, engine.build.page_size) * engine.build.max_batch_size
             kv_cache_memory_bytes = min(kv_cache_memory_bytes, whole * shape.bytes_per_page)
         pages = cache_pages(engine, shape, num_pages, kv_cache_memory_bytes)
-        EngineLimits.__init__(self, engine, pages if self._group is None else self._group.least(pages))
+        EngineLimits.__init__(self, engine, pages if group is None else group.least(pages))
         self._cache = self._allocate(shape)
         self._program = CudaProgram(
             part.graph,
@@ -134,7 +136,7 @@ class CudaExecutor(EngineLimits):
             accumulation=ACCUMULATIONS[part.artifacts["context_fmha"]],
             max_kv_length=engine.build.max_seq_len,
             kernels=plugins().kernels("cuda"),
-            communicator=self._group,
+            communicator=communicator,
             rank=rank,
         )
         self._loop = _DecodeLoop(

@@ -44,9 +44,15 @@ class RankGroup:
     """One rank's view of the job; a `Communicator`. Made by `join`."""
 
     def __init__(
-        self, place: Placement, store: Store, names: Sequence[str], heartbeat: Heartbeat, local_rank: int = 0
+        self,
+        place: Placement,
+        store: Store,
+        names: Sequence[str],
+        heartbeat: Heartbeat,
+        local_rank: int,
+        one_host: bool,
     ) -> None:
-        self.rank, self.size, self.local_rank = place.rank, place.size, local_rank
+        self.rank, self.size, self.local_rank, self.one_host = place.rank, place.size, local_rank, one_host
         self.name = names[place.rank]
         self._names, self._store, self._heartbeat = names, store, heartbeat
         dist.init_process_group(
@@ -82,9 +88,14 @@ class RankGroup:
 
     def nccl_communicator(self) -> int:
         """Address of the `ncclComm_t` of this rank's stage; after `connect_gpus`."""
-        assert self._gpus is not None, "no communicator before connect_gpus"
-        backend = self._gpus._get_backend(torch.device("cuda"))
+        backend = self.gpus._get_backend(torch.device("cuda"))
         return int(backend._comm_ptr())  # type: ignore[attr-defined]  # ProcessGroupNCCL's own
+
+    @property
+    def gpus(self) -> dist.ProcessGroup:
+        """torch's group of the ranks' GPUs; after `connect_gpus`."""
+        assert self._gpus is not None, "no communicator before connect_gpus"
+        return self._gpus
 
     def least(self, value: int) -> int:
         """The smallest of what the ranks bring."""
@@ -132,8 +143,7 @@ class RankGroup:
         return join_parts(parts, axis)
 
     def _group(self, x: torch.Tensor) -> dist.ProcessGroup:
-        group: dist.ProcessGroup | None = self._peers if x.device.type == "cpu" else self._gpus
-        assert group is not None, f"a tensor on {x.device} before connect_gpus"
+        group: dist.ProcessGroup = self._peers if x.device.type == "cpu" else self.gpus
         return group
 
     def broadcast(self, x: torch.Tensor) -> None:
@@ -246,7 +256,7 @@ def join(place: Placement) -> RankGroup:
     watched = rendezvous.clone()  # type: ignore[attr-defined]  # torch's stubs do not have it
     heartbeat = Heartbeat(PrefixStore(prefix, watched), place.rank, names, place.launcher_pid)
     heartbeat.start()
-    return RankGroup(place, store, names, heartbeat, local)
+    return RankGroup(place, store, names, heartbeat, local, len(set(hosts)) == 1)
 
 
 def join_parts(parts: torch.Tensor, axis: int) -> torch.Tensor:

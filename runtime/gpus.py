@@ -9,8 +9,8 @@ from collections.abc import Mapping, MutableMapping
 from ..core.errors import TargetError
 
 DEFAULTS: Mapping[str, str] = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-"""NVLink multicast stays off: it takes a service on the host (the fabric manager) that containers often cannot reach, and
-ranks would hang without it. Whoever sets these variables decides."""
+"""NVLink multicast stays off: where programs share the GPUs of a host, one that uses it can put all of them out of service.
+Whoever sets these variables decides."""
 
 
 def set_defaults(environ: MutableMapping[str, str] = os.environ) -> None:

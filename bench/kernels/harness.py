@@ -46,15 +46,20 @@ class Row:
         return self.gbps / COPY_BANDWIDTH_TBPS / 10
 
 
-def time_launches(launches: Sequence[Callable[[], Any]], replays: int = 15) -> list[float]:
-    """Microseconds per launch, one sample per replay of a graph that holds all `launches`."""
+def time_launches(
+    launches: Sequence[Callable[[], Any]], replays: int = 15, capture_error_mode: str = "global"
+) -> list[float]:
+    """Microseconds per launch, one sample per replay of a graph that holds all `launches`.
+
+    capture_error_mode: of `torch.cuda.graph`; "thread_local" where other threads call CUDA meanwhile.
+    """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for launch in launches[:3]:
             launch()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=capture_error_mode):
         for launch in launches:
             launch()
     for _ in range(3):

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from ...kernels import embedding, layer_norm, linear
+from ...kernels import all_reduce, embedding, layer_norm, linear
 from ...kernels.append_kv import SOURCE as APPEND_KV
 from ...kernels.context_attention.plan import sources as context_attention_sources
 from ...kernels.contract import ELEMENT_TYPES
@@ -85,6 +85,8 @@ def sources(arch: str) -> Iterator[KernelSource]:
     yield APPEND_KV
     for dtype in ("float16", "bfloat16") if arch == "sm_90" else ("float16",):
         element = ELEMENT_TYPES[dtype]
+        for ranks in (2, 4, 8):
+            yield from all_reduce.sources(element, ranks)
         yield from embedding.sources(element)
         yield from layer_norm.sources(element)
         yield from linear.sources(element, itertools.chain(linear_plans(arch), quantized_plans(arch)))

@@ -5,6 +5,7 @@ python ranks_script.py RESULTS.pt ENGINE_DIR [ENGINE_DIR ...]
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ CHUNKS = (9, 20, *[1] * (len(TOKENS) - 29))
 """A prompt, a chunk of it, then token by token: prefill, prefill on a cache, CUDA graphs."""
 PROMPTS = [list(range(3, 3 + size)) for size in (9, 1, 33, 16, 2, 57)]
 """More than a batch of the engines, so that prefill and decode mix in one step."""
+LIMIT_S = 80
+"""A rank that is not done then says where it is and ends."""
 GREEDY = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
 
 
@@ -60,4 +63,5 @@ def main(results: Path, *engine_dirs: str) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     main(Path(sys.argv[1]), *sys.argv[2:])

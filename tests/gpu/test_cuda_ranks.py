@@ -75,6 +75,7 @@ def results(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory)
     words = [sys.executable, str(SCRIPT), str(path), *(str(engines[case]) for case in CASES)]
     code, out, err = finish(mpirun((2, words)), JOB_S)
     assert (code, out) == (0, ""), err
+    assert "no memory shared between GPUs" not in err, err
     found: dict[str, Any] = torch.load(path)
     return found
 
@@ -104,6 +105,12 @@ def test_two_ranks_compute_what_transformers_does(
         assert (logits.max(-1).values - chosen).max() <= 2 * logits_tolerance(case.dtype, logits)
         agreed += int((logits.argmax(-1) == torch.tensor(new)).sum())
     assert agreed >= (0.97 if case.dtype is DType.FLOAT16 else 0.9) * sum(map(len, found["together"]))
+
+
+def test_the_kernel_of_small_sums(engines: dict[Case, Path]) -> None:
+    """Oracle: float64, and the bits of a float32 sum in the order of ranks."""
+    code, _, err = finish([sys.executable, "-m", "trtc.bench.all_reduce", "--nproc", "2", "--check"], JOB_S)
+    assert code == 0, err
 
 
 def test_nproc_gives_the_tokens_of_one_rank(

@@ -8,7 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ....kernels import context_attention, embedding, layer_norm, linear, paged_decode_attention, sampling
+from ....kernels import (
+    all_reduce,
+    context_attention,
+    embedding,
+    layer_norm,
+    linear,
+    paged_decode_attention,
+    sampling,
+)
 from ....kernels.contract import ELEMENT_TYPES
 from ....kernels.errors import KernelContractError, KernelError
 from ....kernels.linear.formats import format_name
@@ -93,7 +101,13 @@ def kernel_sources(
         *paged_decode_attention.sources(element, (shape.head_dim,), capability),
         *context_attention.sources(element, (shape.head_dim,)),
         *sampling.sources(ELEMENT_TYPES[logits_dtype]),
+        *(source for ranks in _ranks(graph) for source in all_reduce.sources(element, ranks)),
     )
+
+
+def _ranks(graph: Graph) -> set[int]:
+    """The number of ranks that `graph` sums over, where it does."""
+    return {int(node.attrs["tp_size"]) for node in graph.nodes if node.op == "all_reduce"}
 
 
 def _linear_plans(

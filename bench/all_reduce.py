@@ -1,0 +1,248 @@
+"""Sums of 8 KB to 1 MB over the GPUs of this machine, in CUDA graphs: our kernel beside NCCL and torch's symmetric memory.
+
+    python -m trtc.bench.all_reduce --nproc 2 --json out/all-reduce.json
+
+Checks come first: every way gives the float64 sum within the type's error; our kernel, also in sequences of different sizes,
+the float32 sum in the order of ranks, rounded once, bit for bit. torch's own kernels know no float16 and run in bfloat16, as
+many bytes. A time is that of one of LAUNCHES sums in a graph; the samples are replays of it. Rank 0 reports. A rank that is
+not done after LIMIT_S seconds says where it is and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..core.errors import TrtcError
+from ..kernels.all_reduce import AllReduce, memory_bytes
+from ..kernels.all_reduce.reference import all_reduce as reference
+from ..kernels.library import KernelLibrary
+from ..runtime.distributed import RankGroup, join
+from ..runtime.gpus import choose_device
+from ..runtime.launcher import launch
+from ..runtime.peer_memory import lend_memory
+from ..runtime.placement import placement
+from .kernels.harness import environment, time_launches
+
+SIZES = tuple(1 << power for power in range(13, 21))
+"""Bytes of one rank's part: 8 KB to 1 MB."""
+LIMIT_S = 55
+LAUNCHES = 40
+REPLAYS = 30
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Absolute, for each standard normal part of a sum: a unit in the last place of the sums there are."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """us: median of `samples`, microseconds a sum; None with an `error` where a way does not work here."""
+
+    way: str
+    bytes: int
+    dtype: str
+    us: float | None
+    samples: list[float] = field(repr=False)
+    error: str = ""
+
+
+class Rank:
+    """One rank of the benchmark."""
+
+    def __init__(self, group: RankGroup) -> None:
+        ordinal = choose_device(group.rank, group.local_rank, torch.cuda.device_count())
+        self.device = torch.device("cuda", ordinal)
+        torch.cuda.set_device(self.device)
+        group.connect_gpus(self.device)
+        self.group = group
+        self.kernel = self._kernel(ordinal)
+        self.ways: dict[str, tuple[torch.dtype, Callable[[torch.Tensor], torch.Tensor]]] = {
+            "nccl": (torch.float16, self._nccl),
+            "torch one-shot": (torch.bfloat16, self._torch_one_shot),
+            "torch two-shot": (torch.bfloat16, self._torch_two_shot),
+        }
+        if self.kernel is not None:
+            self.ways = {"trtc": (torch.float16, self._ours), **self.ways}
+
+    def _kernel(self, ordinal: int) -> AllReduce | None:
+        memory = lend_memory(self.group, self.device, memory_bytes(SIZES[-1], self.group.size))
+        if memory is None:
+            return None
+        self._memory = memory
+        state = torch.zeros(2, dtype=torch.int32, device=self.device)
+        return AllReduce(KernelLibrary(ordinal), memory.addresses, self.group.rank, SIZES[-1], state)
+
+    def parts(self, size: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+        """What all ranks bring; the same on every rank."""
+        generator = torch.Generator().manual_seed(seed)
+        count = size // dtype.itemsize
+        return [torch.randn(count, generator=generator).to(dtype) for _ in range(self.group.size)]
+
+    def _ours(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.kernel is not None
+        return self.kernel(x, out=torch.empty_like(x))
+
+    def _nccl(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x, group=self.group.gpus)
+        return x
+
+    def _shared(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy of `x` in memory that torch's kernels can use."""
+        from torch.distributed import _symmetric_memory
+
+        shared = _symmetric_memory.empty(x.numel(), dtype=x.dtype, device=self.device)
+        _symmetric_memory.rendezvous(shared, self.group.gpus)
+        return shared.copy_(x)
+
+    def _torch_one_shot(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce(x, "sum", self.group.gpus.group_name)
+        return result
+
+    def _torch_two_shot(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self.group.gpus.group_name)
+        return result
+
+    def input(self, way: str, size: int, seed: int) -> torch.Tensor:
+        dtype = self.ways[way][0]
+        x = self.parts(size, dtype, seed)[self.group.rank].to(self.device)
+        return self._shared(x) if way.startswith("torch") else x
+
+    def check(self, way: str, size: int) -> None:
+        dtype, run = self.ways[way]
+        found = run(self.input(way, size, size)).cpu()
+        parts = self.parts(size, dtype, size)
+        error = float((found.double() - reference(parts)).abs().max())
+        assert error <= TOLERANCE[dtype] * self.group.size, f"{way}: {size} bytes: error {error}"
+        if way == "trtc":
+            assert torch.equal(found, rounded_once(parts)), f"{way}: {size} bytes: other bits"
+
+    def check_sequences(self) -> None:
+        """Our kernel, its sizes in turn, captured and replayed: whatever is left over from one sum must not disturb another."""
+        inputs = {size: self.input("trtc", size, size) for size in (SIZES[-1], SIZES[0], 16, SIZES[3])}
+        order = [size for _ in range(5) for size in inputs] + [16, 16, SIZES[-1], 16]
+        expected = {
+            size: rounded_once(self.parts(size, torch.float16, size)).to(self.device) for size in inputs
+        }
+        wrong = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+        def run() -> None:
+            for size in order:
+                wrong.add_((self._ours(inputs[size]) != expected[size]).sum())
+
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+        for _ in range(50):
+            graph.replay()
+        assert int(wrong) == 0, f"{int(wrong)} elements are wrong in sequences of sums"
+
+    def time(self, way: str, size: int) -> Row:
+        dtype, run = self.ways[way]
+        x = self.input(way, size, size)
+        self.group.least(0)  # all start together
+        samples = time_launches([lambda: run(x)] * LAUNCHES, REPLAYS, "thread_local")
+        return Row(way, size, str(dtype).removeprefix("torch."), statistics.median(samples), samples)
+
+    def measure(self, way: str, size: int) -> Row:
+        """Checked, then timed. What does not work here is said in the row: all ranks find the same."""
+        try:
+            self.check(way, size)
+            return self.time(way, size)
+        except (RuntimeError, AttributeError) as error:  # torch's kernels are not in every build
+            if not way.startswith("torch"):
+                raise
+            return Row(way, size, "", None, [], str(error).partition("\n")[0][:200])
+
+
+def rounded_once(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The float32 sum in the order of ranks, in the type of the parts."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts[0].dtype)
+
+
+def run_rank(path: Path | None, checks_only: bool) -> None:
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    group = join(placement())
+    with group.failing_together():
+        rank = Rank(group)
+        if rank.kernel is not None:
+            rank.check_sequences()
+        if checks_only:
+            assert rank.kernel is not None, "our kernel cannot be checked"
+            for size in SIZES:
+                rank.check("trtc", size)
+                rank.check("nccl", size)
+            group.close()
+            return
+        rows = [rank.measure(way, size) for way in rank.ways for size in SIZES]
+        if group.rank == 0:
+            show(rows, group.size)
+            if path is not None:
+                write(path, rows, group.size)
+    group.close()
+
+
+def show(rows: list[Row], ranks: int) -> None:
+    ways = list(dict.fromkeys(row.way for row in rows))
+    times = {(row.way, row.bytes): row.us for row in rows}
+    print(
+        f"{ranks} x {torch.cuda.get_device_name()}, us a sum in a CUDA graph; float16, torch's own in bfloat16"
+    )
+    print(f"{'KB':>6}" + "".join(f"{way:>16}" for way in ways) + f"{'nccl / trtc':>16}")
+    for size in SIZES:
+        cells = [times.get((way, size)) for way in ways]
+        ours, theirs = times.get(("trtc", size)), times.get(("nccl", size))
+        ratio = f"{theirs / ours:>16.2f}" if ours and theirs else ""
+        print(
+            f"{size >> 10:>6}" + "".join(f"{cell:>16.2f}" if cell else f"{'-':>16}" for cell in cells) + ratio
+        )
+    for error in dict.fromkeys(f"{row.way}: {row.error}" for row in rows if row.error):
+        print(error)
+
+
+def write(path: Path, rows: list[Row], ranks: int) -> None:
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    variables = {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "TORCH_"))}
+    record: dict[str, Any] = {
+        "ranks": ranks,
+        "launches": LAUNCHES,
+        "environment": {**environment(), "nccl": nccl, "variables": variables},
+        "rows": [asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nproc", type=int, required=True, metavar="N", help="GPUs, 2 to 8")
+    parser.add_argument("--check", action="store_true", help="check our kernel and NCCL, time nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if placement().size > 1:
+        run_rank(args.json, args.check)
+        return 0
+    return launch([sys.executable, "-m", "trtc.bench.all_reduce", *sys.argv[1:]], args.nproc)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except TrtcError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,150 @@
+"""How engines of target cuda scale over the GPUs of one machine: decode steps and prefill for each number of ranks.
+
+    python -m trtc.bench.tensor_parallel --sizes 1.3b 6.7b --tp-sizes 1 2 --json out/tensor-parallel.json
+
+Builds an engine with random weights for each size and number of ranks, and times it with `trtc bench --nproc N`. Efficiency is
+the time of the smallest number of ranks over that of N, by how many times more GPUs that takes. The file is written after every
+engine. A run that fails is in it as {"kind": "error"}, the others go on, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .opt_sizes import SIZES, write_config
+
+Record = dict[str, Any]
+BUILD = (
+    "--dummy-weights",
+    "--dtype",
+    "float16",
+    "--max-batch-size",
+    "64",
+    "--max-seq-len",
+    "768",
+    "--max-num-tokens",
+    "16384",
+)
+
+
+def main() -> int:
+    args = arguments()
+    data: Record = {"date": datetime.date.today().isoformat(), "commit": args.commit[:12], "runs": []}
+    for size in args.sizes:
+        for tp_size in args.tp_sizes:
+            with tempfile.TemporaryDirectory(prefix=f"trtc-{size}-tp{tp_size}-") as scratch:
+                records = list(measure(size, tp_size, Path(scratch), args))
+            data["runs"].append({"model": size, "tp_size": tp_size, "records": records})
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(data, indent=1) + "\n")
+    print(table(data["runs"]))
+    errors = [r["message"] for run in data["runs"] for r in run["records"] if r["kind"] == "error"]
+    for message in errors:
+        print(f"FAILED: {message}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def measure(size: str, tp_size: int, scratch: Path, args: argparse.Namespace) -> list[Record]:
+    """What `trtc bench` says of the engine of `size` on `tp_size` ranks, and how long that took."""
+    engine, report = scratch / "engine", scratch / "report.json"
+    config = write_config(size, scratch / "model")
+    arch = [] if args.target == "cpu" else ["--cuda-arch", args.arch]
+    words = [
+        "build",
+        "--target",
+        args.target,
+        "--model-dir",
+        str(config),
+        "--output-dir",
+        str(engine),
+        *BUILD,
+        *arch,
+    ]
+    words += ["--tp-size", str(tp_size), "--workers", str(args.workers)]
+    words += ["--use-parallel-embedding"] if args.use_parallel_embedding and tp_size > 1 else []
+    start = time.perf_counter()
+    failed = run(words)
+    if failed is None:
+        built = time.perf_counter()
+        words = [
+            "bench",
+            "--engine-dir",
+            str(engine),
+            "--nproc",
+            str(tp_size),
+            "--no-verify",
+            "--json",
+            str(report),
+        ]
+        words += ["--batch", *map(str, args.batch), "--repeat", str(args.repeat)]
+        failed = run([*words, "--input-len", str(args.input_len), "--output-len", str(args.output_len)])
+    if failed is not None:
+        return [failed]
+    seconds = {"build_s": round(built - start, 1), "bench_s": round(time.perf_counter() - built, 1)}
+    records: list[Record] = json.loads(report.read_text())
+    return [{"kind": "took", **seconds}, *records]
+
+
+def run(words: Sequence[str]) -> Record | None:
+    """None when `trtc WORDS` went well, otherwise a record of what it said."""
+    print(f"$ trtc {' '.join(words)}", flush=True)
+    result = subprocess.run([sys.executable, "-m", "trtc.cli", *words], stderr=subprocess.PIPE, text=True)
+    if result.returncode == 0:
+        return None
+    said = result.stderr.strip().splitlines() or ["nothing"]
+    return {"kind": "error", "command": " ".join(words), "message": said[-1], "stderr": said[-20:]}
+
+
+def table(runs: Sequence[Record]) -> str:
+    """One line a model, number of ranks and batch, times beside the smallest number of ranks."""
+    lines = [
+        f"{'model':<8}{'tp':>3}{'batch':>6}{'step ms':>9}{'speed-up':>9}{'efficiency':>11}{'prefill ms':>11}{'speed-up':>9}"
+    ]
+    first: dict[tuple[str, int], tuple[int, Record]] = {}
+    for one in runs:
+        for record in one["records"]:
+            if record["kind"] != "batch":
+                continue
+            fewest, base = first.setdefault((one["model"], record["batch"]), (one["tp_size"], record))
+            faster = base["decode_ms_per_token"] / record["decode_ms_per_token"]
+            efficiency = faster * fewest / one["tp_size"]
+            prefill = base["prefill_s"] / record["prefill_s"]
+            lines.append(
+                f"{one['model']:<8}{one['tp_size']:>3}{record['batch']:>6}{record['decode_ms_per_token']:>9.3f}"
+                f"{faster:>9.2f}{efficiency:>10.0%} {1e3 * record['prefill_s']:>11.1f}{prefill:>9.2f}"
+            )
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, required=True)
+    parser.add_argument("--tp-sizes", nargs="+", type=int, required=True, metavar="N")
+    parser.add_argument("--target", default="cuda", choices=("cuda", "cpu"), help="default: %(default)s")
+    parser.add_argument("--arch", default="sm_90", help="what to compile for (default: %(default)s)")
+    parser.add_argument("--use-parallel-embedding", action="store_true")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64], metavar="N")
+    parser.add_argument("--input-len", type=int, default=512, metavar="N")
+    parser.add_argument("--output-len", type=int, default=128, metavar="N")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N")
+    parser.add_argument(
+        "--workers", type=int, default=8, metavar="N", help="of the build (default: %(default)s)"
+    )
+    parser.add_argument("--commit", default="unknown", help="the commit that is measured")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

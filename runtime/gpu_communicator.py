@@ -1,0 +1,49 @@
+"""Exchange between the GPUs of a job: small sums through memory that they lend each other, all else through NCCL."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels.all_reduce import MAX_RANKS, AllReduce, memory_bytes
+from ..kernels.library import KernelLibrary
+from .distributed import RankGroup
+from .peer_memory import lend_memory
+
+SENT_BYTES = 1 << 20
+"""What a GPU sends for one sum at most, in the kernel's packets: twice its part, to each other GPU. Above: NCCL, whose rings
+send less. Not measured yet (`bench/all_reduce.py`): 2.3 us at the 450 GB/s of NVLink 4, less than NCCL needs to start."""
+
+
+def largest_small_sum(ranks: int) -> int:
+    """Bytes of the largest part that the kernel sums."""
+    return SENT_BYTES // (2 * (ranks - 1)) // 16 * 16
+
+
+class GpuCommunicator:
+    """A `Communicator` of one rank for tensors on its GPU, on torch's current stream; CUDA graphs may capture it.
+
+    Every rank makes one, with `library` for its GPU.
+    """
+
+    def __init__(self, group: RankGroup, device: torch.device, library: KernelLibrary) -> None:
+        group.connect_gpus(device)
+        self._group = group
+        self.small: AllReduce | None = None
+        """None where the GPUs cannot write each other's memory."""
+        if group.size > MAX_RANKS:
+            return
+        limit = largest_small_sum(group.size)
+        self._memory = lend_memory(group, device, memory_bytes(limit, group.size))
+        if self._memory is not None:
+            state = torch.zeros(2, dtype=torch.int32, device=device)
+            self.small = AllReduce(library, self._memory.addresses, group.rank, limit, state)
+
+    def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
+        """The sum over the ranks, the same bits on every rank; see `RankGroup.all_reduce`."""
+        if self.small is not None and self.small.serves(x):
+            return self.small(x, out=x if overwrite else torch.empty_like(x))
+        return self._group.all_reduce(x, overwrite=overwrite)
+
+    def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """The parts of all ranks, in rank order along `axis`."""
+        return self._group.all_gather(x, axis)

@@ -1,0 +1,106 @@
+"""Which way a sum takes, and what happens without shared memory. Oracle: a group that writes down what it is asked."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from trtc.kernels.all_reduce import AllReduce, memory_bytes
+from trtc.kernels.library import KernelLibrary
+from trtc.runtime import gpu_communicator, peer_memory
+from trtc.runtime.distributed import RankGroup
+from trtc.runtime.gpu_communicator import GpuCommunicator, largest_small_sum
+from trtc.runtime.peer_memory import PeerMemory, lend_memory
+
+CPU = torch.device("cpu")
+
+
+class Group:
+    """Rank 1 of several; the others say `others` where all must agree."""
+
+    rank, name = 1, "rank 1 on here (process 7)"
+
+    def __init__(self, size: int = 2, *, one_host: bool = True, others: int = 1) -> None:
+        self.size, self.one_host, self._others = size, one_host, others
+        self.calls: list[Any] = []
+
+    def connect_gpus(self, device: torch.device) -> None:
+        self.calls.append("connect")
+
+    def least(self, value: int) -> int:
+        self.calls.append("agree")
+        return min(value, self._others)
+
+    def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
+        self.calls.append(("nccl", x.nbytes, overwrite))
+        return x
+
+    def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        self.calls.append(("gather", axis))
+        return x
+
+
+def lent(group: RankGroup, device: torch.device, size: int) -> PeerMemory:
+    assert size == memory_bytes(largest_small_sum(group.size), group.size)
+    return PeerMemory(torch.zeros(1), None, tuple(range(256, 256 * (group.size + 1), 256)))
+
+
+def test_small_sums_go_through_memory_all_else_through_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, summed = Group(), []
+
+    def kernel(
+        self: AllReduce, x: torch.Tensor, *, out: torch.Tensor, dependent: bool = True
+    ) -> torch.Tensor:
+        summed.append((x.nbytes, out is x))
+        return out
+
+    monkeypatch.setattr(gpu_communicator, "lend_memory", lent)
+    monkeypatch.setattr(AllReduce, "__call__", kernel)
+    communicator = GpuCommunicator(cast(RankGroup, group), CPU, KernelLibrary())
+    limit = largest_small_sum(2)
+    small, large = (torch.zeros(size // 2, dtype=torch.float16) for size in (limit, limit + 16))
+    assert communicator.all_reduce(small, overwrite=True) is small
+    assert communicator.all_reduce(small) is not small
+    communicator.all_reduce(large, overwrite=True)
+    communicator.all_reduce(torch.zeros(3, dtype=torch.float16))  # no whole vector
+    communicator.all_gather(small, 1)
+    assert summed == [(limit, True), (limit, False)]
+    assert group.calls == ["connect", ("nccl", limit + 16, True), ("nccl", 6, False), ("gather", 1)]
+
+
+def test_more_gpus_send_no_more() -> None:
+    sent = [2 * (ranks - 1) * largest_small_sum(ranks) for ranks in range(2, 9)]
+    assert all(0.99 * gpu_communicator.SENT_BYTES < size <= gpu_communicator.SENT_BYTES for size in sent)
+    assert all(largest_small_sum(ranks) % 16 == 0 for ranks in range(2, 9))
+
+
+@pytest.mark.parametrize("size", [2, 9])
+def test_without_shared_memory_nccl_sums(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks on two hosts, and more ranks than the kernel takes."""
+    group = Group(size, one_host=size > 8)
+    communicator = GpuCommunicator(cast(RankGroup, group), CPU, KernelLibrary())
+    communicator.all_reduce(torch.zeros(64))
+    assert communicator.small is None and group.calls == ["connect", ("nccl", 256, False)]
+
+
+@pytest.mark.parametrize(("fails", "others"), [(True, 1), (False, 0)])
+def test_all_ranks_lend_or_none(
+    fails: bool, others: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rank that cannot says why, in one line; the others follow."""
+
+    def rendezvous(group: RankGroup, device: torch.device, size: int) -> PeerMemory:
+        if fails:
+            raise RuntimeError("CUDA driver error: not supported\nException raised from alloc")
+        return PeerMemory(torch.zeros(1), None, (16, 32))
+
+    monkeypatch.setattr(peer_memory, "_rendezvous", rendezvous)
+    group = Group(others=others)
+    assert lend_memory(cast(RankGroup, group), CPU, 64) is None
+    assert group.calls == ["agree"]
+    said = capsys.readouterr().err
+    expected = (
+        "trtc: rank 1 on here (process 7): no memory shared between GPUs, small sums go through NCCL too: "
+    )
+    assert said == (f"{expected}CUDA driver error: not supported\n" if fails else "")
