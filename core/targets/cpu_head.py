@@ -12,7 +12,7 @@ import torch
 from ...kernels import cpu_step
 from ...kernels.cpu_step import Instruction, Op
 
-_ROWS = 4096
+_ROWS = 256
 """Rows that are converted at a time, so that a wide copy of the head never exists."""
 
 
