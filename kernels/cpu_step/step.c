@@ -81,18 +81,12 @@ INLINE __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/* Bytes ahead of its loads that a row is prefetched: the same row of a later group of four, so far ahead that the memory keeps
-   up, where groups are small; rows of many kilobytes are found by the processor's own prefetcher but for their beginning. */
-static inline ptrdiff_t distance(ptrdiff_t group) {
-    enum { FAR = 12288, NEAR = 1024, SMALL = 16384 };
-    return group > SMALL ? NEAR : (FAR + group - 1) / group * group;
-}
+enum { AHEAD = 512 }; /* bytes ahead of its loads that a row, and the one behind it in memory, is prefetched */
 
 /* out[m][r] = row r of w . x of token m, for four rows and M tokens; rows past the last one repeat it */
 INLINE void dots(const int type, const int M, const char *const rows[4], ptrdiff_t k, const float *x, ptrdiff_t ldx,
                  __m128 out[4]) {
     const ptrdiff_t size = type == F32 ? 4 : type == I8 ? 1 : 2, line = 64 / size, whole = k & ~(ptrdiff_t)15;
-    const ptrdiff_t ahead = distance(4 * k * size);
     __m512 acc[4][4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
@@ -110,7 +104,7 @@ INLINE void dots(const int type, const int M, const char *const rows[4], ptrdiff
     ptrdiff_t i = 0;
     for (; i + line <= whole; i += line) {
 #pragma GCC unroll 4
-        for (int r = 0; r < 4; r++) _mm_prefetch(rows[r] + i * size + ahead, _MM_HINT_T0);
+        for (int r = 0; r < 4; r++) _mm_prefetch(rows[r] + i * size + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 4
         for (ptrdiff_t j = 0; j < line; j += 16) PRODUCT(i + j);
     }
@@ -151,13 +145,12 @@ INLINE void dots_narrow(const int M, const char *const rows[4], ptrdiff_t k, con
     for (int r = 0; r < 4; r++)
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) acc[r][m] = _mm512_setzero_si512();
-    const ptrdiff_t ahead = distance(4 * k);
     for (ptrdiff_t i = 0; i < k; i += 32) {
         const __mmask32 mask = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1;
         __m512i row[4];
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
-            if ((i & 32) == 0) _mm_prefetch(rows[r] + i + ahead, _MM_HINT_T0);
+            if ((i & 32) == 0) _mm_prefetch(rows[r] + i + AHEAD, _MM_HINT_T0);
             row[r] = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, rows[r] + i));
         }
 #pragma GCC unroll 4
@@ -198,30 +191,36 @@ ISA static float narrow(const float *x, ptrdiff_t k, int16_t *y) {
     return step + _mm512_reduce_add_ps(bad);
 }
 
-/* rows row .. row + count - 1 of token t: y = activation(v * scale + bias) + residual */
-INLINE void finish(const Instr *in, ptrdiff_t t, ptrdiff_t row, ptrdiff_t count, __m128 v) {
-    const __mmask8 mask = (__mmask8)((1 << count) - 1);
-    const ptrdiff_t at = t * in->n + row;
-    if (in->scale) v = _mm_mul_ps(v, _mm_maskz_loadu_ps(mask, (const float *)in->scale + row));
-    if (in->bias) v = _mm_add_ps(v, _mm_maskz_loadu_ps(mask, (const float *)in->bias + row));
-    if (in->kind == RELU) v = _mm_max_ps(_mm_setzero_ps(), v); /* this order keeps a NaN */
-    else if (in->kind) v = _mm512_castps512_ps128(activate(in->kind, _mm512_castps128_ps512(v)));
-    if (in->residual) v = _mm_add_ps(v, _mm_maskz_loadu_ps(mask, (const float *)in->residual + at));
-    _mm_mask_storeu_ps((float *)in->y + at, mask, v);
+/* outputs [begin, end) of token t: y = activation(y * scale + bias) + residual */
+ISA static void finish(const Instr *in, ptrdiff_t t, ptrdiff_t begin, ptrdiff_t end) {
+    float *y = (float *)in->y + t * in->n;
+    for (ptrdiff_t i = begin; i < end; i += 16) {
+        const __mmask16 mask = first(end - i);
+        __m512 v = _mm512_maskz_loadu_ps(mask, y + i);
+        if (in->scale) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, (const float *)in->scale + i));
+        if (in->bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, (const float *)in->bias + i));
+        v = activate(in->kind, v);
+        if (in->residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, (const float *)in->residual + t * in->n + i));
+        _mm512_mask_storeu_ps(y + i, mask, v);
+    }
 }
 
-/* y = activation(x w^T * scale + bias) + residual, rows [begin, end) of w */
+/* y = activation(x w^T * scale + bias) + residual, rows [begin, end) of w. The four rows that go through together are one of
+   each quarter: four long streams keep the memory far busier than one, or than four that end with their rows. */
 ISA static void linear(const Instr *in, const Step *step, int thread, ptrdiff_t begin, ptrdiff_t end) {
     const float *x = in->x;
-    const ptrdiff_t bytes = in->k * SIZE_OF[in->wtype], width = step->narrow_k;
+    const ptrdiff_t bytes = in->k * SIZE_OF[in->wtype], width = step->narrow_k, quarter = (end - begin + 3) / 4;
     int16_t *small = step->narrow + (ptrdiff_t)thread * step->tokens * width;
     float steps[step->tokens];
     if (in->wtype == I8 && begin < end)
         for (int t = 0; t < step->tokens; t++) steps[t] = narrow(x + (ptrdiff_t)t * in->ldx, in->k, small + t * width);
-    for (ptrdiff_t row = begin; row < end; row += 4) {
-        const ptrdiff_t count = end - row < 4 ? end - row : 4;
+    for (ptrdiff_t i = 0; i < quarter; i++) {
+        ptrdiff_t row[4];
         const char *rows[4];
-        for (int r = 0; r < 4; r++) rows[r] = (const char *)in->w + (row + (r < count ? r : count - 1)) * bytes;
+        for (int r = 0; r < 4; r++) {
+            row[r] = begin + r * quarter + i < end ? begin + r * quarter + i : end - 1;
+            rows[r] = (const char *)in->w + row[r] * bytes;
+        }
         for (int t = 0; t < step->tokens; t += 4) {
             const int M = step->tokens - t < 4 ? step->tokens - t : 4;
             __m128 out[4];
@@ -229,9 +228,15 @@ ISA static void linear(const Instr *in, const Step *step, int thread, ptrdiff_t 
                 dots_i8(M, rows, in->k, small + t * width, width, out);
                 for (int m = 0; m < M; m++) out[m] = _mm_mul_ps(out[m], _mm_set1_ps(steps[t + m]));
             } else DOTS_OF[in->wtype](M, rows, in->k, x + (ptrdiff_t)t * in->ldx, in->ldx, out);
-            for (int m = 0; m < M; m++) finish(in, t + m, row, count, out[m]);
+            for (int m = 0; m < M; m++) {
+                float *y = (float *)in->y + (ptrdiff_t)(t + m) * in->n, four[4];
+                _mm_storeu_ps(four, out[m]);
+                for (int r = 0; r < 4; r++) y[row[r]] = four[r];
+            }
         }
     }
+    if (in->scale || in->bias || in->kind || in->residual)
+        for (int t = 0; t < step->tokens; t++) finish(in, t, begin, end);
 }
 
 /* ---- the next token without all of the head --------------------------------------------------- */
