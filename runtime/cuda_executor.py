@@ -2,6 +2,7 @@
 
 The state of a decode loop (tokens, positions, lengths, page table) lives on the device; the last kernel of a decode graph
 chooses the next tokens and advances it. The host enqueues steps and reads tokens, written to pinned memory, when it likes.
+Steps of few tokens that verify guesses are such graphs too, of which every token is a row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..core.engine import Engine
 from ..core.errors import EngineError, TargetError
 from ..core.plugin_registry import plugins
 from ..core.targets.base import CacheShape
-from ..core.targets.cuda.code import MULTIPROCESSORS, decode_buckets, read_code
+from ..core.targets.cuda.code import MULTIPROCESSORS, decode_buckets, read_code, verify_buckets
 from ..core.targets.cuda.program import ContextRows, CudaProgram, DecodeRows, Pages
 from ..core.targets.cuda.target import ACCUMULATIONS
 from ..kernels.errors import DeviceError
@@ -74,7 +75,7 @@ class EngineKernels(KernelLibrary):
 
 
 class CudaExecutor(EngineLimits):
-    """An `Executor` on one GPU that can also run ahead of its host (`DecodeLoop`).
+    """An `Executor` on one GPU that can also choose tokens (`GreedyChooser`) and run ahead of its host (`DecodeLoop`).
 
     group: the ranks of the job, for an engine of several; all load their parts and run the same steps in the same order.
     """
@@ -168,14 +169,25 @@ class CudaExecutor(EngineLimits):
         return nullcontext() if self._group is None else self._group.device_work()
 
     def _run(self, step: StepInput) -> torch.Tensor:
+        if self._load_step(step):
+            return self._loop.run_once().float()
+        return self._prefill(step)
+
+    def _load_step(self, step: StepInput) -> bool:
+        """Loads a step that can be replayed: one of few tokens whose logits are all wanted."""
+        rows = len(step.logits_index)
+        if not step.num_tokens == rows <= self._loop.max_rows(verify=step.num_sequences < rows):
+            return False
+        if step.num_sequences == rows:
+            self._loop.load(step.token_ids, step.kv_length, step.page_table)
+        else:
+            owner = np.repeat(np.arange(step.num_sequences), np.diff(step.query_start))
+            self._loop.load(step.token_ids, step.positions + 1, step.page_table[owner], verify=True)
+        return True
+
+    def _prefill(self, step: StepInput) -> torch.Tensor:
         counts = np.diff(step.query_start)
         decodes = int(np.argmax(counts > 1)) if (counts > 1).any() else len(counts)
-        if decodes == len(counts) and len(step.logits_index) == decodes:
-            self._loop.load(step.token_ids, step.kv_length, step.page_table)
-            return self._loop.run_once(decodes).float()
-        return self._prefill(step, decodes)
-
-    def _prefill(self, step: StepInput, decodes: int) -> torch.Tensor:
         first = int(step.query_start[decodes])
         sent = self._send(
             step.token_ids,
@@ -215,6 +227,22 @@ class CudaExecutor(EngineLimits):
         for pages in chain.from_iterable(self._cache):
             pages[index[1]] = pages[index[0]]
 
+    # ---- GreedyChooser
+
+    @property
+    def max_draft_tokens(self) -> int | None:
+        """See `GreedyChooser.max_draft_tokens`: more run launch by launch."""
+        return self._loop.max_rows(verify=True)
+
+    def choose(self, step: StepInput) -> Int32Array:
+        """See `GreedyChooser.choose`. The host waits for the device once."""
+        with self._watched():
+            if self._load_step(step):
+                return self._loop.collect(self._loop.enqueue(1)).reshape(-1)
+            best, chosen = self._prefill(step).max(-1)
+            found: Int32Array = chosen.where(best.isfinite(), -1).int().cpu().numpy()
+            return found
+
     # ---- DecodeLoop
 
     def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
@@ -241,7 +269,10 @@ class CudaExecutor(EngineLimits):
 
 
 class _DecodeLoop:
-    """Decode steps as CUDA graphs, one for each bucket of batch sizes, captured when first needed."""
+    """Decode steps as CUDA graphs, one for each bucket of batch sizes, captured when first needed.
+
+    Steps that verify guesses, whose rows may be tokens of one sequence, have graphs and buckets of their own.
+    """
 
     HISTORY = 256
     """Tokens of each row that the host may leave unread."""
@@ -250,41 +281,49 @@ class _DecodeLoop:
         self, program: CudaProgram, sampling: Sampling, device: torch.device, max_batch_size: int, pages: int
     ) -> None:
         self._program, self._sampling, self._device = program, sampling, device
-        self._buckets = decode_buckets(max_batch_size)
-        size = self._buckets[-1]
+        self._buckets = {False: decode_buckets(max_batch_size), True: verify_buckets(max_batch_size)}
+        size = self._buckets[True][-1]
 
         def state(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self._token_ids, self._positions, self._kv_length = state(size), state(size), state(size)
-        self._next_token, self._page_table = state(size), state(size, pages)
+        self._next_token, self._page_table, self._row_start = state(size), state(size, pages), state(size + 1)
         self._history = torch.zeros(size, self.HISTORY, dtype=torch.int32, pin_memory=True)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._rows = 0
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._rows, self._verify = 0, False
         self._host_length: Int32Array = np.zeros(0, np.int32)
 
-    def load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
-        """Sets the rows of the next steps; the rest of their bucket is unused."""
+    def max_rows(self, *, verify: bool) -> int:
+        return self._buckets[verify][-1]
+
+    def load(
+        self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array, *, verify: bool = False
+    ) -> None:
+        """Sets the rows of the next steps, or of one step that verifies guesses; the rest of their bucket is unused."""
         rows = len(token_ids)
-        self._rows, self._host_length = rows, kv_length.copy()
-        bucket = self._bucket(rows)
+        self._rows, self._host_length, self._verify = rows, kv_length.copy(), verify
+        bucket = self._bucket()
         padded = np.zeros((3, bucket), np.int32)
         padded[0, :rows], padded[1, :rows], padded[2, :rows] = token_ids, kv_length - 1, kv_length
         for tensor, values in zip((self._token_ids, self._positions, self._kv_length), padded, strict=True):
             tensor[:bucket].copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
         pages = torch.from_numpy(np.ascontiguousarray(page_table)).pin_memory()
         self._page_table[:rows, : page_table.shape[1]].copy_(pages, non_blocking=True)
+        if verify:
+            starts = torch.arange(bucket + 1, dtype=torch.int32).clamp_(max=rows)
+            self._row_start[: bucket + 1].copy_(starts.pin_memory(), non_blocking=True)
 
-    def run_once(self, rows: int) -> torch.Tensor:
+    def run_once(self) -> torch.Tensor:
         """One step; returns its logits [rows, vocab], valid until the next step."""
-        graph, logits = self._graph(self._bucket(rows))
+        graph, logits = self._graph()
         graph.replay()
         self._host_length = self._host_length + 1
-        return logits[:rows]
+        return logits[: self._rows]
 
     def enqueue(self, count: int) -> Ticket:
         assert count <= self.HISTORY // 2
-        graph, _ = self._graph(self._bucket(self._rows))
+        graph, _ = self._graph()
         for _ in range(count):
             graph.replay()
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -309,22 +348,25 @@ class _DecodeLoop:
             graph.reset()
         self._graphs.clear()
 
-    def _bucket(self, rows: int) -> int:
-        return next(size for size in self._buckets if size >= rows)
+    def _bucket(self) -> int:
+        return next(size for size in self._buckets[self._verify] if size >= self._rows)
 
-    def _graph(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        if bucket not in self._graphs:
-            self._graphs[bucket] = self._capture(bucket)
-        return self._graphs[bucket]
+    def _graph(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        key = (self._bucket(), self._verify)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(*key)
+        return self._graphs[key]
 
-    def _capture(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, bucket: int, verify: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Captures the step of `bucket` rows. State is left as it was: capturing runs nothing, and warming up runs on
         unused rows of its own."""
         decode = self._program.decoder(bucket)
         inputs = {"token_ids": self._token_ids[:bucket], "positions": self._positions[:bucket]}
-        rows = DecodeRows(self._kv_length[:bucket], self._page_table[:bucket], early=True)
+        row_start = self._row_start[: bucket + 1] if verify else None
+        rows = DecodeRows(self._kv_length[:bucket], self._page_table[:bucket], not verify, row_start)
         idle = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
-        unused = DecodeRows(torch.zeros_like(rows.kv_length), rows.page_table, early=False)
+        nowhere = None if row_start is None else torch.zeros_like(row_start)
+        unused = DecodeRows(torch.zeros_like(rows.kv_length), rows.page_table, False, nowhere)
         # Loads modules, binds launches and lets cuBLAS allocate its workspace, which capturing must not.
         decode(idle, unused)
         state = LoopState(

@@ -81,8 +81,8 @@ class GreedyChooser(Protocol):
         """Tokens of a step up to which guessed tokens are cheap to verify; None: no such limit."""
 
     def choose(self, step: StepInput) -> Int32Array:
-        """As `execute`, but returns of each row the token with the largest logit, the first of equals; -1 where that logit
-        is not finite. [R], on the host."""
+        """As `execute`, but returns of each row the token with the largest logit, the first of equals. [R], on the host.
+        -1 where that logit is found not to be finite; a `DecodeLoop` may not look."""
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ from typing import Any
 
 from ....kernels import (
     all_reduce,
+    append_kv,
     context_attention,
     embedding,
     layer_norm,
@@ -54,12 +55,19 @@ Which kernel serves a shape depends on the number of multiprocessors. A GPU with
 """
 
 MAX_DECODE_BUCKET = 1024
+VERIFY_ROWS = 32
+"""Tokens that are verified in one step, whatever the batch size."""
 
 
 def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
     """Batch sizes for which a decode step is captured: a batch runs in the smallest that holds it."""
     sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, MAX_DECODE_BUCKET]
     return (*(size for size in sizes if size < max_batch_size), min(max_batch_size, MAX_DECODE_BUCKET))
+
+
+def verify_buckets(max_batch_size: int) -> tuple[int, ...]:
+    """Numbers of tokens for which a step is captured that may hold several of one sequence, to verify guesses."""
+    return decode_buckets(max(max_batch_size, VERIFY_ROWS))
 
 
 def check_supported(shape: CacheShape, num_heads: int) -> None:
@@ -99,6 +107,7 @@ def kernel_sources(
         *linear.sources(element, _linear_plans(graph, max_batch_size, arch, capability)),
         *dequantize_sources(element, quantized),
         *paged_decode_attention.sources(element, (shape.head_dim,), capability),
+        append_kv.SOURCE,
         *context_attention.sources(element, (shape.head_dim,)),
         *sampling.sources(ELEMENT_TYPES[logits_dtype]),
         *(source for ranks in _ranks(graph) for source in all_reduce.sources(element, ranks)),
@@ -113,7 +122,8 @@ def _ranks(graph: Graph) -> set[int]:
 def _linear_plans(
     graph: Graph, max_batch_size: int, arch: str, capability: int
 ) -> Iterator[linear.plan.Plan]:
-    for rows in decode_buckets(min(max_batch_size, linear.MAX_ROWS)):
+    most = min(max_batch_size, linear.MAX_ROWS)
+    for rows in sorted({*decode_buckets(most), *verify_buckets(most)}):
         for features, columns, norm, weight in linear_shapes(graph, rows):
             choose = (
                 linear.choose_plan if weight == linear.FLOAT else partial(choose_quantized, weight=weight)

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from ....kernels.append_kv import AppendKv
 from ....kernels.context_attention import ContextAttention
 from ....kernels.embedding import Embedding, Positions
 from ....kernels.layer_norm import LayerNorm
@@ -32,12 +33,15 @@ class DecodeRows:
     """The sequences of a step that have one new token; they are its first rows. int32, on the GPU.
 
     kv_length: [rows], 0 where a row is unused; page_table: [rows, pages].
+    row_start: [rows + 1], 0, 1 .. the rows in use, and so on to the end: rows may be tokens of one sequence that follow each
+               other, all of which are in the cache before one attends. None: no two rows are of one sequence.
     """
 
     kv_length: torch.Tensor
     page_table: torch.Tensor
     early: bool
     """Nothing in this CUDA graph, before attention, writes these tensors or pages of earlier tokens."""
+    row_start: torch.Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -89,6 +93,7 @@ class CudaProgram:
             PagedDecodeAttention(library),
             ContextAttention(library),
         )
+        self._append = AppendKv(library)
         self._foreign = kernels or {}
         self._weight_sums: dict[str, torch.Tensor] = {}
         self._decode_rows: DecodeRows | None = None
@@ -104,7 +109,7 @@ class CudaProgram:
         return self._prefill.run(inputs)
 
     def decoder(self, rows: int) -> Callable[[Mapping[str, torch.Tensor], DecodeRows], torch.Tensor]:
-        """What runs a decode step of `rows` sequences: `(inputs token_ids, positions [rows]; rows) -> logits`.
+        """What runs a decode step of `rows` tokens: `(inputs token_ids, positions [rows]; rows) -> logits`.
 
         The logits are those the head computes, before the graph widens them. Capturable in a CUDA graph after one run.
         """
@@ -286,6 +291,9 @@ class CudaProgram:
     ) -> None:
         keys, values = self._cache[layer]
         plan, workspace = self._decode_plan(rows.count, q.shape[1])
+        if rows.row_start is not None:
+            assert not rows.early, "attention would read what is being appended"
+            self._append(k, v, keys, values, rows.row_start, rows.kv_length, rows.page_table)
         self._decode_attention(
             q, k, v, keys, values, rows.page_table, rows.kv_length,
             out=out, plan=plan, scale=scale, workspace=workspace, early=rows.early,

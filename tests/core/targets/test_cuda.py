@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ from trtc.core.engine import Engine
 from trtc.core.errors import BuildError, ConfigError, TargetError
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
-from trtc.core.ops import ReferenceContext
+from trtc.core.ops import ReferenceContext, get_op
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import nearest
 from trtc.core.targets.base import CacheShape
-from trtc.core.targets.cuda.code import code_file, decode_buckets, kernel_sources, read_code
+from trtc.core.targets.cuda.code import code_file, decode_buckets, kernel_sources, read_code, verify_buckets
+from trtc.core.targets.cuda.program import CudaProgram, DecodeRows
 from trtc.core.targets.cuda.variants import decode_graph, prefill_graph
+from trtc.kernels.append_kv.reference import append_kv
+from trtc.kernels.paged_decode_attention.reference import paged_decode_attention
 from trtc.runtime.load import load_executor
 from trtc.tests.opt_models import BUILD, CUDA_VARIANTS, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import PagedSequences, filled_cache
@@ -103,6 +107,58 @@ def test_quantized_decode_graph_has_few_kernels(tmp_path: Path) -> None:
         assert work == ["embedding", *layer * 2, *norms, *product], variant
 
 
+def test_rows_of_one_sequence_attend_as_a_chunk_does() -> None:
+    """What the program launches for rows of which several are of one sequence, its kernels replaced by their references; the
+    last row is unused. Oracle: the op's reference, over chunks. Slots that nobody wrote hold NaN."""
+    random = torch.Generator().manual_seed(5)
+    sequences = PagedSequences(16, 32)
+
+    pages = [torch.full((32, 16, 2, 64), float("nan"), dtype=torch.float64) for _ in range(4)]
+    ours, expected = tuple(pages[:2]), tuple(pages[2:])
+
+    def append(
+        k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *place: torch.Tensor
+    ) -> None:
+        for cache, new in zip((keys, values), append_kv(k, v, keys, values, *place), strict=True):
+            cache.copy_(new)
+
+    def attention(*tensors: torch.Tensor, out: torch.Tensor, scale: float, early: bool, **_: object) -> None:
+        assert not early
+        out.copy_(paged_decode_attention(*tensors, scale=scale))
+
+    program: Any = object.__new__(CudaProgram)
+    program._cache, program._append, program._decode_attention = [ours], append, attention
+    program._decode_plan = lambda rows, heads: (None, None)
+    for work in (
+        {"a": [0] * 14, "b": [0]},
+        {"b": [0] * 3, "a": [0] * 5, "c": [0]},
+        {"a": [0], "b": [0] * 16},
+    ):
+        step = sequences.step(work)
+        count = len(step["token_ids"])
+        q = torch.randn(count + 1, 4, 64, generator=random, dtype=torch.float64)
+        k, v = (torch.randn(count + 1, 2, 64, generator=random, dtype=torch.float64) for _ in range(2))
+        starts = (step["query_start"], step["kv_length"], step["page_table"])
+        chunks = get_op("attention").reference(
+            ReferenceContext([expected]),
+            {"layer": 0, "scale": 0.125},
+            q[:count],
+            k[:count],
+            v[:count],
+            *starts,
+        )
+        owner = torch.repeat_interleave(step["query_start"].diff())
+        rows = DecodeRows(
+            torch.cat([step["positions"] + 1, torch.zeros(1, dtype=torch.int32)]),
+            torch.cat([step["page_table"][owner], step["page_table"][:1]]),
+            early=False,
+            row_start=torch.arange(count + 2, dtype=torch.int32).clamp_(max=count),
+        )
+        out = torch.empty_like(q)
+        program._decode(0, 0.125, q, k, v, out, rows)
+        assert max_error(out[:count], chunks) <= FLOAT64_ABS
+
+
 @pytest.mark.parametrize("how", [None, INT8, INT4], ids=str)
 def test_engine_carries_its_kernels(how: WeightFormat | None, tmp_path: Path) -> None:
     """Every kernel the program can ask for is in the engine: entries compare equal with the sources asked for."""
@@ -169,3 +225,6 @@ def test_buckets_hold_every_batch() -> None:
     assert decode_buckets(1) == (1,)
     assert decode_buckets(5) == (1, 2, 4, 5)
     assert decode_buckets(64)[-1] == 64 and decode_buckets(4096)[-1] == 1024
+    assert verify_buckets(1) == verify_buckets(8) == decode_buckets(32) and verify_buckets(
+        64
+    ) == decode_buckets(64)
