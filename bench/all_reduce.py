@@ -160,7 +160,12 @@ class Rank:
         try:
             self.check(way, size)
             return self.time(way, size)
-        except (RuntimeError, AttributeError) as error:  # torch's kernels are not in every build
+        except (
+            RuntimeError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:  # torch's are not in every build
             if not way.startswith("torch"):
                 raise
             return Row(way, size, "", None, [], str(error).partition("\n")[0][:200])
@@ -188,11 +193,15 @@ def run_rank(path: Path | None, checks_only: bool) -> None:
                 rank.check("nccl", size)
             group.close()
             return
-        rows = [rank.measure(way, size) for way in rank.ways for size in SIZES]
-        if group.rank == 0:
-            show(rows, group.size)
-            if path is not None:
-                write(path, rows, group.size)
+        rows: list[Row] = []
+        try:
+            for way in rank.ways:
+                rows += [rank.measure(way, size) for size in SIZES]
+                if group.rank == 0 and path is not None:
+                    write(path, rows, group.size)  # what is measured is kept
+        finally:
+            if group.rank == 0:
+                show(rows, group.size)
     group.close()
 
 

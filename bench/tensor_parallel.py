@@ -46,7 +46,9 @@ def main() -> int:
             data["runs"].append({"model": size, "tp_size": tp_size, "records": records})
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(data, indent=1) + "\n")
-    print(table(data["runs"]))
+            print(
+                table(data["runs"]), flush=True
+            )  # again, so that a run that is cut short has shown what it found
     errors = [r["message"] for run in data["runs"] for r in run["records"] if r["kind"] == "error"]
     for message in errors:
         print(f"FAILED: {message}", file=sys.stderr)

@@ -45,7 +45,7 @@ def sum_on_first_rank(graph: Graph, *, first: bool, residuals: bool) -> Graph:
     nodes = []
     for node in joined.nodes:
         before = graph.producers.get(node.name)
-        if node.op == "linear" and before is not None and before.inputs != node.inputs:
+        if node.op in fuse.PRODUCTS and before is not None and before.inputs != node.inputs:
             own = zip(node.inputs, before.inputs, strict=False)
             node = replace(node, inputs=tuple(None if old is None else name for name, old in own))
         nodes.append(node)
@@ -59,19 +59,21 @@ def _into_product(residuals: bool, graph: Graph, node: Node) -> Rewrite | None:
     for total, addend in (node.used, node.used[::-1]):
         collective = graph.producers[total]
         product = graph.producers[collective.used[0]] if collective.op == "all_reduce" else None
-        if product is None or product.op != "linear" or "activation" in product.attrs:
+        if product is None or product.op not in fuse.PRODUCTS or "activation" in product.attrs:
             continue
-        x, weight, bias, residual = (*product.inputs, None, None)[:4]
+        residual = fuse.PRODUCTS[product.op]
+        inputs = [*product.inputs, *[None] * (residual + 1 - len(product.inputs))]
         is_bias = graph.specs[addend].rank == 1
-        if (bias if is_bias else residual) is not None or not (is_bias or residuals):
+        place = residual - 1 if is_bias else residual
+        if inputs[place] is not None or not (is_bias or residuals):
             continue
         if not (only_reader(graph, product.name) and only_reader(graph, total)):
             continue
-        inputs = [x, weight, addend, residual] if is_bias else [x, weight, bias, addend]
+        inputs[place] = addend
         if inputs[-1] is None:
             inputs.pop()
         result = Rewrite(graph, (node, collective, product))
-        (part,) = result.add("linear", *inputs, name=product.name, **product.attrs)
+        (part,) = result.add(product.op, *inputs, name=product.name, **product.attrs)
         (whole,) = result.add("all_reduce", part, name=collective.name, **collective.attrs)
         result.replace(node.name, whole)
         return result

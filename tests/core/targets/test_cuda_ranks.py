@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from trtc.core.errors import BuildError, ConfigError, EngineError
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext, get_op, op_names
+from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
+from trtc.core.quantize.source import nearest
 from trtc.core.sharding import ShardingOptions
 from trtc.core.targets.base import CacheShape
 from trtc.core.targets.cuda.code import code_file, kernel_sources, read_code
@@ -47,31 +50,50 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
     return opened
 
 
-def planned(source: OptCheckpoint, sharding: ShardingOptions, rank: int) -> Rank:
-    """The graph that the engine of a rank would have, and its weights in float64."""
+def planned(
+    source: OptCheckpoint, sharding: ShardingOptions, rank: int, how: WeightFormat | None = None
+) -> Rank:
+    """The graph that the engine of a rank would have, and its weights in float64, or as integers with scales in float64."""
     model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
     build = dataclasses.replace(BUILD, tp_size=sharding.tp_size, **CUDA)
-    parts = plan(source.family, model, source.weights(DType.FLOAT16, sharding), build, rank)
-    exact = source.weights(sharding=sharding)
-    raw = {name: exact.read(rank, name).double() for name in exact.names(rank)}
+    if how is None:
+        parts = plan(source.family, model, source.weights(DType.FLOAT16, sharding), build, rank)
+        exact = source.weights(sharding=sharding)
+    else:
+        exact = nearest(QuantizeOptions(how))(source.weights(DType.FLOAT16, sharding))
+        parts = plan(source.family, model, exact, build, rank)
+    raw = {name: exact.read(rank, name) for name in exact.names(rank)}
+    raw = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in raw.items()}
     made = {name: interpret(recipe, raw) for name, recipe in parts.recipes.items()}
     return parts.graph, raw | made
 
 
-def expected_logits(source: OptCheckpoint) -> list[torch.Tensor]:
+def expected_logits(source: OptCheckpoint, how: WeightFormat | None = None) -> list[torch.Tensor]:
     """Of a prompt and a token after it, by the graph of one rank."""
-    graph, weights = planned(source, ShardingOptions(), 0)
+    graph, weights = planned(source, ShardingOptions(), 0, how)
     cache, sequences = filled_cache(graph, 16, 32, torch.float64), PagedSequences(16, 32)
     steps = [sequences.step(PROMPT), sequences.step(TOKEN)]
     return [interpret(graph, weights | step, ReferenceContext(cache)) for step in steps]
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
-@pytest.mark.parametrize("variant", ["cuda_pre_norm", "cuda_post_norm_projected", "cuda_bias_free_gelu"])
-def test_ranks_compute_what_one_does(variant: str, embedding: str, checkpoint) -> None:
+@pytest.mark.parametrize(
+    ("variant", "how"),
+    [
+        ("cuda_pre_norm", None),
+        ("cuda_pre_norm", WeightFormat("int8")),
+        ("cuda_post_norm_projected", None),
+        ("cuda_bias_free_gelu", None),
+        ("cuda_bias_free_gelu", WeightFormat("int4", 64)),
+    ],
+    ids=str,
+)
+def test_ranks_compute_what_one_does(
+    variant: str, how: WeightFormat | None, embedding: str, checkpoint
+) -> None:
     """Prefill and decode graphs as the program of each rank rewrites them, ranks in threads that really exchange."""
     source = checkpoint(variant)
-    parts = [planned(source, EMBEDDINGS[embedding], rank) for rank in range(2)]
+    parts = [planned(source, EMBEDDINGS[embedding], rank, how) for rank in range(2)]
 
     def run(rank: int, group: RankCommunicator) -> torch.Tensor:
         graph, weights = parts[rank]
@@ -82,22 +104,29 @@ def test_ranks_compute_what_one_does(variant: str, embedding: str, checkpoint) -
         prompt = interpret(prefill, weights | sequences.step(PROMPT), context)
         return torch.cat([prompt, interpret(decode, weights | sequences.step(TOKEN), context)])
 
-    expected = torch.cat(expected_logits(source))
+    expected = torch.cat(expected_logits(source, how))
     for found in run_ranks(2, run):
         assert max_error(found, expected) <= FLOAT64_ABS
 
 
 def test_a_decode_step_of_a_rank_has_seven_kernels_a_layer(checkpoint) -> None:
-    """The five of one rank and two sums: nothing is added outside of a product, and norms stay inside."""
+    """The five of one rank and two sums: nothing is added outside of a product or a norm, and norms without weights stay
+    inside of products."""
     views = {"input", "weight", "reshape", "split", "cast"}
-    layer = ["linear", "attention", "linear", "all_reduce", "linear", "linear", "all_reduce"]
-    for rank in range(2):
-        graph, _ = planned(checkpoint("cuda_pre_norm"), EMBEDDINGS["none"], rank)
+    for rank, how in product(range(2), (None, WeightFormat("int8"))):
+        linear = "linear" if how is None else "quantized_linear"
+        norm = [] if how is None else ["layer_norm"]  # which has weights of its own before integers
+        layer = [*norm, linear, "attention", linear, "all_reduce", *norm, linear, linear, "all_reduce"]
+        graph, _ = planned(checkpoint("cuda_pre_norm"), EMBEDDINGS["none"], rank, how)
         decode = sum_on_first_rank(decode_graph(graph, fuse_norms=True), first=rank == 0, residuals=True)
-        work = [node.op for node in decode.nodes if node.op not in views]
+        work = [node.op.removeprefix("add_") for node in decode.nodes if node.op not in views]
         assert work == ["embedding", *layer * 2, "linear", "all_gather"]
-        sums = [decode.producers[node.used[0]] for node in decode.nodes if node.op == "all_reduce"]
-        assert {len(product.used) for product in sums} == ({4} if rank == 0 else {2})
+        parts = [decode.producers[node.used[0]] for node in decode.nodes if node.op == "all_reduce"]
+        weights = 1 if how is None else 2
+        # Bias and residual; but a residual goes into the norm that follows, if there is one.
+        added = [2, 2, 2, 2] if how is None else [1, 1, 1, 2]
+        expected = [1 + weights + (count if rank == 0 else 0) for count in added]
+        assert [len(part.used) for part in parts] == expected
 
 
 def test_the_program_exchanges_through_its_communicator(checkpoint) -> None:
