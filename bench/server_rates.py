@@ -48,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rates", type=float, nargs="+", default=[], metavar="R",
         help="requests per second, one run each; inf: all at once. Takes the place of the checks under load",
     )  # fmt: skip
+    group.add_argument(
+        "--seconds", type=float, default=math.inf, metavar="S",
+        help="at a rate, only as many of the requests as come in about so many seconds (default: all)",
+    )  # fmt: skip
     group.add_argument("--whole", action="store_true", help="ask for whole answers instead of streams")
 
 
@@ -115,12 +119,15 @@ def requests(server: Server, engine_dir: Path, count: int, *, stream: bool) -> l
 def measure(
     server: Server, bodies: Sequence[dict[str, Any]], rate: float, args: argparse.Namespace
 ) -> dict[str, Any]:
+    bodies = (
+        bodies if math.isinf(rate) else bodies[: max(1, math.ceil(min(rate * args.seconds, len(bodies))))]
+    )
     timings = asyncio.run(drive(server, bodies, rate, args.seed))
     first = [1e3 * each.first for each in timings]
     between = [1e3 * each.tpot for each in timings]
     seconds = max(each.sent + each.last for each in timings) - min(each.sent for each in timings)
     tokens = sum(each.num_tokens for each in timings)
-    result: dict[str, Any] = {"rate": "all at once" if math.isinf(rate) else rate}
+    result: dict[str, Any] = {"rate": "all at once" if math.isinf(rate) else rate, "requests": len(bodies)}
     for name, samples in (("ttft", first), ("tpot", between)):
         for percent in (50, 99):
             result[f"{name}_p{percent}_ms"] = round(percentile(samples, percent), 2)
