@@ -102,7 +102,7 @@ class StreamPlan:
         """Dynamic shared memory; the layout is that at the top of `linear_stream`."""
         x_slots = 0 if self.held_x else self.token_tiles * WEIGHTS[self.weight].pieces
         ring = self.stages * _stage_bytes(self.warps, self.octets, x_slots)
-        held = _held_bytes(self.rows, self.columns) if self.held_x else 0
+        held = _held_bytes(self.rows, self.columns, self.weight) if self.held_x else 0
         return max(self.least_bytes, ring + _partial_bytes(self.rows, self.warps, self.octets) + held)
 
     def launch_shape(self, dependent: bool) -> LaunchShape:
@@ -239,7 +239,7 @@ def plan_stream(
     needed = min(MAX_STAGES, max(2, needed))
 
     free = block_bytes - _partial_bytes(rows, warps, octets)
-    room, stage = min(ring_bytes, free - _held_bytes(rows, columns)), _stage_bytes(warps, octets, 0)
+    room, stage = min(ring_bytes, free - _held_bytes(rows, columns, weight)), _stage_bytes(warps, octets, 0)
     held = held and room >= min(MIN_RING_BYTES, needed * stage)
     if not held:
         # The ring also holds x. Of float weights that is little; of others it must not take W's room.
@@ -440,9 +440,9 @@ def _partial_bytes(rows: int, warps: int, octets: int) -> int:
     return 2 * warps * rows * 8 * octets * 4
 
 
-def _held_bytes(rows: int, columns: int) -> int:
+def _held_bytes(rows: int, columns: int, weight: str) -> int:
     """Bytes of x in shared memory; the stride is `held_stride` in stream.cu, or less."""
-    return rows * (_round_up(columns, 64) + 32) * 2
+    return rows * (_round_up(columns, max(64, WEIGHTS[weight].pad)) + 32) * 2
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -38,7 +38,7 @@ constexpr int kNormRms = 2;  // as kNormLayer with a mean of 0
 // kNormLayer. bias and residual may be null; residual may be y. columns is a multiple of 8.
 template <typename T, int kWarps, int kOctets, int kTokenTiles, int kStages, bool kHeldX, int kNorm,
           typename Weight = FloatWeight<T>>
-__global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTiles > 2 ? 1 : 2)
+__global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTiles > 2 || (kWarps > 8 && Weight::kPieces > 1) ? 1 : 2)
     linear_stream(T* y, const T* x, const typename Weight::Stored* weight, const T* scales, const T* bias,
                   const T* residual, const float* weight_sums, int rows, int features, int columns, int activation,
                   float epsilon) {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
     const int first_feature = static_cast<uint64>(blockIdx.x) * features / gridDim.x;
     const int end_feature = static_cast<uint64>(blockIdx.x + 1) * features / gridDim.x;
     const int stored_columns = padded_columns<Weight>(columns);
-    const int held_stride = (columns + 63) / 64 * 64 + Weight::kHeldPad;
+    const int held_stride = (columns + Weight::kHeldUnit - 1) / Weight::kHeldUnit * Weight::kHeldUnit + Weight::kHeldPad;
     const int steps = (columns + kStepColumns - 1) / kStepColumns;
     const int total_steps = (end_feature - first_feature + kTile - 1) / kTile * steps;
 
@@ -152,8 +152,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
 #pragma unroll
         for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) {
             const int feature = cursor.feature + 8 * octet;
-            const bool valid = octet < kOctets && feature < end_feature && cursor.column < stored_columns;
-            next_scale[octet] = load_scales<T, Weight::kGroups>(scales, feature, cursor.column, stored_columns, valid);
+            next_scale[octet] = load_scales<T, Weight::kGroups>(scales, feature, features, cursor.column, stored_columns);
         }
     };
 
@@ -180,8 +179,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
 #pragma unroll
                 for (int piece = 0; piece < kPieces; ++piece) {
                     const int place = x_column(column, piece);
-                    if (kPieces > 1 && place >= columns) continue;
-                    copy_async_16(shared_address(held_place(tile, place)), row + place, true);
+                    if (kPieces > 1 && !kGrouped && place >= columns) continue;
+                    const bool valid = kPieces == 1 || place < columns;  // beyond, with groups: zeros
+                    copy_async_16(shared_address(held_place(tile, place)), row + (valid ? place : 0), valid);
                 }
             }
         }
@@ -196,6 +196,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
     copy_async_commit();
     load_residual(first_feature);
     copy_async_wait<0>();
+    if (kGrouped) __syncwarp();  // lanes whose row of x does not exist read the last row, which others copied
 
     float product[kChains][kFeatureTiles][kTokenTiles][4] = {};      // of a tile, or of a group where groups have scales
     float sum[kGrouped ? kFeatureTiles : 1][kGrouped ? kTokenTiles : 1][4] = {};  // of the groups of a tile
@@ -228,17 +229,23 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
             }
 #pragma unroll
             for (int piece = 0; piece < kPieces; ++piece) {
+                if (kGrouped && column >= stored_columns) break;  // of the whole warp: it has all of 128 columns or none
                 uint4 a[2 * kFeatureTiles];
 #pragma unroll
                 for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) a[octet] = Weight::piece(stored[octet], piece);
 #pragma unroll
                 for (int tile = 0; tile < kTokenTiles; ++tile) {
                     const int place = x_column(column, piece);
-                    uint4 b = make_uint4(0, 0, 0, 0);
-                    if constexpr (!kHeldX) {
+                    uint4 b;
+                    if constexpr (kHeldX && kGrouped) {
+                        b = *reinterpret_cast<const uint4*>(held + min(8 * tile + group, rows - 1) * held_stride + place);
+                    } else if constexpr (!kHeldX) {
                         b = *reinterpret_cast<const uint4*>(slot + (kOctets + tile * kPieces + piece) * kSlotBytes);
-                    } else if (8 * tile + group < rows && place < columns) {
-                        b = *reinterpret_cast<const uint4*>(held_place(tile, place));
+                    } else {
+                        b = make_uint4(0, 0, 0, 0);
+                        if (8 * tile + group < rows && place < columns) {
+                            b = *reinterpret_cast<const uint4*>(held_place(tile, place));
+                        }
                     }
 #pragma unroll
                     for (int i = 0; i < kFeatureTiles; ++i) {
@@ -259,12 +266,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
                         if ((piece + 1) % (kPieces / Weight::kGroups) != 0) continue;
 #pragma unroll
                         for (int i = 0; i < 4 * kFeatureTiles; ++i) {
-                            float total = 0.f;
-#pragma unroll
-                            for (int chain = 0; chain < kChains; ++chain) {
-                                total += product[chain][i / 4][tile][i % 4];
-                                product[chain][i / 4][tile][i % 4] = 0.f;
-                            }
+                            float total = product[0][i / 4][tile][i % 4];
+                            if (kChains > 1) total += product[kChains - 1][i / 4][tile][i % 4];
+                            product[0][i / 4][tile][i % 4] = product[kChains - 1][i / 4][tile][i % 4] = 0.f;
                             const T factor = scale[i / 2].value[piece / (kPieces / Weight::kGroups)];
                             sum[i / 4][tile][i % 4] += to_float(factor) * total;
                         }

@@ -121,8 +121,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 && 
         for (int i = 0; i < kScales; ++i) {
             const int column = lane_column + stage * kStageColumns + i / (2 * kFeatureTiles) * kWarpColumns;
             const int feature = lane_feature + 8 * (i % (2 * kFeatureTiles));
-            const bool valid = feature < end_feature && column < end_stored;
-            next_scale[i] = load_scales<T, Weight::kGroups>(scales, feature, column, stored_columns, valid);
+            next_scale[i] = load_scales<T, Weight::kGroups>(scales, feature, features, column, stored_columns);
         }
     };
 

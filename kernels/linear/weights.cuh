@@ -5,7 +5,8 @@
 //   kPieces           16-byte pieces of x, of 8 columns each, that go with 16 bytes of W
 //   kMemberColumns    columns from the first piece of a lane to that of the next member of its group
 //   kPieceColumns     columns from a piece of a lane to its next one
-//   kHeldPad          columns that rows of x in shared memory are apart beyond a multiple of 64: against bank conflicts
+//   kHeldUnit         rows of x in shared memory are apart by a multiple of so many columns
+//   kHeldPad          and these: against bank conflicts
 //   kRowScales        one scale a row, applied to the finished sum
 //   kGroups           scales of a row in 128 columns: the sum of each group is scaled, in float32; 0: none
 //   piece(stored, i)  piece i as 8 elements of T, exact
@@ -22,7 +23,7 @@ template <typename T>
 struct FloatWeight {
     using Stored = T;
     static constexpr int kColumnsPerStored = 1, kPad = 1, kPieces = 1, kMemberColumns = 8, kPieceColumns = 0;
-    static constexpr int kHeldPad = 32, kGroups = 0;
+    static constexpr int kHeldUnit = 64, kHeldPad = 32, kGroups = 0;
     static constexpr bool kRowScales = false;
 
     static __device__ __forceinline__ uint4 piece(const uint4& stored, int) { return stored; }
@@ -40,6 +41,14 @@ __device__ __forceinline__ uint32 multiply_add_halves(uint32 a, uint32 b, uint32
     const __half2 result = __hfma2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b),
                                    reinterpret_cast<const __half2&>(c));
     return reinterpret_cast<const uint32&>(result);
+}
+
+// (word & kMask) | kExponent, in one instruction: the compiler makes two of it, since it takes one constant only.
+template <uint32 kMask, uint32 kExponent>
+__device__ __forceinline__ uint32 masked_behind(uint32 word) {
+    uint32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(result) : "r"(word), "n"(kMask), "r"(kExponent));
+    return result;
 }
 
 // Two neighbouring signed bytes of a word as a pair; kSelect is 0x4140 for the lower two, 0x4342 for the upper two.
@@ -69,7 +78,7 @@ template <typename T>
 struct Int8Weight {
     using Stored = signed char;
     static constexpr int kColumnsPerStored = 1, kPad = 16, kPieces = 2, kMemberColumns = 16, kPieceColumns = 8;
-    static constexpr int kHeldPad = 8, kGroups = 0;
+    static constexpr int kHeldUnit = 64, kHeldPad = 8, kGroups = 0;
     static constexpr bool kRowScales = true;
 
     static __device__ __forceinline__ uint4 piece(const uint4& stored, int index) {
@@ -88,16 +97,19 @@ struct Nibbles<__half> {
     static __device__ __forceinline__ uint4 of(uint32 word) {
         // 0x6400 | four bits is 1024 + them; four bits higher, they count 16 times: (1024 + 16 n) / 16 - 72 is n - 8.
         const uint32 upper = word >> 8;
-        return make_uint4(subtract_pairs<__half>((word & 0x000f000fu) | 0x64006400u, 0x64086408u),
-                          multiply_add_halves((word & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u),
-                          subtract_pairs<__half>((upper & 0x000f000fu) | 0x64006400u, 0x64086408u),
-                          multiply_add_halves((upper & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u));
+        return make_uint4(low(word), high(word), low(upper), high(upper));
+    }
+    static __device__ __forceinline__ uint32 low(uint32 word) {
+        return subtract_pairs<__half>(masked_behind<0x000f000f, 0x64006400>(word), 0x64086408u);
+    }
+    static __device__ __forceinline__ uint32 high(uint32 word) {
+        return multiply_add_halves(masked_behind<0x00f000f0, 0x64006400>(word), 0x2c002c00u, 0xd480d480u);
     }
 };
 template <>
 struct Nibbles<__nv_bfloat16> {
     static __device__ __forceinline__ uint32 pair(uint32 word) {
-        return subtract_pairs<__nv_bfloat16>((word & 0x000f000fu) | 0x43004300u, 0x43084308u);  // 128 + n - 136
+        return subtract_pairs<__nv_bfloat16>(masked_behind<0x000f000f, 0x43004300>(word), 0x43084308u);  // 128 + n - 136
     }
     static __device__ __forceinline__ uint4 of(uint32 word) {
         return make_uint4(pair(word), pair(word >> 4), pair(word >> 8), pair(word >> 12));
@@ -110,7 +122,7 @@ template <typename T, int kGroupColumns>
 struct Int4Weight {
     using Stored = unsigned char;
     static constexpr int kColumnsPerStored = 2, kPad = 128, kPieces = 4, kMemberColumns = 8, kPieceColumns = 32;
-    static constexpr int kHeldPad = 32, kGroups = 128 / kGroupColumns;
+    static constexpr int kHeldUnit = 128, kHeldPad = 32, kGroups = 128 / kGroupColumns;
     static constexpr bool kRowScales = false;
 
     static __device__ __forceinline__ uint4 piece(const uint4& stored, int index) {
@@ -125,14 +137,14 @@ struct alignas(2 * (kGroups > 0 ? kGroups : 1)) GroupScales {
     T value[kGroups > 0 ? kGroups : 1];
 };
 
-// Place of a row's scales in 128 columns; rows have as many as their padded columns.
+// The scales of a row in the 128 columns that hold `column`; rows have as many as their padded columns. Beyond the last row or
+// column, those of the last: what they are multiplied with is not used, and a test would cost more than the load.
 template <typename T, int kGroups>
-__device__ __forceinline__ GroupScales<T, kGroups> load_scales(const T* scales, int row, int column, int padded_columns,
-                                                               bool valid) {
-    using Scales = GroupScales<T, kGroups>;
-    if (!valid) return Scales{};
-    const uint32 place = static_cast<uint32>(row) * (padded_columns / 128) + column / 128;
-    return *(reinterpret_cast<const Scales*>(scales) + place);
+__device__ __forceinline__ GroupScales<T, kGroups> load_scales(const T* scales, int row, int rows, int column,
+                                                               int padded_columns) {
+    const uint32 blocks = padded_columns / 128;
+    const uint32 place = static_cast<uint32>(min(row, rows - 1)) * blocks + min(static_cast<uint32>(column) / 128, blocks - 1);
+    return *(reinterpret_cast<const GroupScales<T, kGroups>*>(scales) + place);
 }
 
 template <typename Weight>
