@@ -86,7 +86,8 @@ class DecodeStep:
             self._greedy = (Instruction * (len(instructions) + 3))(
                 *instructions[:-1], *self._screen.instructions(instructions[-1])
             )
-        self._scratch = torch.empty(self._threads, max_len)
+        heads = max((i.n for i in instructions if i.op == Op.ATTENTION), default=0)
+        self._scratch = torch.empty(self._threads, heads, max_len)
         self._best = torch.empty(2, self._threads, max_tokens)
         self._best_id = torch.empty(self._threads, max_tokens, dtype=torch.int32)
         self._picked = torch.empty(max_tokens, dtype=torch.int32)
@@ -324,6 +325,8 @@ class _Compiler:
         if k.stride != v.stride or keys.dtype is torch.int8 or kind is None or not keys.is_contiguous():
             raise Unsupported(f"attention '{node.name}': k, v or a cache of {keys.dtype}")
         _, heads, dim = node.outputs[0].shape
+        if not isinstance(dim, int) or dim > cpu_step.MAX_HEAD_DIM:
+            raise Unsupported(f"attention '{node.name}': head_dim {dim}")
         out = self._new(node)
         self._emit(
             Op.ATTENTION, wtype=kind, n=heads, k=keys.shape[2], ldx=q.stride, ld2=k.stride, dim=dim,

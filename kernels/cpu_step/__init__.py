@@ -30,6 +30,8 @@ class Op(IntEnum):
 WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 ACTIVATION_KINDS = {None: 0, "relu": 1, "silu": 2, "gelu_tanh": 3}
 NORM_KINDS = {"layer_norm": 0, "rms_norm": 1}
+MAX_HEAD_DIM = 256
+"""16 MAX_VECTORS of step.c."""
 
 
 class Instruction(ctypes.Structure):

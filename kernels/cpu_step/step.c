@@ -28,7 +28,7 @@ typedef struct {
     int32_t tokens, pages, page_size, max_len;
     const int32_t *token_ids, *positions, *page_table;
     const int32_t *sequence;    /* of each token, its row in page_table; null: token t is the only one of sequence t */
-    float *scratch;             /* per thread max_len floats */
+    float *scratch;             /* per thread and head max_len floats */
     float *best;                /* per thread and token: bound, then best logit */
     int32_t *best_id, *picked;
     int16_t *narrow;            /* per thread tokens x narrow_k: activations for int8 weights */
@@ -372,68 +372,135 @@ ISA static void append(const Instr *in, const Step *step, int t, int kv) {
     }
 }
 
-/* One token of one sequence and the query heads of one kv head, over the pages of its cache up to its own place. */
-ISA static void attend(const Instr *in, const Step *step, int t, int kv, float *scores) {
-    const ptrdiff_t dim = in->dim, heads = in->n, kv_heads = in->k, token = kv_heads * dim, group = heads / kv_heads;
-    const ptrdiff_t length = step->positions[t] + 1;
-    const int32_t *pages = pages_of(step, t);
-    const char *keys = in->scale, *values = in->residual;
-    for (ptrdiff_t head = kv * group; head < (kv + 1) * group; head++) {
-        const float *q = (const float *)in->x + t * in->ldx + head * dim;
-        float *y = (float *)in->y + (t * heads + head) * dim;
-        float top = -INFINITY;
-        for (ptrdiff_t begin = 0; begin < length; begin += step->page_size) {
-            ptrdiff_t count = length - begin < step->page_size ? length - begin : step->page_size;
-            ptrdiff_t base = (ptrdiff_t)pages[begin / step->page_size] * step->page_size * token + kv * dim;
-            for (ptrdiff_t j = 0; j < count; j++) {
-                __m512 sum = _mm512_setzero_ps();
-                for (ptrdiff_t i = 0; i < dim; i += 16) {
-                    __mmask16 mask = first(dim - i);
-                    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, q + i), load(in->wtype, keys, base + j * token + i, mask), sum);
-                }
-                float score = _mm512_reduce_add_ps(sum) * in->number;
-                scores[begin + j] = score;
-                top = score > top ? score : top;
-            }
+/* Where the keys and values begin of the page that token `begin` of a sequence is on, in elements, and how many are on it. */
+static ptrdiff_t page_at(const Instr *in, const Step *step, const int32_t *pages, ptrdiff_t begin, ptrdiff_t length, ptrdiff_t *count) {
+    *count = length - begin < step->page_size ? length - begin : step->page_size;
+    return (ptrdiff_t)pages[begin / step->page_size] * step->page_size * in->k * in->dim;
+}
+
+enum { MAX_VECTORS = 16 }; /* of a head: more than 256 columns are not compiled */
+
+/* V vectors of a head; whole: none of them is cut short by the head's end */
+INLINE __m512 part(const int type, const int whole, const void *base, ptrdiff_t at, ptrdiff_t left) {
+    return whole ? load_all(type, base, at) : load(type, base, at, first(left));
+}
+
+/* scores[4] of q with the keys at `at`, of which the first `count` are there */
+INLINE __m128 score(const int type, const int V, const int whole, const float *q, const char *keys, ptrdiff_t at, ptrdiff_t token,
+                    ptrdiff_t dim, ptrdiff_t count) {
+    __m512 sum[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const ptrdiff_t key = at + (j < count ? j : count - 1) * token;
+        sum[j] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+            if (v * 16 % (64 / SIZE_OF[type]) == 0) _mm_prefetch(keys + (key + 8 * token + v * 16) * SIZE_OF[type], _MM_HINT_T0);
+            sum[j] = _mm512_fmadd_ps(part(F32, whole, q, v * 16, dim - v * 16), part(type, whole, keys, key + v * 16, dim - v * 16), sum[j]);
         }
-        __m512 total = _mm512_setzero_ps();
+    }
+    return sums(sum[0], sum[1], sum[2], sum[3]);
+}
+
+/* y[dim] += shares . the values at `at`, of `count` tokens */
+INLINE void blend(const int type, const int V, const int whole, const float *shares, const char *values, ptrdiff_t at, ptrdiff_t token,
+                  ptrdiff_t dim, ptrdiff_t count, float *y) {
+    __m512 sum[MAX_VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) sum[v] = part(F32, whole, y, v * 16, dim - v * 16);
+    for (ptrdiff_t j = 0; j < count; j++) {
+        const __m512 share = _mm512_set1_ps(shares[j]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+            const ptrdiff_t value = at + j * token + v * 16;
+            if (v * 16 % (64 / SIZE_OF[type]) == 0) _mm_prefetch(values + (value + 8 * token) * SIZE_OF[type], _MM_HINT_T0);
+            sum[v] = _mm512_fmadd_ps(share, part(type, whole, values, value, dim - v * 16), sum[v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) _mm512_mask_storeu_ps(y + v * 16, first(dim - v * 16), sum[v]);
+}
+
+/* One token of one sequence and kv heads [begin_kv, end_kv), over the pages of its cache up to its own place. Keys, then values, of
+   all these heads are read as they lie in the cache. */
+INLINE void attend_to(const int type, const int V, const int whole, const Instr *in, const Step *step, int t, int begin_kv, int end_kv,
+                      float *scores) {
+    const ptrdiff_t dim = in->dim, token = in->k * dim, group = in->n / in->k, length = step->positions[t] + 1;
+    const ptrdiff_t begin_head = begin_kv * group, end_head = end_kv * group;
+    const int32_t *pages = pages_of(step, t);
+    const float *q = (const float *)in->x + t * in->ldx;
+    float *y = (float *)in->y + (ptrdiff_t)t * in->n * dim;
+    ptrdiff_t count;
+    scores -= begin_head * step->max_len;
+    for (ptrdiff_t begin = 0; begin < length; begin += step->page_size) {
+        const ptrdiff_t base = page_at(in, step, pages, begin, length, &count);
+        for (ptrdiff_t j = 0; j < count; j += 4)
+            for (ptrdiff_t head = begin_head; head < end_head; head++) {
+                const ptrdiff_t left = count - j < 4 ? count - j : 4, at = base + j * token + head / group * dim;
+                __m128 four = score(type, V, whole, q + head * dim, in->scale, at, token, dim, left);
+                four = _mm_mul_ps(four, _mm_set1_ps(in->number));
+                _mm_mask_storeu_ps(scores + head * step->max_len + begin + j, (__mmask8)((1 << left) - 1), four);
+            }
+    }
+    for (ptrdiff_t head = begin_head; head < end_head; head++) {
+        float *own = scores + head * step->max_len;
+        __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+        for (ptrdiff_t i = 0; i < length; i += 16)
+            top = _mm512_mask_max_ps(top, first(length - i), top, _mm512_maskz_loadu_ps(first(length - i), own + i));
+        top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
         for (ptrdiff_t i = 0; i < length; i += 16) {
             __mmask16 mask = first(length - i);
-            __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + i), _mm512_set1_ps(top)));
-            _mm512_mask_storeu_ps(scores + i, mask, e);
+            __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, own + i), top));
+            _mm512_mask_storeu_ps(own + i, mask, e);
             total = _mm512_mask_add_ps(total, mask, total, e);
         }
         const __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-        for (ptrdiff_t i = 0; i < dim; i += 16) {
-            __mmask16 mask = first(dim - i);
-            __m512 sum = _mm512_setzero_ps(), other = _mm512_setzero_ps();
-            for (ptrdiff_t begin = 0; begin < length; begin += step->page_size) {
-                ptrdiff_t count = length - begin < step->page_size ? length - begin : step->page_size;
-                ptrdiff_t base = (ptrdiff_t)pages[begin / step->page_size] * step->page_size * token + kv * dim + i, j = 0;
-                for (; j + 1 < count; j += 2) {
-                    sum = _mm512_fmadd_ps(_mm512_set1_ps(scores[begin + j]), load(in->wtype, values, base + j * token, mask), sum);
-                    other = _mm512_fmadd_ps(_mm512_set1_ps(scores[begin + j + 1]),
-                                            load(in->wtype, values, base + (j + 1) * token, mask), other);
-                }
-                if (j < count)
-                    sum = _mm512_fmadd_ps(_mm512_set1_ps(scores[begin + j]), load(in->wtype, values, base + j * token, mask), sum);
-            }
-            _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(_mm512_add_ps(sum, other), share));
+        for (ptrdiff_t i = 0; i < length; i += 16) {
+            __mmask16 mask = first(length - i);
+            _mm512_mask_storeu_ps(own + i, mask, _mm512_mul_ps(share, _mm512_maskz_loadu_ps(mask, own + i)));
         }
+        for (ptrdiff_t i = 0; i < dim; i += 16) _mm512_mask_storeu_ps(y + head * dim + i, first(dim - i), _mm512_setzero_ps());
+    }
+    for (ptrdiff_t begin = 0; begin < length; begin += step->page_size) {
+        const ptrdiff_t base = page_at(in, step, pages, begin, length, &count);
+        for (ptrdiff_t j = 0; j < count; j += 8)
+            for (ptrdiff_t head = begin_head; head < end_head; head++)
+                blend(type, V, whole, scores + head * step->max_len + begin + j, in->residual, base + j * token + head / group * dim,
+                      token, dim, count - j < 8 ? count - j : 8, y + head * dim);
     }
 }
 
-/* The tokens of one head after each other: where they belong to one sequence, they find its keys and values in the processor's
-   cache. They see each other, so that all are in the cache first. */
-static void attention(const Instr *in, const Step *step, int thread, int threads) {
-    const int count = step->tokens * in->k, share = (count + threads - 1) / threads, begin = thread * share;
-    const int end = begin + share < count ? begin + share : count;
-    for (int item = begin; item < end; item++) append(in, step, item % step->tokens, item / step->tokens);
-    if (step->sequence) {
-#pragma omp barrier
+typedef void Attend(const Instr *in, const Step *step, int t, int begin_kv, int end_kv, float *scores);
+#define ATTEND(TYPE, NAME)                                                                                             \
+    ISA static void NAME(const Instr *in, const Step *step, int t, int begin_kv, int end_kv, float *scores) {          \
+        if (in->dim == 64) attend_to(TYPE, 4, 1, in, step, t, begin_kv, end_kv, scores);                               \
+        else if (in->dim == 128) attend_to(TYPE, 8, 1, in, step, t, begin_kv, end_kv, scores);                         \
+        else attend_to(TYPE, (in->dim + 15) / 16, 0, in, step, t, begin_kv, end_kv, scores);                           \
     }
-    for (int item = begin; item < end; item++)
-        attend(in, step, item % step->tokens, item / step->tokens, step->scratch + (ptrdiff_t)thread * step->max_len);
+ATTEND(F32, attend_f32)
+ATTEND(BF16, attend_bf16)
+ATTEND(F16, attend_f16)
+static Attend *const ATTEND_OF[] = {attend_f32, attend_bf16, attend_f16, 0};
+
+/* A thread's share of tokens and kv heads. Tokens of several sequences: one after the other, with all heads of the share. Where tokens
+   belong to one sequence, they follow each other head by head, so that they find its keys and values in the processor's cache;
+   they see each other, so that all are in the cache first. */
+static void attention(const Instr *in, const Step *step, int thread, int threads) {
+    const int heads = in->k, tokens = step->tokens, count = tokens * heads, share = (count + threads - 1) / threads;
+    const int begin = thread * share, end = begin + share < count ? begin + share : count;
+    float *scores = step->scratch + (ptrdiff_t)thread * in->n * step->max_len;
+    Attend *attend = ATTEND_OF[in->wtype];
+    if (step->sequence) {
+        for (int item = begin; item < end; item++) append(in, step, item % tokens, item / tokens);
+#pragma omp barrier
+        for (int item = begin; item < end; item++) attend(in, step, item % tokens, item / tokens, item / tokens + 1, scores);
+        return;
+    }
+    for (int item = begin; item < end; item++) append(in, step, item / heads, item % heads);
+    for (int item = begin; item < end; item += heads - item % heads) {
+        const int kv = item % heads;
+        attend(in, step, item / heads, kv, kv + end - item < heads ? kv + end - item : heads, scores);
+    }
 }
 
 /* Halves of each head rotated against each other; w: the frequencies of a half. */

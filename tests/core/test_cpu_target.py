@@ -195,6 +195,41 @@ def test_the_screened_head_finds_the_best_of_rows_that_differ_little(
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(6, 6, 64), (8, 2, 128), (3, 3, 24), (4, 1, 80), (2, 2, 256)]
+)
+def test_compiled_attention_reads_every_kind_of_head(
+    heads: int, kv_heads: int, dim: int, dtype: DType
+) -> None:
+    """Three sequences over scattered pages, 1 to 77 tokens long; two threads that share a sequence. Oracle: float64."""
+    random = torch.Generator().manual_seed(5)
+    page_size, lengths, pages = 16, [77, 1, 33], 5
+    cache = torch.randn(2, 3 * pages, page_size, kv_heads, dim, generator=random).to(to_torch(dtype))
+    table = torch.randperm(3 * pages, generator=random).int().view(3, pages)
+    x, y = torch.randn(3, (heads + 2 * kv_heads) * dim, generator=random), torch.empty(3, heads, dim)
+    new, scores = x[:, heads * dim :].to(to_torch(dtype)), torch.empty(2, heads, max(lengths))
+    positions = torch.tensor(lengths, dtype=torch.int32) - 1
+    one = cpu_step.Instruction(
+        op=cpu_step.Op.ATTENTION, wtype=cpu_step.WEIGHT_TYPES[dtype.value], n=heads, k=kv_heads, ldx=x.shape[1], ld2=x.shape[1],
+        dim=dim, number=dim**-0.5, x=x.data_ptr(), w=x.data_ptr() + 4 * heads * dim,
+        bias=x.data_ptr() + 4 * (heads + kv_heads) * dim, scale=cache[0].data_ptr(), residual=cache[1].data_ptr(),
+        y=y.data_ptr(),
+    )  # fmt: skip
+    step = cpu_step.Step(
+        tokens=3, pages=pages, page_size=page_size, max_len=max(lengths), positions=positions.data_ptr(),
+        page_table=table.data_ptr(), scratch=scores.data_ptr(),
+    )  # fmt: skip
+    cpu_step.run((cpu_step.Instruction * 1)(one), step, 2)
+    for b, length in enumerate(lengths):
+        k, v = (part[table[b].long()].flatten(0, 1)[:length].double().transpose(0, 1) for part in cache)
+        assert torch.equal(torch.stack((k[:, -1], v[:, -1])).flatten(), new[b].double())
+        q = x[b, : heads * dim].double().view(heads, 1, dim)
+        expected = F.scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=True)[0, :, 0]
+        assert max_error(y[b], expected) < 1e-5
+
+
+@needs_kernels
 @pytest.mark.parametrize(("rows", "columns"), [(7, 40), (130, 768), (5, 20000)])
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 def test_int8_products_are_those_of_the_dequantized_weight(count: int, rows: int, columns: int) -> None:
