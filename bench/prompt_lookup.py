@@ -1,10 +1,13 @@
-"""Prompt lookup against plain greedy decoding: the tiny OPT summarizes the held-out articles of examples/news.jsonl on the CPU.
+"""Prompt lookup against plain greedy decoding. Prompts are held-out articles of examples/news.jsonl.
 
-It is so small that a step is mostly Python. A second model is the same one with rows of zeros added to its feed-forward layers:
-it writes the same text, and its steps are bound by reading weights, as those of models of real size are.
+Target cpu: the trained tiny OPT summarizes them. It is so small that a step is mostly Python. A second model is the same one
+with rows of zeros added to its feed-forward layers: it writes the same text, and its steps are bound by reading weights, as
+those of models of real size are. OPT-125M, and all models of target cuda, have random weights: such a model soon repeats
+itself, so that most guesses come true; it shows what steps with guesses cost, not what a text brings.
 
-python bench/prompt_lookup.py --json bench/results/cpu-prompt-lookup.json     # measures, a few minutes
-python bench/prompt_lookup.py                                                 # writes the table of docs/evaluation.md
+    python bench/prompt_lookup.py --json bench/results/cpu-prompt-lookup.json                  # measures, a few minutes
+    python bench/prompt_lookup.py --target cuda --json bench/results/cuda-prompt-lookup.json   # a minute, on a GPU
+    python bench/prompt_lookup.py                                                              # writes docs/evaluation.md
 """
 
 from __future__ import annotations
@@ -23,65 +26,102 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import OPTConfig, OPTForCausalLM
 from trtc import LLM
+from trtc.bench.opt_sizes import write_config
 from trtc.cli.main import main as trtc
 from trtc.runtime.evaluation import summarize
 from trtc.runtime.evaluation.dataset import load_pairs
 from trtc.runtime.prompt_lookup import PromptLookup
 from trtc.runtime.sampling_params import SamplingParams
+from trtc.runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY_OPT, NEWS, PAGE = ROOT / "examples/tiny-opt", ROOT / "examples/news.jsonl", ROOT / "docs/evaluation.md"
-RESULTS = ROOT / "bench/results/cpu-prompt-lookup.json"
-START, END = "<!-- bench: cpu-prompt-lookup -->\n", "<!-- /bench -->\n"
-SETTINGS = ("1:1", "1:2", "1:4", "2:4")
+RESULTS = {target: ROOT / f"bench/results/{target}-prompt-lookup.json" for target in ("cpu", "cuda")}
+END = "<!-- /bench -->\n"
+SETTINGS = ("1:2", "1:4", "2:8")
 OUTPUT_LEN = 100
 PADDED = 16384
+MAX_BATCH_SIZE, MAX_SEQ_LEN = 8, 1024
 
 
 @dataclass(frozen=True)
 class Case:
-    """name: in the table; ffn_dim: of the model, None: its own; articles: how many"""
+    """name: in the table; model: tiny, padded or a published size, which has random weights; articles: how many"""
 
     name: str
-    ffn_dim: int | None
+    model: str
     batch: int
     articles: int
 
-
-CASES = (
-    Case("tiny OPT", None, 1, 100),
-    Case("tiny OPT", None, 8, 200),
-    Case(f"padded to ffn_dim {PADDED}", PADDED, 1, 10),
-)
+    @property
+    def trained(self) -> bool:
+        return self.model in ("tiny", "padded")
 
 
-def measure(repeat: int) -> dict[str, Any]:
-    """All settings of all cases, `repeat` times in turn. Raises SystemExit when a token differs from plain decoding."""
+CASES = {
+    "cpu": (
+        Case("tiny OPT", "tiny", 1, 100),
+        Case("tiny OPT", "tiny", 8, 200),
+        Case(f"tiny OPT, ffn_dim {PADDED}", "padded", 1, 20),
+        Case("125M, random weights", "125m", 1, 2),
+        Case("125M, random weights", "125m", 8, 8),
+    ),
+    "cuda": tuple(
+        Case(f"{size.upper()}, random weights", size, batch, 8 * batch)
+        for size in ("125m", "1.3b")
+        for batch in (1, 8)
+    ),
+}
+DTYPES = {"cpu": "float32", "cuda": "float16"}
+
+
+def measure(target: str, repeat: int, commit: str | None) -> dict[str, Any]:
+    """All settings of all cases, `repeat` times in turn. Raises SystemExit when a token differs from plain decoding on the
+    CPU; on a GPU, where steps of other sizes round differently, the articles with other tokens are counted."""
     torch.set_num_threads(1)
     rows = []
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            model = TINY_OPT if case.ffn_dim is None else padded(Path(folder) / "model", case.ffn_dim)
-            options = f"--dtype float32 --max-batch-size 8 --output-dir {folder}/engine"
-            if trtc(["build", "--model-dir", str(model), *options.split()]):
-                raise SystemExit("the engine cannot be built")
-            with LLM(f"{folder}/engine", enable_prefix_cache=False) as llm:
-                rows += measure_case(llm, case, repeat)
+    with tempfile.TemporaryDirectory() as folder:
+        for model in dict.fromkeys(case.model for case in CASES[target]):
+            engine = build(model, target, Path(folder))
+            with LLM(str(engine), enable_prefix_cache=False) as llm:
+                for case in CASES[target]:
+                    if case.model == model:
+                        rows += measure_case(llm, case, repeat, exact=target == "cpu")
+            shutil.rmtree(engine)
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": _output("git", "rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_output("git", "status", "--porcelain")),
-        "device": _processor(),
+        "commit": commit or _output("git", "rev-parse", "--short=12", "HEAD"),
+        "dirty": commit is None and bool(_output("git", "status", "--porcelain")),
+        "target": target,
+        "device": torch.cuda.get_device_name() if target == "cuda" else _processor(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rows": rows,
     }
 
 
+def build(model: str, target: str, folder: Path) -> Path:
+    source, engine, more = folder / f"{model}-model", folder / f"{model}-engine", ["--dummy-weights"]
+    if model == "tiny":
+        source, more = TINY_OPT, []
+    elif model == "padded":
+        source, more = padded(source, PADDED), []
+    else:
+        write_config(model, source)
+    if target == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        more += ["--cuda-arch", f"sm_{major}{minor}"]
+    options = f"--target {target} --dtype {DTYPES[target]} --max-batch-size {MAX_BATCH_SIZE} --max-seq-len {MAX_SEQ_LEN}"
+    if trtc(["build", "--model-dir", str(source), "--output-dir", str(engine), *options.split(), *more]):
+        raise SystemExit(f"the engine of {model} cannot be built")
+    return engine
+
+
 def padded(folder: Path, ffn_dim: int) -> Path:
     """The tiny OPT with wider feed-forward layers that compute the same."""
+    from transformers import OPTConfig, OPTForCausalLM
+
     small = OPTForCausalLM.from_pretrained(TINY_OPT, dtype=torch.float32)
     config = OPTConfig.from_pretrained(TINY_OPT, ffn_dim=ffn_dim)
     large = OPTForCausalLM(config).float()
@@ -95,72 +135,110 @@ def padded(folder: Path, ffn_dim: int) -> Path:
     return folder
 
 
-def measure_case(llm: LLM, case: Case, repeat: int) -> list[dict[str, Any]]:
-    assert llm.tokenizer is not None
+def measure_case(llm: LLM, case: Case, repeat: int, *, exact: bool) -> list[dict[str, Any]]:
+    tokenizer = Tokenizer.from_dir(TINY_OPT)
+    assert tokenizer is not None
     limit = summarize.input_limit(llm.core.executor, OUTPUT_LEN)
-    prompts = summarize.encode_prompts(load_pairs(str(NEWS), case.articles), llm.tokenizer, limit)
+    prompts = summarize.encode_prompts(load_pairs(str(NEWS), case.articles), tokenizer, limit)
     sides: dict[str, PromptLookup | None] = {"plain": None} | {
         name: PromptLookup.parse(name) for name in SETTINGS
     }
     rows: dict[str, dict[str, Any]] = {
         name: {**asdict(case), "lookup": name, "cpu_s": [], "wall_s": []} for name in sides
     }
-    expected = run(llm, prompts, case.batch, None)["token_ids"]  # and the warm-up
+    for lookup in sides.values() if not exact else [None]:  # the warm-up; on a GPU it captures the graphs
+        expected = run(llm, prompts, case, lookup)["token_ids"]
+    expected = run(llm, prompts, case, None)["token_ids"]
     for _ in range(repeat):
         for name, lookup in sides.items():
-            found = run(llm, prompts, case.batch, lookup)
-            if found.pop("token_ids") != expected:
+            found = run(llm, prompts, case, lookup)
+            token_ids = found.pop("token_ids")
+            if exact and token_ids != expected:
                 raise SystemExit(f"prompt lookup {name} changed a token")
             for key in ("cpu_s", "wall_s"):
                 rows[name][key].append(found.pop(key))
-            rows[name] |= {"tokens": sum(map(len, expected)), **found}
+            same = sum(map(list.__eq__, token_ids, expected))
+            rows[name] |= {"tokens": sum(map(len, token_ids)), "same": same, **found}
     for name, row in rows.items():
-        print(f"{case.name}, batch {case.batch}  {name:<6} {speed(row):8.1f} tokens/s", flush=True)
+        print(f"{case.name}, batch {case.batch}  {name:<6} {speed(row, cpu=exact):8.1f} tokens/s", flush=True)
     return list(rows.values())
 
 
-def run(llm: LLM, prompts: list[list[int]], batch: int, lookup: PromptLookup | None) -> dict[str, Any]:
+def run(llm: LLM, prompts: list[list[int]], case: Case, lookup: PromptLookup | None) -> dict[str, Any]:
     """Time of this process and of the wall, tokens, and what was guessed."""
-    params = SamplingParams(max_tokens=OUTPUT_LEN, temperature=0.0, prompt_lookup=lookup)
+    params = SamplingParams(
+        max_tokens=OUTPUT_LEN, temperature=0.0, prompt_lookup=lookup, ignore_eos=not case.trained
+    )
     before, token_ids = replace(llm.core.lookup_stats), []
     cpu, wall = time.process_time(), time.perf_counter()
-    for i in range(0, len(prompts), batch):
-        token_ids += [output.outputs[0].token_ids for output in llm.generate(prompts[i : i + batch], params)]
+    for i in range(0, len(prompts), case.batch):
+        outputs = llm.generate(prompts[i : i + case.batch], params)
+        token_ids += [list(output.outputs[0].token_ids) for output in outputs]
     times = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
     return {**times, "token_ids": token_ids, **asdict(llm.core.lookup_stats.since(before))}
 
 
-def speed(row: dict[str, Any]) -> float:
-    """Tokens per second of the processor: what else runs on a shared machine hardly changes it."""
-    return float(row["tokens"] / statistics.median(row["cpu_s"]))
+def speed(row: dict[str, Any], *, cpu: bool) -> float:
+    """Tokens per second, prompts included; on a CPU of the processor's time: what else runs there hardly changes it."""
+    return float(row["tokens"] / statistics.median(row["cpu_s" if cpu else "wall_s"]))
 
 
 def table(data: dict[str, Any]) -> str:
-    header = ("model", "batch", "articles", "N:K", "accepted", "tokens per step", "tokens/s", "speed-up")
+    header = (
+        "model",
+        "batch",
+        "articles",
+        "N:K",
+        "guessed",
+        "accepted",
+        "tokens per step",
+        "tokens/s",
+        "speed-up",
+    )
     lines = [header, ("---",) * len(header)]
-    base = 1.0
+    cpu, base = data["target"] == "cpu", 1.0
     for row in data["rows"]:
-        case = (row["name"], str(row["batch"]), str(row["articles"]))
+        case, found = (row["name"], str(row["batch"]), str(row["articles"])), speed(row, cpu=cpu)
         if row["lookup"] == "plain":
-            base = speed(row)
-            lines.append((*case, "plain", "", "1", f"{base:.0f}", ""))
+            base = found
+            lines.append((*case, "plain", "", "", "1", f"{base:.0f}", ""))
             continue
-        share = f"{100 * row['accepted'] / row['proposed']:.0f} %"
+        share = f"{100 * row['accepted'] / row['proposed']:.0f} %" if row["proposed"] else ""
         steps = f"{row['tokens'] / (row['tokens'] - row['accepted']):.2f}"
-        lines.append((*case, row["lookup"], share, steps, f"{speed(row):.0f}", f"{speed(row) / base:.2f}"))
+        guessed = f"{row['proposed'] / row['tokens']:.2f}"
+        lines.append((*case, row["lookup"], guessed, share, steps, f"{found:.0f}", f"{found / base:.2f}"))
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return (
-        f"{text}\n{data['device']}, one thread, float32; every token is that of plain decoding. Time is the processor's, the "
-        f"median of {len(data['rows'][0]['cpu_s'])} runs: the machine was shared. trtc at {data['commit']}"
-        f"{' with local changes' if data['dirty'] else ''}, torch {data['torch']}, {data['date']}. Samples: "
-        f"`bench/results/{RESULTS.name}`.\n"
+        f"{text}\nGuessed: tokens tried, of each token of output. {data['device']}, "
+        f"{'one thread, float32' if cpu else DTYPES['cuda']}; {_sameness(data)} Times, prompts included, are "
+        f"{'the processor’s' if cpu else 'of the wall'}, the median of {len(data['rows'][0]['cpu_s'])} runs. trtc at "
+        f"{data['commit']}{' with local changes' if data['dirty'] else ''}, torch {data['torch']}, {data['date']}. Samples: "
+        f"`bench/results/{RESULTS[data['target']].name}`.\n"
     )
 
 
-def with_table(page: str, text: str) -> str:
-    before, _, rest = page.partition(START)
+def _sameness(data: dict[str, Any]) -> str:
+    looked = [row for row in data["rows"] if row["lookup"] != "plain"]
+    same, count = (sum(row[key] for row in looked) for key in ("same", "articles"))
+    if same == count:
+        return "every token is that of plain decoding."
+    return f"{same} of {count} texts are those of plain decoding: steps of other sizes round differently."
+
+
+def with_tables(page: str) -> str:
+    """The page with the tables of all results that there are."""
+    for target, results in RESULTS.items():
+        if results.exists():
+            page = with_table(page, target, table(json.loads(results.read_text())))
+    return page
+
+
+def with_table(page: str, target: str, text: str) -> str:
+    start = f"<!-- bench: {target}-prompt-lookup -->\n"
+    before, found, rest = page.partition(start)
+    assert found, f"{PAGE}: no place for the table of target {target}"
     _, _, after = rest.partition(END)
-    return before + START + "\n" + text + "\n" + END + after
+    return before + start + "\n" + text + "\n" + END + after
 
 
 def _processor() -> str:
@@ -179,16 +257,18 @@ def _output(*command: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--json", type=Path, help="measure, and write the result here; without: only write the table"
+        "--json", type=Path, help="measure, and write the result here; without: only write the tables"
     )
+    parser.add_argument("--target", choices=CASES, default="cpu")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
     args = parser.parse_args()
     if args.json is not None:
-        data = measure(args.repeat)
+        data = measure(args.target, args.repeat, args.commit)
         args.json.write_text(json.dumps(data, indent=1) + "\n")
         print(table(data))
     else:
-        PAGE.write_text(with_table(PAGE.read_text(), table(json.loads(RESULTS.read_text()))))
+        PAGE.write_text(with_tables(PAGE.read_text()))
 
 
 if __name__ == "__main__":

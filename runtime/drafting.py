@@ -23,16 +23,17 @@ class StepCosts:
     """Seconds of steps as measured lately, by their number of sequences and of guessed tokens, in powers of two.
 
     SHARE:   of a new measurement in what is known; no more than OUTLIER times that counts, for the machine has others to serve
-    FORGET:  what stays of a cost for which guesses were refused, so that they are tried again one day
+    FORGET:  what every refusal of guesses leaves of their cost until one is measured: so they are tried again one day
     REFRESH: steps of the host after which those without guesses are measured again
     SLOPE:   what a guessed token is taken to cost, as a share of the step, where nothing is known
     """
 
-    SHARE, OUTLIER, FORGET, REFRESH, SLOPE = 0.25, 2.0, 0.99, 512, 0.05
+    SHARE, OUTLIER, FORGET, REFRESH, SLOPE = 0.25, 2.0, 0.995, 512, 0.05
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[int, int], float | None] = {}
         self._age: dict[int, int] = {}
+        self._refused: dict[int, int] = {}
 
     def plain(self, sequences: int) -> float | None:
         """Of a step without guesses, one that runs ahead of the host where there are such. None: to be measured (again)."""
@@ -52,7 +53,7 @@ class StepCosts:
         tokens = (1 << max(0, below)) // 2
         slope = (least - host) / tokens if tokens and host else self.SLOPE * least
         estimate = least if below == bucket else least + max(0.0, slope) * (drafted - tokens)
-        return min([estimate, *filter(None, measured)])
+        return min([estimate, *filter(None, measured)]) * self.FORGET ** self._refused.get(size, 0)
 
     def measured(self, sequences: int, drafted: int | None, seconds: float) -> None:
         """drafted: None for a step that ran ahead. The first of a kind is not typical: memory is touched, code is made."""
@@ -61,17 +62,18 @@ class StepCosts:
         if key not in self._seconds:
             self._seconds[key] = None
             return
+        if drafted is not None:
+            self._refused[size] = 0
         before = self._seconds[key]
         if before is not None:
             seconds = before + self.SHARE * (min(seconds, self.OUTLIER * before) - before)
         self._seconds[key] = seconds
         self._age[size] = self._age.get(size, self.REFRESH) + 1 if drafted else 0
 
-    def forget(self, sequences: int) -> None:
-        """After guesses were refused."""
-        for key, seconds in self._seconds.items():
-            if key[0] == sequences.bit_length() and key[1] != _AHEAD and seconds is not None:
-                self._seconds[key] = seconds * self.FORGET
+    def refused(self, sequences: int) -> None:
+        """After guesses were not worth their cost."""
+        size = sequences.bit_length()
+        self._refused[size] = self._refused.get(size, 0) + 1
 
 
 class Drafting:
@@ -93,7 +95,7 @@ class Drafting:
         """
         taken = self._take(chances, sequences)
         if not taken and any(chances):
-            self.costs.forget(sequences)
+            self.costs.refused(sequences)
         counts = Counter(row for _, row in taken)
         return [counts[row] for row in range(len(chances))]
 
@@ -111,7 +113,7 @@ class Drafting:
             or self._speed([lookup.likely() for lookup, _ in known], sequences) > sequences / plain
         ):
             return True
-        self.costs.forget(sequences)
+        self.costs.refused(sequences)
         return False
 
     def _take(self, chances: Sequence[Sequence[float]], sequences: int) -> list[tuple[float, int]]:
