@@ -35,6 +35,7 @@ from ..runtime.peer_memory import lend_memory
 from ..runtime.placement import placement
 from .kernels.harness import environment, time_launches
 
+RESULTS = Path(__file__).parent / "results" / "gpus-all-reduce.json"
 SIZES = tuple(1 << power for power in range(13, 21))
 """Bytes of one rank's part: 8 KB to 1 MB."""
 LIMIT_S = 55
@@ -179,7 +180,7 @@ def rounded_once(parts: list[torch.Tensor]) -> torch.Tensor:
     return total.to(parts[0].dtype)
 
 
-def run_rank(path: Path | None, checks_only: bool) -> None:
+def run_rank(path: Path | None, commit: str | None, checks_only: bool) -> None:
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     group = join(placement())
     with group.failing_together():
@@ -198,7 +199,7 @@ def run_rank(path: Path | None, checks_only: bool) -> None:
             for way in rank.ways:
                 rows += [rank.measure(way, size) for size in SIZES]
                 if group.rank == 0 and path is not None:
-                    write(path, rows, group.size)  # what is measured is kept
+                    write(path, rows, group.size, commit)  # what is measured is kept
         finally:
             if group.rank == 0:
                 show(rows, group.size)
@@ -223,13 +224,35 @@ def show(rows: list[Row], ranks: int) -> None:
         print(error)
 
 
-def write(path: Path, rows: list[Row], ranks: int) -> None:
+def markdown(data: dict[str, Any]) -> str:
+    """The table of a results file, and the line below it that says what was measured."""
+    times = {(row["way"], row["bytes"]): row["us"] for row in data["rows"]}
+    ways = [
+        way for way in dict.fromkeys(way for way, _ in times) if any(times.get((way, size)) for size in SIZES)
+    ]
+    lines: list[tuple[str, ...]] = [("a rank's part", *ways, "NCCL / trtc"), ("---",) * (len(ways) + 2)]
+    for size in SIZES:
+        cells = [times.get((way, size)) for way in ways]
+        ours, theirs = times.get(("trtc", size)), times.get(("nccl", size))
+        ratio = f"{theirs / ours:.2f}" if ours and theirs else ""
+        lines.append((f"{size >> 10} KB", *(f"{cell:.1f} us" if cell else "" for cell in cells), ratio))
+    where = data["environment"]
+    return (
+        "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        + f"\n{data['ranks']} x {where['device']}, driver {where['driver']}, torch {where['torch']}, NCCL {where['nccl']}, "
+        f"trtc at {where['commit'][:12]}; float16, torch's own kernels bfloat16; the median of replays of a CUDA graph of "
+        f"{data['launches']} sums. Samples: `bench/results/{RESULTS.name}`.\n"
+    )
+
+
+def write(path: Path, rows: list[Row], ranks: int, commit: str | None) -> None:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     variables = {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "TORCH_"))}
+    known = {} if commit is None else {"commit": commit, "dirty": False}
     record: dict[str, Any] = {
         "ranks": ranks,
         "launches": LAUNCHES,
-        "environment": {**environment(), "nccl": nccl, "variables": variables},
+        "environment": {**environment(), **known, "nccl": nccl, "variables": variables},
         "rows": [asdict(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,9 +266,10 @@ def main() -> int:
     parser.add_argument("--nproc", type=int, required=True, metavar="N", help="GPUs, 2 to 8")
     parser.add_argument("--check", action="store_true", help="check our kernel and NCCL, time nothing")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--commit", help="what is measured, where there is no git")
     args = parser.parse_args()
     if placement().size > 1:
-        run_rank(args.json, args.check)
+        run_rank(args.json, args.commit, args.check)
         return 0
     return launch([sys.executable, "-m", "trtc.bench.all_reduce", *sys.argv[1:]], args.nproc)
 

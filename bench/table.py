@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trtc.bench import cpu, cpu_scaling
+from trtc.bench import all_reduce, cpu, cpu_scaling, tensor_parallel
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "h200-vs-vllm.json"
@@ -157,6 +157,11 @@ TABLES = (
     (ROOT / "docs" / "tensorrt.md", PLANS, plans_table),
     (ROOT / "README.md", RESULTS.parent / "cpu.json", cpu.table),
     (ROOT / "docs" / "cpu.md", RESULTS.parent / "cpu-scaling.json", cpu_scaling.table),
+    *(
+        (ROOT / "docs" / "parallel.md", module.RESULTS, module.markdown)
+        for module in (all_reduce, tensor_parallel)
+        if module.RESULTS.exists()  # measured when there are GPUs
+    ),
 )
 """Page, results, and what makes the table of them; a table is called as its results."""
 

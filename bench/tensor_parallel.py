@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .kernels.harness import nvidia_smi
 from .opt_sizes import SIZES, write_config
 
 Record = dict[str, Any]
+RESULTS = Path(__file__).parent / "results" / "gpus-tensor-parallel.json"
 BUILD = (
     "--dummy-weights",
     "--dtype",
@@ -38,7 +40,12 @@ BUILD = (
 
 def main() -> int:
     args = arguments()
-    data: Record = {"date": datetime.date.today().isoformat(), "commit": args.commit[:12], "runs": []}
+    data: Record = {
+        "date": datetime.date.today().isoformat(),
+        "commit": args.commit[:12],
+        "driver": nvidia_smi("driver_version"),
+        "runs": [],
+    }
     for size in args.sizes:
         for tp_size in args.tp_sizes:
             with tempfile.TemporaryDirectory(prefix=f"trtc-{size}-tp{tp_size}-") as scratch:
@@ -106,11 +113,33 @@ def run(words: Sequence[str]) -> Record | None:
     return {"kind": "error", "command": " ".join(words), "message": said[-1], "stderr": said[-20:]}
 
 
+HEADER = ("model", "tp", "batch", "step ms", "speed-up", "efficiency", "prefill ms", "speed-up")
+
+
 def table(runs: Sequence[Record]) -> str:
-    """One line a model, number of ranks and batch, times beside the smallest number of ranks."""
-    lines = [
-        f"{'model':<8}{'tp':>3}{'batch':>6}{'step ms':>9}{'speed-up':>9}{'efficiency':>11}{'prefill ms':>11}{'speed-up':>9}"
-    ]
+    widths = (8, 3, 6, 9, 9, 11, 11, 9)
+    return "\n".join(
+        "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for cells in rows(runs)
+    )
+
+
+def markdown(data: Record) -> str:
+    """The table of a results file, and the line below it that says what was measured."""
+    header, *lines = rows(data["runs"])
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ("---",) * len(header), *lines))
+    records = [record for run in data["runs"] for record in run["records"]]
+    setup = next(record for record in records if record["kind"] == "setup")
+    batch = next(record for record in records if record["kind"] == "batch")
+    return (
+        f"{text}\n{setup['device']}, driver {data['driver']}, torch {setup['torch']}, trtc at {data['commit']} on "
+        f"{data['date']}; OPT with random weights, {setup['dtype']}, greedy, {batch['in_len']} tokens in, {batch['out_len']} "
+        f"out. Efficiency is the speed-up by how many times more GPUs it takes. Samples: `bench/results/{RESULTS.name}`.\n"
+    )
+
+
+def rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Header, and a line a model, number of ranks and batch: times beside the smallest number of ranks."""
+    lines: list[tuple[str, ...]] = [HEADER]
     first: dict[tuple[str, int], tuple[int, Record]] = {}
     for one in runs:
         for record in one["records"]:
@@ -120,11 +149,10 @@ def table(runs: Sequence[Record]) -> str:
             faster = base["decode_ms_per_token"] / record["decode_ms_per_token"]
             efficiency = faster * fewest / one["tp_size"]
             prefill = base["prefill_s"] / record["prefill_s"]
-            lines.append(
-                f"{one['model']:<8}{one['tp_size']:>3}{record['batch']:>6}{record['decode_ms_per_token']:>9.3f}"
-                f"{faster:>9.2f}{efficiency:>10.0%} {1e3 * record['prefill_s']:>11.1f}{prefill:>9.2f}"
-            )
-    return "\n".join(lines)
+            names = (one["model"], str(one["tp_size"]), str(record["batch"]))
+            step = (f"{record['decode_ms_per_token']:.3f}", f"{faster:.2f}", f"{efficiency:.0%}")
+            lines.append((*names, *step, f"{1e3 * record['prefill_s']:.1f}", f"{prefill:.2f}"))
+    return lines
 
 
 def arguments() -> argparse.Namespace:

@@ -1,21 +1,48 @@
-"""The table of a scaling run. Oracle: numbers worked out by hand."""
+"""The tables of runs on several GPUs. Oracle: numbers worked out by hand."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from trtc.bench.tensor_parallel import table
+from trtc.bench import all_reduce, tensor_parallel
 
 
 def run(tp_size: int, step: float, prefill: float) -> dict[str, Any]:
-    batch = {"kind": "batch", "batch": 8, "decode_ms_per_token": step, "prefill_s": prefill}
-    return {"model": "1.3b", "tp_size": tp_size, "records": [{"kind": "setup"}, batch]}
+    batch = {
+        "kind": "batch",
+        "batch": 8,
+        "decode_ms_per_token": step,
+        "prefill_s": prefill,
+        "in_len": 512,
+        "out_len": 128,
+    }
+    setup = {"kind": "setup", "device": "GPU", "torch": "2", "dtype": "float16"}
+    return {"model": "1.3b", "tp_size": tp_size, "records": [setup, batch]}
 
 
 def test_speed_up_and_efficiency() -> None:
     failed = {"model": "1.3b", "tp_size": 8, "records": [{"kind": "error", "message": "no"}]}
-    lines = table([run(2, 3.0, 0.04), run(4, 2.0, 0.025), failed]).splitlines()[1:]
+    runs = [run(2, 3.0, 0.04), run(4, 2.0, 0.025), failed]
+    lines = tensor_parallel.table(runs).splitlines()[1:]
     assert [line.split() for line in lines] == [
         ["1.3b", "2", "8", "3.000", "1.00", "100%", "40.0", "1.00"],
         ["1.3b", "4", "8", "2.000", "1.50", "75%", "25.0", "1.60"],
     ]
+    text = tensor_parallel.markdown({"runs": runs, "driver": "5", "commit": "abc", "date": "today"})
+    assert "| 1.3b | 4 | 8 | 2.000 | 1.50 | 75% | 25.0 | 1.60 |\n" in text
+    assert (
+        "GPU, driver 5, torch 2, trtc at abc on today; OPT with random weights, float16, greedy, 512 tokens in"
+        in text
+    )
+
+
+def test_a_way_that_does_not_work_has_no_column() -> None:
+    rows = [
+        {"way": way, "bytes": 1 << 13, "us": us}
+        for way, us in (("trtc", 4.0), ("nccl", 10.0), ("torch one-shot", None))
+    ]
+    where = {"device": "GPU", "driver": "5", "torch": "2", "nccl": "2.28", "commit": "abc"}
+    text = all_reduce.markdown({"ranks": 2, "launches": 40, "environment": where, "rows": rows})
+    header, _, first, second, *_ = text.splitlines()
+    assert header == "| a rank's part | trtc | nccl | NCCL / trtc |"
+    assert (first, second) == ("| 8 KB | 4.0 us | 10.0 us | 2.50 |", "| 16 KB |  |  |  |")
