@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 
 import torch
 
 from .distributed import RankGroup
+
+SWITCH = "TRTC_PEER_MEMORY"
+"""Environment variable: 0 leaves all sums to NCCL, should the GPUs of a machine not do what is asked of them here."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,15 @@ class PeerMemory:
 def lend_memory(group: RankGroup, device: torch.device, size: int) -> PeerMemory | None:
     """`size` bytes of every rank for all. Every rank calls it, after `group.connect_gpus`.
 
-    None on every rank when the GPUs cannot write each other's memory: not all on one host, no way between two of them, or
-    refused by the system, which the rank that finds it says in a line of its own.
+    None on every rank when the GPUs cannot write each other's memory: not all on one host, no way between two of them,
+    refused by the system or unknown to this torch, which the rank that finds it says in a line of its own; or when `SWITCH`
+    is off on any.
     """
-    if not group.one_host:
+    if not group.one_host or not group.least(int(os.environ.get(SWITCH, "1") != "0")):
         return None
     try:
         found = _rendezvous(group, device, size)
-    except RuntimeError as error:
+    except (RuntimeError, ImportError, AttributeError) as error:
         found = None
         reason = str(error).partition("\n")[0]
         print(
@@ -46,11 +51,11 @@ def _rendezvous(group: RankGroup, device: torch.device, size: int) -> PeerMemory
     from torch._C._distributed_c10d import _SymmetricMemory
     from torch.distributed import _symmetric_memory
 
+    _symmetric_memory.set_backend("CUDA")
     # Not `_symmetric_memory.empty`, which may give a part of a pool, at an offset into what is shared.
     own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
     handle = _symmetric_memory.rendezvous(own, group.gpus)
     own.zero_()
     torch.cuda.synchronize(device)
-    addresses = tuple(int(address) for address in handle.buffer_ptrs)
-    assert addresses[group.rank] == own.data_ptr(), "memory at an offset into what was shared"
-    return PeerMemory(own, handle, addresses)
+    offset = own.data_ptr() - int(handle.buffer_ptrs[group.rank])
+    return PeerMemory(own, handle, tuple(int(address) + offset for address in handle.buffer_ptrs))

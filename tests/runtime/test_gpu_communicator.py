@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -21,8 +22,8 @@ class Group:
 
     rank, name = 1, "rank 1 on here (process 7)"
 
-    def __init__(self, size: int = 2, *, one_host: bool = True, others: int = 1) -> None:
-        self.size, self.one_host, self._others = size, one_host, others
+    def __init__(self, size: int = 2, *, one_host: bool = True, others: Sequence[int] = (1, 1)) -> None:
+        self.size, self.one_host, self._others = size, one_host, list(others)
         self.calls: list[Any] = []
 
     def connect_gpus(self, device: torch.device) -> None:
@@ -30,7 +31,7 @@ class Group:
 
     def least(self, value: int) -> int:
         self.calls.append("agree")
-        return min(value, self._others)
+        return min(value, self._others.pop(0))
 
     def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
         self.calls.append(("nccl", x.nbytes, overwrite))
@@ -84,9 +85,19 @@ def test_without_shared_memory_nccl_sums(size: int, monkeypatch: pytest.MonkeyPa
     assert communicator.small is None and group.calls == ["connect", ("nccl", 256, False)]
 
 
-@pytest.mark.parametrize(("fails", "others"), [(True, 1), (False, 0)])
+def test_the_switch_leaves_all_sums_to_nccl(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peer_memory, "_rendezvous", lambda *_: pytest.fail("memory is lent"))
+    monkeypatch.setenv("TRTC_PEER_MEMORY", "0")
+    group = Group()
+    assert lend_memory(cast(RankGroup, group), CPU, 64) is None
+    assert group.calls == ["agree"] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("fails", "others"), [(True, (1, 1)), (False, (1, 0)), (False, (0,))])
 def test_all_ranks_lend_or_none(
-    fails: bool, others: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fails: bool, others: Sequence[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The rank that cannot says why, in one line; the others follow."""
 
@@ -98,7 +109,7 @@ def test_all_ranks_lend_or_none(
     monkeypatch.setattr(peer_memory, "_rendezvous", rendezvous)
     group = Group(others=others)
     assert lend_memory(cast(RankGroup, group), CPU, 64) is None
-    assert group.calls == ["agree"]
+    assert group.calls == ["agree"] * len(others)
     said = capsys.readouterr().err
     expected = (
         "trtc: rank 1 on here (process 7): no memory shared between GPUs, small sums go through NCCL too: "
