@@ -29,7 +29,7 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         "--use-weight-only", action="store_true", help="store the weights of linear layers as integers"
     )
     group.add_argument("--weight-only-precision", choices=PRECISIONS,
-                       help="int8: a scale for every row; int4: one for every group of a row (default: int8)")  # fmt: skip
+                       help="int8, fp8 (e4m3): a scale for every row; int4: one for every group (default: int8)")  # fmt: skip
     sizes = ", ".join(map(str, GROUP_SIZES))
     group.add_argument("--group-size", type=int, metavar="N",
                        help=f"int4: columns that share a scale, {sizes} (default: {_GROUP_SIZE})")  # fmt: skip
@@ -51,7 +51,9 @@ def quantize_options(args: argparse.Namespace) -> QuantizeOptions | None:
         return QuantizeOptions(
             WeightFormat("int4", _GROUP_SIZE if group_size is None else group_size), args.quantize_lm_head
         )
-    return QuantizeOptions(WeightFormat("int8", group_size), args.quantize_lm_head)
+    if precision == "fp8" and args.calibrate is not None:
+        raise ConfigError("--calibrate does not go with fp8: GPTQ rounds to integers")
+    return QuantizeOptions(WeightFormat(precision or "int8", group_size), args.quantize_lm_head)
 
 
 QUANTIZATION_OPTIONS = {

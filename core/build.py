@@ -13,6 +13,7 @@ import torch
 from .atomic import atomic_directory
 from .checkpoint import Progress, WeightSource
 from .config import BuildConfig, ModelConfig
+from .dtypes import MODEL_DTYPES
 from .engine import DESCRIPTION, FILE_BYTES, RankPart, describe, is_engine, map_files, write_description
 from .errors import BuildError, ConfigError
 from .graph import Graph
@@ -189,7 +190,7 @@ def _make_weight(recipe: Graph | None, source: WeightSource, rank: int, name: st
     made: torch.Tensor = interpret(
         recipe, {node.name: source.read(rank, node.name) for node in recipe.weights}
     )
-    if recipe.specs[name].dtype.is_float and not bool(torch.isfinite(made).all()):
+    if recipe.specs[name].dtype in MODEL_DTYPES and not bool(torch.isfinite(made).all()):
         raise BuildError(f"weight {name!r} is not finite once it is computed in {recipe.specs[name].dtype}; "
                          f"convert with --dtype float32 or bfloat16")  # fmt: skip
     return made

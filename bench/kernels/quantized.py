@@ -1,6 +1,6 @@
 """Linear layers with integer weights on one GPU, beside our float16 kernels and torch: checked against float64, then timed.
 
-    python -m trtc.bench.kernels.quantized [--sizes 6.7B] [--rows 1 8 64] [--formats int8 int4/128] [--sweep]
+    python -m trtc.bench.kernels.quantized [--sizes 6.7B] [--rows 1 8 64] [--formats int8 fp8 int4/128] [--sweep]
 
 Writes $OUT/kernels-quantized.json. Times are those of launches in a CUDA graph, dependent launch on, over more weights than L2
 holds; bytes are those of integers, scales, x and y. `--sweep` times other plans too and prints which one won. The last table
@@ -52,6 +52,15 @@ class IntegerPool:
 
     def __init__(self) -> None:
         self._data = torch.randint(-127, 128, (POOL_BYTES,), dtype=torch.int8, device="cuda")
+        self._numbers: torch.Tensor | None = None
+
+    def _bytes(self, how: str) -> torch.Tensor:
+        if how != "fp8":
+            return self._data
+        if self._numbers is None:  # no NaN
+            bits = self._data.view(torch.uint8)
+            self._numbers = torch.where(bits & 127 == 127, bits - 1, bits).view(torch.float8_e4m3fn)
+        return self._numbers
 
     def weights(self, features: int, columns: int, stored: StoredWeight) -> list[Weight]:
         """Weights as kernels read them: at least two, up to ROTATION_BYTES and 128 of them, each with scales of its own."""
@@ -61,7 +70,7 @@ class IntegerPool:
         shape = (features,) if stored.group is None else (features, stored.padded(columns) // stored.group)
         found = []
         for i in range(count):
-            integers = self._data[i * size : i * size + features * width].view(features, width)
+            integers = self._bytes(stored.name)[i * size : i * size + features * width].view(features, width)
             if stored.bits == 4:
                 integers = integers.view(torch.uint8)
             scale = torch.rand(shape, device="cuda").mul_(2e-4 if stored.bits == 8 else 4e-3).half()
@@ -71,11 +80,14 @@ class IntegerPool:
 
 def known_weight(features: int, columns: int, stored: StoredWeight) -> tuple[Weight, torch.Tensor]:
     """A weight as kernels read it, and its values in float64 by the engine's own layout."""
-    limit = 127 if stored.bits == 8 else 8
-    integers = torch.randint(-limit, limit, (features, columns), device="cuda", dtype=torch.int8)
+    limit = {"int8": 127, "fp8": 448}.get(stored.name, 8)
     shape = (features,) if stored.group is None else (features, columns // stored.group)
     scale = (torch.rand(shape, device="cuda") + 0.2).mul_(2 / limit * columns**-0.5).half()
-    packed = integers if stored.bits == 8 else pack_int4(integers)
+    if stored.name == "fp8":
+        packed = torch.empty(features, columns, device="cuda").uniform_(-limit, limit).to(torch.float8_e4m3fn)
+    else:
+        integers = torch.randint(-limit, limit, (features, columns), device="cuda", dtype=torch.int8)
+        packed = integers if stored.bits == 8 else pack_int4(integers)
     exact = dequantize(packed, scale.double())
     return for_kernels(packed, scale), exact
 
@@ -196,7 +208,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="*", default=["6.7B"], choices=HIDDEN)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 64])
-    parser.add_argument("--formats", nargs="*", default=["int8", "int4/128"], choices=[*WEIGHTS][1:])
+    parser.add_argument("--formats", nargs="*", default=["int8", "fp8", "int4/128"], choices=[*WEIGHTS][1:])
     parser.add_argument("--sweep", action="store_true", help="other plans, too")
     given = parser.parse_args()
     library, pools = KernelLibrary(), (WeightPool(torch.float16), IntegerPool())

@@ -16,9 +16,9 @@ from .registry import Attrs, Op, ReferenceContext, Signature, register
 def _weight(sig: Signature, first: int) -> TensorSpec:
     """Type of the dequantized weight; inputs `first`.. are integers, scale, zero."""
     integers, scale, zero = sig[first], sig[first + 1], sig.get(first + 2)
-    per_byte = {DType.INT8: 1, DType.UINT8: 2}.get(integers.dtype)
+    per_byte = {DType.INT8: 1, DType.FLOAT8_E4M3: 1, DType.UINT8: 2}.get(integers.dtype)
     fits = integers.rank == 2 and per_byte is not None
-    sig.require(fits, f"integers {integers} are not int8[out, in] or uint8[out, in / 2]")
+    sig.require(fits, f"integers {integers} are not int8 or float8_e4m3fn [out, in], or uint8[out, in / 2]")
     sig.require(scale.dtype.is_float, f"scale {scale} is not floating point")
     rows, stored = integers.shape
     assert isinstance(stored, int) and per_byte is not None
@@ -73,8 +73,8 @@ def _linear_flops(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Mappin
 DEQUANTIZE = register(Op("dequantize", _infer_dequantize, _dequantize_reference, folds=False))
 """`dequantize(integers, scale, zero?)` -> [out, in] in the dtype of the scales: (integers - zero) * scale.
 
-integers: int8 [out, in], or uint8 [out, in / 2] with two of four bits each; scale: [out], or [out, groups]; zero: int8 of
-the shape of the scales. Never evaluated by the build: that would undo what quantization is for.
+integers: int8 or float8_e4m3fn [out, in], or uint8 [out, in / 2] with two of four bits each; scale: [out], or [out, groups];
+zero: int8 of the shape of the scales. Never evaluated by the build: that would undo what quantization is for.
 """
 QUANTIZED_LINEAR = register(Op("quantized_linear", _infer_linear, _linear_reference, _linear_flops))
 """`quantized_linear(x[..., in], integers, scale, zero?, bias[out]?, residual[..., out]?; activation?, norm?, eps?)` ->

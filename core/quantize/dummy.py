@@ -13,6 +13,9 @@ from .integers import Quantized
 from .scheme import QuantizeOptions, WeightFormat
 from .source import QuantizedWeights
 
+_FP8_DEVIATION = 100.0
+"""Of e4m3 numbers of random bits, about: most are small."""
+
 
 class DummyQuantizedWeights(QuantizedWeights):
     """Uniformly random integers, and scales that give weights a standard deviation of about 0.02.
@@ -45,15 +48,18 @@ def _random(
     width = columns // how.per_byte
     words = torch.empty(-(-rows * width // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     drawn = words.view(torch.uint8)[: rows * width].view(rows, width)
-    integers = drawn if how.per_byte == 2 else drawn.view(torch.int8).clamp_(min=-how.largest)
-    deviation = how.largest / math.sqrt(3)  # of numbers that are uniform from -largest to largest
+    if how.stored.is_float:
+        drawn[(drawn & 127) == 127] -= 1  # NaN
+        integers, deviation = drawn.view(to_torch(how.stored)), _FP8_DEVIATION
+    else:
+        integers = drawn if how.per_byte == 2 else drawn.view(torch.int8).clamp_(min=-how.largest)
+        deviation = how.largest / math.sqrt(3)  # of numbers that are uniform from -largest to largest
     scale = torch.rand(_scales(how, rows, columns), generator=generator) + 0.5
     return Quantized(integers, (scale * (DUMMY_STD / deviation)).to(dtype))
 
 
 def _zeros(how: WeightFormat, rows: int, columns: int, dtype: torch.dtype) -> Quantized:
-    stored = torch.uint8 if how.per_byte == 2 else torch.int8
-    integers = torch.zeros(rows, columns // how.per_byte, dtype=stored)
+    integers = torch.zeros(rows, columns // how.per_byte, dtype=to_torch(how.stored))
     return Quantized(integers, torch.ones(_scales(how, rows, columns), dtype=dtype))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..dtypes import to_torch
 from ..errors import CheckpointError
 from .scheme import SCALE, ZERO, WeightFormat
 
@@ -28,11 +29,13 @@ def round_to_nearest(weight: torch.Tensor, how: WeightFormat, *, name: str) -> Q
     """Rows [rows, in] of the weight `name`, rounded to nearest.
 
     The largest absolute value of a row or group becomes `how.largest`. Scales have the dtype of `weight` and are rounded
-    up, so that no value is cut off: the error is at most half a scale. Raises CheckpointError for values that are not finite.
+    up, so that no value is cut off: the error is at most half a scale (fp8: half a step of e4m3, times the scale).
+    Raises CheckpointError for values that are not finite.
     """
     wide = grouped(weight.float(), how)
     scale = scales(wide, how, weight.dtype, name=name)
-    integers = torch.round(wide / scale.float().unsqueeze(-1)).flatten(1).to(torch.int8)
+    exact = (wide / scale.float().unsqueeze(-1)).flatten(1)
+    integers = exact.to(to_torch(how.stored)) if how.stored.is_float else torch.round(exact).to(torch.int8)
     return Quantized(pack(integers, how), scale.squeeze(1) if how.group_size is None else scale)
 
 
@@ -72,7 +75,7 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
 def dequantize(integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None) -> torch.Tensor:
     """[out, in] in the dtype of `scale`: each value is rounded once, since the integers are exact in every model dtype.
 
-    integers: int8 [out, in], or uint8 [out, in / 2] that hold two each; scale, zero: [out] or [out, groups].
+    integers: int8 or float8_e4m3fn [out, in], or uint8 [out, in / 2] that hold two each; scale, zero: [out] or [out, groups].
     """
     values = unpack_int4(integers) if integers.dtype == torch.uint8 else integers
     groups = values.reshape(len(values), 1 if scale.dim() == 1 else scale.shape[1], -1).to(scale.dtype)

@@ -11,11 +11,11 @@ from ..errors import CheckpointError, ConfigError
 from ..sharding import AxisSlice, Shard, ShardingOptions
 from ..weights import ResolvedWeight, Shape
 
-PRECISIONS = ("int8", "int4")
+PRECISIONS = ("int8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128)
 """Columns that share a scale. 32 is for imported checkpoints and small models; `trtc convert` offers the others as well."""
 
-KINDS = frozenset({"int8", "int4", "int4 with zero points"})
+KINDS = frozenset({"int8", "int4", "int4 with zero points", "fp8"})
 SCALE, ZERO = ".scale", ".zero"
 """What the parts of a quantized weight are called: its integers keep the name of the weight."""
 
@@ -27,6 +27,7 @@ class WeightFormat:
     precision:  int8: one integer of [-127, 127] a byte, int8 [out, in].
                 int4: two integers of [-8, 7] a byte, uint8 [out, in / 2], the even column in the low four bits, both in
                 two's complement.
+                fp8: e4m3 numbers of up to 448 in place of the integers, float8_e4m3fn [out, in].
     group_size: columns of a row that share a scale, [out, in / group_size]; None: the whole row shares it, [out].
     zero_point: whether there are zeros, int8 of the shape of the scales; without, they are 0 (symmetric).
     Scales have the type that the model computes in.
@@ -42,9 +43,9 @@ class WeightFormat:
             raise ConfigError(
                 f"weight precision {self.precision!r} is not known; accepted: {', '.join(PRECISIONS)}"
             )
-        if self.precision == "int8" and (self.group_size is not None or self.zero_point):
+        if self.precision != "int4" and (self.group_size is not None or self.zero_point):
             raise ConfigError(
-                f"int8 weights have one scale a row and no zeros; found group size {self.group_size}"
+                f"{self.precision} weights have one scale a row and no zeros; found group size {self.group_size}"
             )
         if self.precision == "int4" and self.group_size not in GROUP_SIZES:
             accepted = ", ".join(map(str, GROUP_SIZES))
@@ -69,14 +70,18 @@ class WeightFormat:
     @property
     def largest(self) -> int:
         """What the largest weight of a row or group becomes when it is rounded to nearest."""
-        return 7 if self.precision == "int4" else 127
+        return {"int4": 7, "int8": 127, "fp8": 448}[self.precision]
+
+    @property
+    def stored(self) -> DType:
+        """Element type of the integers as they are stored."""
+        return {"int4": DType.UINT8, "int8": DType.INT8, "fp8": DType.FLOAT8_E4M3}[self.precision]
 
     def parts(self, shape: Shape, dtype: DType) -> dict[str, tuple[DType, Shape]]:
         """Suffix of each stored tensor of a weight of `shape` -> its dtype and shape."""
         rows, columns = shape
         scales: Shape = (rows,) if self.group_size is None else (rows, columns // self.group_size)
-        integers = DType.UINT8 if self.per_byte == 2 else DType.INT8
-        result = {"": (integers, (rows, columns // self.per_byte)), SCALE: (dtype, scales)}
+        result = {"": (self.stored, (rows, columns // self.per_byte)), SCALE: (dtype, scales)}
         return result | ({ZERO: (DType.INT8, scales)} if self.zero_point else {})
 
     def cut(self, suffix: str, part: AxisSlice | None) -> AxisSlice | None:

@@ -39,7 +39,7 @@ class StoredWeight:
         if self.name == FLOAT:
             return ""
         group = "" if self.group is None else f", {self.group}"
-        return f", trtc::{'Int8' if self.bits == 8 else 'Int4'}Weight<{element}{group}>"
+        return f", trtc::{self.name.split('/')[0].capitalize()}Weight<{element}{group}>"
 
     def padded(self, columns: int) -> int:
         """Columns that a row is stored with."""
@@ -51,6 +51,7 @@ WEIGHTS: Mapping[str, StoredWeight] = {
     for weight in (
         StoredWeight(FLOAT, bits=16, pieces=1, pad=1),
         StoredWeight("int8", bits=8, pieces=2, pad=16),
+        StoredWeight("fp8", bits=8, pieces=2, pad=16),
         *(
             StoredWeight(f"int4/{group}", bits=4, pieces=4, pad=INT4_BLOCK, group=group)
             for group in (32, 64, 128)
@@ -59,9 +60,9 @@ WEIGHTS: Mapping[str, StoredWeight] = {
 }
 
 
-def format_name(bits: int, group: int | None) -> str:
-    """The key of WEIGHTS for integers of `bits` bits whose scales count for `group` columns, or for the row."""
-    return f"int{bits}" if group is None else f"int{bits}/{group}"
+def int4_name(group: int) -> str:
+    """The key of WEIGHTS for four-bit integers whose scales count for `group` columns."""
+    return f"int4/{group}"
 
 
 def interleave_int4(packed: torch.Tensor) -> torch.Tensor:

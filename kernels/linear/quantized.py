@@ -11,7 +11,7 @@ from ..launch import BoundKernel, LaunchShape
 from ..library import KernelLibrary
 from ..nvrtc import KernelSource
 from . import ELEMENTS, SIGNATURES, Norm, check_epilogue
-from .formats import WEIGHTS, StoredWeight, format_name, interleave_int4
+from .formats import WEIGHTS, StoredWeight, int4_name, interleave_int4
 from .plan import ACTIVATIONS, FOLDER, StreamPlan, check_sizes
 from .quantized_plan import QuantizedPlan, choose_quantized
 
@@ -25,7 +25,8 @@ _DEQUANTIZE_THREADS, _PIECES_PER_THREAD = 256, 4
 def for_kernels(integers: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight as engines store it -> as these kernels read it: rows padded, four-bit integers interleaved.
 
-    integers: int8 [out, in], or uint8 [out, in / 2] with two of four bits each; scale: [out], or [out, groups].
+    integers: int8 or float8_e4m3fn [out, in], or uint8 [out, in / 2] with two of four bits each; scale: [out], or
+        [out, groups].
     In place where no padding is needed.
     """
     stored = stored_format(integers, scale)
@@ -43,21 +44,20 @@ def _widened(tensor: torch.Tensor, columns: int) -> torch.Tensor:
     """`tensor` with so many columns of zeros more."""
     import torch
 
-    return torch.cat((tensor, tensor.new_zeros(tensor.shape[0], columns)), dim=1)
+    plain = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor  # not every operation knows float8
+    return torch.cat((plain, plain.new_zeros(tensor.shape[0], columns)), dim=1).view(tensor.dtype)
 
 
 def stored_format(integers: torch.Tensor, scale: torch.Tensor) -> StoredWeight:
     """Which format a weight has. Raises KernelContractError for one that there is no kernel for."""
     import torch
 
-    bits = {torch.int8: 8, torch.uint8: 4}.get(integers.dtype)
     found = None
-    if bits == 8 and scale.dim() == 1:
-        found = format_name(8, None)
-    elif bits == 4 and scale.dim() == 2 and scale.shape[1]:
-        # Rows may be padded: a group is the power of two that has so many in them.
-        group = 2 * integers.shape[1] / scale.shape[1]
-        found = format_name(4, int(group)) if group == int(group) else None
+    if scale.dim() == 1:
+        found = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(integers.dtype)
+    elif integers.dtype is torch.uint8 and scale.dim() == 2 and scale.shape[1]:
+        group, rest = divmod(2 * integers.shape[1], scale.shape[1])
+        found = None if rest else int4_name(group)
     if found is None or found not in WEIGHTS:
         raise KernelContractError(
             f"quantized linear: integers {integers.dtype} {list(integers.shape)} with scales {list(scale.shape)} are not "
@@ -89,10 +89,11 @@ class QuantizedLinear:
     ) -> torch.Tensor:
         """`activation(norm(x) @ W.T + bias) + residual` with W = integers * scale, as `Linear` has it.
 
-        integers: int8 [out_features, in_features] or uint8 [out_features, in_features / 2], from `for_kernels`
-        scale:    [out_features] for int8, [out_features, groups] for int4; dtype of x
-        The rest as in `Linear`; `norm.weight_sums` are those of W. Integers are exact in the product, scales are applied to
-        float32 sums: of a row for int8, of a group for int4.
+        integers: int8 or float8_e4m3fn [out_features, in_features] or uint8 [out_features, in_features / 2], from
+                  `for_kernels`
+        scale:    [out_features], for int4 [out_features, groups]; dtype of x
+        The rest as in `Linear`; `norm.weight_sums` are those of W. Integers and e4m3 numbers are exact in the product, scales
+        are applied to float32 sums: of a group for int4, else of a row.
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
         """
         rows, columns = x.shape

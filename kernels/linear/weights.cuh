@@ -12,7 +12,7 @@
 //   piece(stored, i)  piece i as 8 elements of T, exact
 //
 // Integers become floating point by their bits: behind the right exponent they are a number with an offset, which one
-// subtraction takes off.
+// subtraction takes off. What is said of integers here goes for e4m3 numbers (fp8) as well.
 #pragma once
 #include "common/types.cuh"
 
@@ -29,11 +29,18 @@ struct FloatWeight {
     static __device__ __forceinline__ uint4 piece(const uint4& stored, int) { return stored; }
 };
 
-// a - b and a * b + c of pairs of T, all given by their bits.
+// a - b, a * b and a * b + c of pairs, all given by their bits.
 template <typename T>
 __device__ __forceinline__ uint32 subtract_pairs(uint32 a, uint32 b) {
     using Pair = typename PairOf<T>::type;
     const Pair result = __hsub2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+    return reinterpret_cast<const uint32&>(result);
+}
+
+template <typename T>
+__device__ __forceinline__ uint32 multiply_pairs(uint32 a, uint32 b) {
+    using Pair = typename PairOf<T>::type;
+    const Pair result = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
     return reinterpret_cast<const uint32&>(result);
 }
 
@@ -51,32 +58,65 @@ __device__ __forceinline__ uint32 masked_behind(uint32 word) {
     return result;
 }
 
-// Two neighbouring signed bytes of a word as a pair; kSelect is 0x4140 for the lower two, 0x4342 for the upper two.
+// Two neighbouring signed bytes of a word as a pair, the upper or the lower two.
 template <typename T>
-struct BytePair;
+struct IntegerPair;
 template <>
-struct BytePair<__half> {
-    template <int kSelect>
+struct IntegerPair<__half> {
+    template <bool kUpper>
     static __device__ __forceinline__ uint32 of(uint32 word) {
         // 0x6400 | (byte + 128) is 1024 + 128 + byte.
-        return subtract_pairs<__half>(__byte_perm(word ^ 0x80808080u, 0x64646464u, kSelect), 0x64806480u);
+        const uint32 wide = __byte_perm(word ^ 0x80808080u, 0x64646464u, kUpper ? 0x4342 : 0x4140);
+        return subtract_pairs<__half>(wide, 0x64806480u);
     }
 };
 template <>
-struct BytePair<__nv_bfloat16> {
-    template <int kSelect>
+struct IntegerPair<__nv_bfloat16> {
+    template <bool kUpper>
     static __device__ __forceinline__ uint32 of(uint32 word) {
         // Seven bits of mantissa hold the byte but for its sign: 0x4300 | bits is 128 + bits. The sign turns what is taken
         // off from 128 (0x4300) into 256 (0x4380).
-        const uint32 wide = __byte_perm(word, 0x43434343u, kSelect);
+        const uint32 wide = __byte_perm(word, 0x43434343u, kUpper ? 0x4342 : 0x4140);
         return subtract_pairs<__nv_bfloat16>(wide & 0xff7fff7fu, wide & 0xff80ff80u);
     }
 };
 
-// int8, as engines store it: a lane takes 16 neighbouring columns.
+// The same of e4m3 numbers. Sign, four bits of exponent and three of mantissa, moved to where T has them, are the number but for
+// the bias of the exponent, which a power of two makes up for; also of the smallest ones, which have no exponent in T either.
+template <int kShift, uint32 kMask, bool kUpper>
+__device__ __forceinline__ uint32 e4m3_moved(uint32 word) {
+    const uint32 wide = __byte_perm(word, 0, kUpper ? 0x3424 : 0x1404);
+    return ((wide >> kShift) & kMask) | (wide & 0x80008000u);
+}
+
 template <typename T>
-struct Int8Weight {
-    using Stored = signed char;
+struct Fp8Pair;
+template <>
+struct Fp8Pair<__half> {
+    template <bool kUpper>
+    static __device__ __forceinline__ uint32 of(uint32 word) {
+#if __CUDA_ARCH__ >= 890
+        const unsigned short pair = kUpper ? word >> 16 : word;
+        uint32 result;
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;\n" : "=r"(result) : "h"(pair));
+        return result;
+#else
+        return multiply_pairs<__half>(e4m3_moved<1, 0x3f803f80u, kUpper>(word), 0x5c005c00u);  // 2^8
+#endif
+    }
+};
+template <>
+struct Fp8Pair<__nv_bfloat16> {
+    template <bool kUpper>
+    static __device__ __forceinline__ uint32 of(uint32 word) {
+        return multiply_pairs<__nv_bfloat16>(e4m3_moved<4, 0x07f007f0u, kUpper>(word), 0x7b807b80u);  // 2^120
+    }
+};
+
+// Bytes of one row with one scale: a lane takes 16 neighbouring columns.
+template <typename T, typename ByteStored, template <typename> typename BytePair>
+struct ByteWeight {
+    using Stored = ByteStored;
     static constexpr int kColumnsPerStored = 1, kPad = 16, kPieces = 2, kMemberColumns = 16, kPieceColumns = 8;
     static constexpr int kHeldUnit = 64, kHeldPad = 8, kGroups = 0;
     static constexpr bool kRowScales = true;
@@ -84,10 +124,15 @@ struct Int8Weight {
     static __device__ __forceinline__ uint4 piece(const uint4& stored, int index) {
         const uint32 low = index ? stored.z : stored.x, high = index ? stored.w : stored.y;
         using Pair = BytePair<T>;
-        return make_uint4(Pair::template of<0x4140>(low), Pair::template of<0x4342>(low),
-                          Pair::template of<0x4140>(high), Pair::template of<0x4342>(high));
+        return make_uint4(Pair::template of<false>(low), Pair::template of<true>(low),
+                          Pair::template of<false>(high), Pair::template of<true>(high));
     }
 };
+
+template <typename T>
+struct Int8Weight : ByteWeight<T, signed char, IntegerPair> {};
+template <typename T>
+struct Fp8Weight : ByteWeight<T, unsigned char, Fp8Pair> {};
 
 // Eight four-bit integers of a word, 8 added to each, as elements. Columns 2 i and 2 i + 1 are in bits 4 i and 4 i + 16.
 template <typename T>

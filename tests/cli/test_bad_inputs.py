@@ -212,8 +212,8 @@ ROWS = [
         ("tp_size 2", "64 columns", "128")),
     Row("precision without quantization", build(Room.hf, "--weight-only-precision", "int8"),
         ("--weight-only-precision", "--use-weight-only")),
-    Row("quantized weights for a target without", build(Room.hf, *WEIGHT_ONLY, "int8", "--target", "cuda"),
-        ("target cuda", "int8")),
+    Row("zero points for a target without", build(lambda r: gptq_folder(r, "zeros"), "--target", "cuda", "--dtype", "float16"),
+        ("target cuda", "int4 with zero points", "accepted: float, ")),
     Row("calibration without quantization", convert(Room.hf, "--calibrate", "x.jsonl"), ("--calibrate", "--use-weight-only")),
     Row("calibration file missing", convert(Room.hf, *WEIGHT_ONLY, "int4", "--calibrate", "no.jsonl"), ("no.jsonl",)),
     Row("calibration file of something else",
@@ -295,7 +295,8 @@ ROWS = [
 
 
 def gptq_folder(room: Room, damage: str) -> Path:
-    """A GPTQ checkpoint with one quantized layer; `damage`: scales to leave them out, g_idx to shuffle it."""
+    """A GPTQ checkpoint with one quantized layer; `damage`: scales to leave them out, g_idx to shuffle it, zeros for zero
+    points."""
     stem = "model.decoder.layers.0.fc1"
 
     def pack(tensors: dict[str, torch.Tensor]) -> None:
@@ -311,9 +312,8 @@ def gptq_folder(room: Room, damage: str) -> Path:
             del tensors[f"{stem}.scales"]
 
     folder = room.hf_weights(pack)
-    edit_json(
-        folder / "config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}
-    )
+    scheme = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": damage != "zeros"}
+    edit_json(folder / "config.json", {"quantization_config": scheme})
     return folder
 
 

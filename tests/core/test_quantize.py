@@ -43,7 +43,8 @@ from trtc.tests.tolerances import FLOAT64_ABS, LOGITS_INT8_RELATIVE, logits_tole
 from trtc.tests.toy_decoder import random_weights, toy_decoder, weight_rows
 
 INT8, INT4 = WeightFormat("int8"), WeightFormat("int4", 32)
-FORMATS = {"int8": INT8, "int4": INT4}
+FP8 = WeightFormat("fp8")
+FORMATS = {"int8": INT8, "int4": INT4, "fp8": FP8}
 PAGE_SIZE, NUM_PAGES = 16, 12
 
 
@@ -51,12 +52,15 @@ def by_definition(
     integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
 ) -> torch.Tensor:
     """(integer - zero) * scale in float64, one element after the other."""
-    stored, scales = integers.numpy(), scale.double().numpy()
+    stored, scales = (
+        (integers.double() if integers.is_floating_point() else integers).numpy(),
+        scale.double().numpy(),
+    )
     per_byte = 2 if integers.dtype == torch.uint8 else 1
     result = np.empty((stored.shape[0], stored.shape[1] * per_byte))
     for row in range(result.shape[0]):
         for column in range(result.shape[1]):
-            value = int(stored[row, column // per_byte])
+            value = stored[row, column // per_byte].item()
             if per_byte == 2:
                 value = value // 16 if column % 2 else value % 16
                 value = value - 16 if value > 7 else value
@@ -99,6 +103,28 @@ def test_rounding_is_off_by_half_a_scale_at_most(
     next_up = torch.nextafter(tight.to(dtype), torch.full_like(found.scale, torch.inf))
     assert bool(((found.scale <= next_up) | (largest == 0)).all())
     assert bool((found.scale > 0).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    magnitude=st.floats(-6, 4),
+    seed=st.integers(0, 2**32),
+)
+def test_e4m3_is_off_by_half_a_step_at_most(dtype: torch.dtype, magnitude: float, seed: int) -> None:
+    """A step of e4m3 is an eighth of the power of two below the number, and 2**-9 below 2**-6. Nothing is cut off at 448."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 128, generator=generator) * 10**magnitude
+    weight[1] = 0
+    weight = weight.clamp(-6e4, 6e4).to(dtype)
+    found = round_to_nearest(weight, FP8, name="w")
+    assert found.integers.dtype is torch.float8_e4m3fn and found.scale.shape == (5,)
+    step = found.scale.double().unsqueeze(1)
+    exact = weight.double() / step
+    power = exact.abs().clamp(min=2.0**-6).log2().floor().exp2()
+    error = (by_definition(found.integers, found.scale) / step - exact).abs()
+    assert bool((error <= power / 16 * (1 + 2.0**-20)).all())
+    assert bool((exact.abs() <= 448 * (1 + 2.0**-22)).all()) and bool((found.scale > 0).all())
 
 
 @settings(max_examples=30, deadline=None)
@@ -145,8 +171,9 @@ def test_values_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (("int3",), "weight precision 'int3' is not known; accepted: int8, int4"),
+        (("int3",), "weight precision 'int3' is not known; accepted: int8, int4, fp8"),
         (("int8", 64), "int8 weights have one scale a row"),
+        (("fp8", 64), "fp8 weights have one scale a row"),
         (("int4",), "group size None is not supported; accepted: 32, 64, 128"),
         (("int4", 48), "group size 48 is not supported; accepted: 32, 64, 128"),
     ],
@@ -282,6 +309,10 @@ def test_groups_must_fill_rows_and_keep_to_a_rank(opt_checkpoint: Callable[[str]
         quantized(opt_checkpoint("pre_norm"), WeightFormat("int4", 64), tp_size=2)
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
 def dummy(checkpoint: OptCheckpoint, how: WeightFormat, **sharding: Any) -> DummyQuantizedWeights:
     table = checkpoint.family.weight_table(checkpoint.config)
     options = ShardingOptions(**sharding)
@@ -305,7 +336,7 @@ def test_dummy_shards_are_parts_of_one_model(
         whole, scale = parts_of(one, 0, name)
         integers, scales = zip(*(parts_of(two, rank, name) for rank in range(2)), strict=True)
         axis = 1 if name.endswith((".attention.out.weight", ".mlp.fc2.weight")) else 0
-        assert torch.equal(torch.cat(integers, axis)[: len(whole)], whole), name
+        assert same_bits(torch.cat(integers, axis)[: len(whole)], whole), name
         assert not torch.cat(integers, axis)[len(whole) :].any()
         if axis == 0:
             assert torch.equal(torch.cat(scales)[: len(scale)], scale)
@@ -319,11 +350,12 @@ def test_dummy_integers_are_distributed_as_promised(
     """A standard deviation of about 0.02 and the whole range of integers, but for -128."""
     source = dummy(opt_checkpoint("pre_norm"), FORMATS[precision])
     integers, scale = parts_of(source, 0, "layers.0.mlp.fc1.weight")
-    values = integers if precision == "int8" else unpack_int4(integers)
-    assert (int(values.min()), int(values.max())) == ((-127, 127) if precision == "int8" else (-8, 7))
-    assert 0.015 < float(by_definition(integers, scale).std()) < 0.028
+    values = (unpack_int4(integers) if precision == "int4" else integers).double()
+    ranges = {"int8": (-127, 127), "int4": (-8, 7), "fp8": (-448, 448)}
+    assert (float(values.min()), float(values.max())) == ranges[precision]
+    assert 0.012 < float(by_definition(integers, scale).std()) < 0.028
     again, _ = parts_of(source, 0, "layers.1.mlp.fc1.weight")
-    assert not torch.equal(again, integers)
+    assert not same_bits(again, integers)
 
 
 # ---- passes --------------------------------------------------------------------------------------
@@ -375,8 +407,11 @@ def pipeline(
     )  # fmt: skip
 
 
-VARIANTS_OF = [("int8", name) for name in VARIANTS if name != "vocabulary_50272"] + [
-    ("int4", name) for name in ("pre_norm", "bias_free_non_affine_gelu", "head_dim_80", "untied_head")
+VARIANTS_OF = [
+    *(("int8", name) for name in VARIANTS if name != "vocabulary_50272"),
+    *(("int4", name) for name in ("pre_norm", "bias_free_non_affine_gelu", "head_dim_80", "untied_head")),
+    ("fp8", "pre_norm"),
+    ("fp8", "untied_head"),
 ]
 
 
@@ -400,7 +435,9 @@ def test_the_pipeline_computes_with_the_dequantized_weights(
     products = "quantized_linear" if fusions else "dequantize"
     assert ops.count(products) == layers * (4 if fusions else 6) + head
     stored = {node.name: node.outputs[0].dtype for node in parts.graph.weights}
-    integers = [name for name, dtype in stored.items() if dtype in (DType.INT8, DType.UINT8)]
+    integers = [
+        name for name, dtype in stored.items() if dtype in (DType.INT8, DType.UINT8, DType.FLOAT8_E4M3)
+    ]
     assert len(integers) == ops.count(products)
 
 
@@ -535,7 +572,7 @@ def test_a_target_says_what_it_runs(opt_checkpoint: Callable[[str], OptCheckpoin
     model = dataclasses.replace(checkpoint.config, dtype=DType.FLOAT16)
     build = dataclasses.replace(BUILD, target="cuda")
     zeros = quantized(checkpoint, WeightFormat("int4", 32, True), DType.FLOAT16)
-    message = "target cuda does not run int4 with zero points weights yet; accepted: float, int4, int8"
+    message = "target cuda does not run int4 with zero points weights yet; accepted: float, fp8, int4, int8"
     with pytest.raises(ConfigError, match=message):
         plan(checkpoint.family, model, zeros, build, 0)
 

@@ -26,10 +26,12 @@ from trtc.tests.tolerances import logits_tolerance, max_error
 
 pytestmark = pytest.mark.gpu
 TOKENS = [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 80)]
-INT8, INT4 = WeightFormat("int8"), WeightFormat("int4", 128)
+INT8, INT4, FP8 = WeightFormat("int8"), WeightFormat("int4", 128), WeightFormat("fp8")
 CASES = [
     ("cuda_pre_norm", INT8),
     ("cuda_pre_norm", INT4),
+    ("cuda_pre_norm", FP8),
+    ("cuda_bias_free_gelu", FP8),
     ("cuda_pre_norm", WeightFormat("int4", 32)),
     ("cuda_post_norm_projected", INT8),
     ("cuda_post_norm_projected", WeightFormat("int4", 64)),
@@ -127,7 +129,7 @@ def test_logits(variant: str, how: WeightFormat, dtype: DType, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("lm_head", [False, True])
-@pytest.mark.parametrize("how", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("how", [INT8, INT4, FP8], ids=str)
 @pytest.mark.parametrize("sequences", [7, 16, 33, 70])
 def test_batches(sequences: int, how: WeightFormat, lm_head: bool, tmp_path: Path) -> None:
     """Decode steps of several sequences: the streaming and the tile kernels, and beyond 64 rows dequantized weights."""

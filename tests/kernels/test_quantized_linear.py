@@ -32,7 +32,7 @@ from trtc.kernels.linear.reference import linear as reference
 
 RELATIVE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Largest 2-norm of the error over that of the reference: one rounding of the output, of 11 or 8 bits."""
-FORMATS = ("int8", "int4/32", "int4/64", "int4/128")
+FORMATS = ("int8", "fp8", "int4/32", "int4/64", "int4/128")
 
 
 def weight(
@@ -41,12 +41,15 @@ def weight(
     """Integers over their whole range and scales, as engines store them."""
     generator = torch.Generator().manual_seed(seed + features * columns)
     stored = WEIGHTS[how]
+    shape = (features,) if stored.group is None else (features, columns // stored.group)
+    spread = torch.rand(shape, generator=generator) + 0.2
+    if how == "fp8":
+        numbers = torch.randn(features, columns, generator=generator).mul_(100).clamp_(-448, 448)
+        return numbers.to(device, torch.float8_e4m3fn), (spread * columns**-0.5 / 100).to(device, dtype)
     limit = 127 if stored.bits == 8 else 8
     integers = torch.randint(-limit, limit, (features, columns), generator=generator, dtype=torch.int8)
-    shape = (features,) if stored.group is None else (features, columns // stored.group)
-    scale = (torch.rand(shape, generator=generator) + 0.2) * 2 / limit * columns**-0.5
     packed = integers if stored.bits == 8 else pack_int4(integers)
-    return packed.to(device), scale.to(device, dtype)
+    return packed.to(device), (spread * 2 / limit * columns**-0.5).to(device, dtype)
 
 
 # ---- layouts and bits, emulated ------------------------------------------------------------------
@@ -68,7 +71,7 @@ def test_interleaved_words_hold_the_columns_that_the_kernel_multiplies() -> None
 
 def pair_value(bits: int, dtype: torch.dtype) -> torch.Tensor:
     """The two elements in a 32-bit register, the lower half first."""
-    halves = torch.tensor([bits & 0xFFFF, bits >> 16], dtype=torch.int32).to(torch.int16)
+    halves = torch.tensor([bits & 0xFFFF, bits >> 16 & 0xFFFF], dtype=torch.int32).to(torch.int16)
     return halves.view(dtype)
 
 
@@ -80,7 +83,7 @@ def byte_perm(a: int, b: int, selector: int) -> int:
 
 @pytest.mark.parametrize("value", [-128, -127, -100, -2, -1, 0, 1, 63, 64, 127])
 def test_bytes_become_elements_exactly(value: int) -> None:
-    """Oracle: the integer. The steps are those of BytePair in weights.cuh, in torch's float16 and bfloat16 arithmetic."""
+    """Oracle: the integer. The steps are those of IntegerPair in weights.cuh, in torch's float16 and bfloat16 arithmetic."""
     other = 5
     word = (value & 255) | other << 8 | (value & 255) << 16 | (other & 255) << 24
     for selector in (0x4140, 0x4342):
@@ -90,6 +93,25 @@ def test_bytes_become_elements_exactly(value: int) -> None:
         wide = byte_perm(word, 0x43434343, selector)
         a, b = (pair_value(wide & mask, torch.bfloat16) for mask in (0xFF7FFF7F, 0xFF80FF80))
         assert (a - b).tolist() == [value, other]
+
+
+def test_e4m3_numbers_become_elements_exactly() -> None:
+    """Oracle: torch's conversion of all numbers but NaN. The steps are those of Fp8Pair in weights.cuh without the instruction
+    of newer GPUs; the power of two is applied in float64, as subnormal numbers of torch on the CPU may be flushed."""
+    numbers = torch.tensor([byte for byte in range(256) if byte & 127 != 127], dtype=torch.uint8)
+    expected = numbers.view(torch.float8_e4m3fn).double().tolist()
+    for byte, value in zip(numbers.tolist(), expected, strict=True):
+        word = byte | 0x38 << 8 | byte << 16 | 0x38 << 24  # 0x38 is 1
+        for selector in (0x1404, 0x3424):
+            wide = byte_perm(word, 0, selector)
+            for dtype, shift, mask, power in (
+                (torch.float16, 1, 0x3F803F80, 8),
+                (torch.bfloat16, 4, 0x07F007F0, 120),
+            ):
+                pair = pair_value(wide >> shift & mask | wide & 0x80008000, dtype)
+                assert (pair.double() * 2.0**power).tolist() == [value, 1.0]
+    assert pair_value(0x5C005C00, torch.float16).tolist() == [2.0**8] * 2
+    assert pair_value(0x7B807B80, torch.bfloat16).tolist() == [2.0**120] * 2
 
 
 @pytest.mark.parametrize("value", range(-8, 8))
@@ -132,7 +154,7 @@ def test_every_column_of_a_row_is_multiplied_once(how: str, columns: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("how", "columns"), [("int8", 24), ("int4/32", 160), ("int4/64", 192), ("int4/128", 256)]
+    ("how", "columns"), [("int8", 24), ("fp8", 40), ("int4/32", 160), ("int4/64", 192), ("int4/128", 256)]
 )
 def test_padding_adds_zeros(how: str, columns: int) -> None:
     """Oracle: the integers; what is added stands for zeros, of groups with a scale of zero."""
@@ -142,7 +164,8 @@ def test_padding_adds_zeros(how: str, columns: int) -> None:
     stored = stored_format(made, scales)
     assert stored.name == how and made.shape[1] * 8 // stored.bits == stored.padded(columns)
     if stored.bits == 8:
-        assert torch.equal(made[:, :columns], original) and not made[:, columns:].any()
+        bits, before = made.view(torch.uint8), original.view(torch.uint8)
+        assert torch.equal(bits[:, :columns], before) and not bits[:, columns:].any()
     else:
         width = stored.padded(columns) // 2
         whole = torch.zeros(3, width, dtype=torch.uint8)
@@ -184,7 +207,7 @@ def test_plans_cover_the_matrix_and_fit(how: str, capability: int) -> None:
         if norm != "none" and rows > 16:
             continue
         plan = choose_quantized(rows, features, columns, capability=capability, norm=norm, weight=how)
-        assert plan.weight == how and how.split("/")[0][3:] in plan.entry("__half")
+        assert plan.weight == how and how.split("/")[0].capitalize() in plan.entry("__half")
         assert plan.shared_bytes + (1024 if norm != "none" else 0) <= limit, plan
         shape = plan.launch_shape(dependent=True)
         assert shape.block[0] % 32 == 0
@@ -217,6 +240,7 @@ def arguments(how: str = "int8") -> dict[str, object]:
     [
         ("int8", {"scale": torch.ones(16, 1, dtype=torch.float16)}, "with scales .* are not supported; accepted: int8"),
         ("int8", {"scale": torch.ones(16)}, r"scale is \[16\] float32 on cpu; expected \[out_features=16\] float16"),
+        ("fp8", {"scale": torch.ones(16)}, r"scale is \[16\] float32"),
         ("int8", {"integers": torch.zeros(16, 112, dtype=torch.int8)}, "integers is .*; expected .* int8"),
         ("int4/64", {"scale": torch.ones(16, 3, dtype=torch.float16)}, r"with scales \[16, 3\] are not supported"),
         ("int4/64", {"scale": torch.ones(15, 2, dtype=torch.float16)}, r"scale is \[15, 2\]"),
@@ -330,7 +354,7 @@ def test_columns_that_are_not_whole_blocks(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
-@pytest.mark.parametrize("how", ["int8", "int4/128"])
+@pytest.mark.parametrize("how", ["int8", "fp8", "int4/128"])
 @pytest.mark.parametrize(("rows", "kind"), [(1, "layer"), (5, "layer"), (16, "layer"), (2, "rms")])
 def test_fused_norm(rows: int, kind: str, how: str, dtype: torch.dtype, library: KernelLibrary) -> None:
     """Oracle: the float64 reference."""

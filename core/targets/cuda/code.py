@@ -20,7 +20,7 @@ from ....kernels import (
 )
 from ....kernels.contract import ELEMENT_TYPES
 from ....kernels.errors import KernelContractError, KernelError
-from ....kernels.linear.formats import format_name
+from ....kernels.linear.formats import int4_name
 from ....kernels.linear.quantized import dequantize_sources
 from ....kernels.linear.quantized_plan import choose_quantized
 from ....kernels.nvrtc import (
@@ -152,11 +152,11 @@ def _format(graph: Graph, node: Node) -> str:
     integers, scale = (graph.specs[name] for name in node.used[1:3])
     columns = graph.specs[node.used[0]].shape[-1]
     assert isinstance(columns, int)
-    if integers.dtype is DType.INT8:
-        return format_name(8, None)
+    if integers.dtype is not DType.UINT8:
+        return {DType.INT8: "int8", DType.FLOAT8_E4M3: "fp8"}[integers.dtype]
     groups = scale.shape[1]
     assert isinstance(groups, int)
-    return format_name(4, columns // groups)
+    return int4_name(columns // groups)
 
 
 def code_file(arch: str) -> str:

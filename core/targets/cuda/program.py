@@ -259,7 +259,7 @@ class CudaProgram:
             weight = self._weights[name]
             if node.op == "quantized_linear":
                 scale = self._weights[node.used[2]]
-                padded = weight.shape[1] * (1 if weight.dtype is torch.int8 else 2)
+                padded = weight.shape[1] * (2 if weight.dtype is torch.uint8 else 1)
                 weight = self._dequantize(weight, scale, out=scale.new_empty(len(weight), padded))
             self._weight_sums[name] = weight_sums(weight)
         return Norm(self._weight_sums.get(name), kind, epsilon)

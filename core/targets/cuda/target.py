@@ -39,7 +39,7 @@ class CudaTarget:
             fusions=frozenset({SIBLINGS, ACTIVATION, POSITIONS, AFFINE, DEQUANTIZE}),
             dtypes=frozenset({DType.FLOAT16, DType.BFLOAT16}),
             tensor_parallel=True,
-            quantized=frozenset({"int8", "int4"}),
+            quantized=frozenset({"int8", "int4", "fp8"}),
         )
 
     def compile(

@@ -44,7 +44,7 @@ class TensorRTTarget:
             frozenset(fusions),
             frozenset(MODEL_DTYPES),
             tensor_parallel=True,
-            quantized=KINDS,
+            quantized=KINDS - {"fp8"},
         )
 
     def compile(
