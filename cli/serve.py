@@ -10,6 +10,7 @@ from ..core.errors import TargetError
 from ..runtime.server.config import ServerConfig
 from .common import add_kv_cache
 from .ranks import add_nproc, enter_job
+from .summarize import add_prompt_lookup
 
 NAME = "serve"
 HELP = "serve an engine over HTTP, with OpenAI's interface"
@@ -48,9 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                             help=f"{help_text} (default: %(default)s)")  # fmt: skip
     add_nproc(parser)
     add_kv_cache(parser)
+    add_prompt_lookup(parser)
 
 
 def main(args: argparse.Namespace) -> int:
+    from ..runtime.prompt_lookup import PromptLookup
+
+    lookup = None if args.prompt_lookup is None else PromptLookup.parse(args.prompt_lookup)
     config = ServerConfig(
         model_name=args.served_model_name or args.engine_dir.resolve().name,
         host=args.host,
@@ -71,5 +76,11 @@ def main(args: argparse.Namespace) -> int:
     code = enter_job(args, drain_s=config.drain_timeout_s + _LAST_WORDS_S, **load_options)
     if code is not None:
         return code
-    serve(args.engine_dir, config, enable_prefix_cache=args.enable_prefix_cache, **load_options)
+    serve(
+        args.engine_dir,
+        config,
+        enable_prefix_cache=args.enable_prefix_cache,
+        prompt_lookup=lookup,
+        **load_options,
+    )
     return 0

@@ -16,6 +16,7 @@ from .executor import Executor
 from .llm import Prompt, _prompt_value, _token_ids
 from .load import load_executor
 from .outputs import RequestOutput
+from .prompt_lookup import PromptLookup
 from .request import check_line
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
@@ -36,12 +37,14 @@ class AsyncLLM:
         verify: bool = True,
         seed: int = 0,
         enable_prefix_cache: bool = True,
+        prompt_lookup: PromptLookup | None = None,
         on_finished: OnFinished | None = None,
     ) -> None:
         """Loads an engine directory. `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`.
 
         seed:        of the stream from which requests without a seed draw theirs
         enable_prefix_cache: a prompt starts behind what an earlier one with the same beginning has left in the KV cache
+        prompt_lookup: for greedy requests that ask for nothing else
         on_finished: called in the engine's thread for every request that has ended
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
         machine cannot run it.
@@ -49,7 +52,9 @@ class AsyncLLM:
         executor = load_executor(
             engine_dir, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, verify=verify
         )
-        self._start(executor, Tokenizer.from_dir(engine_dir), seed, enable_prefix_cache, on_finished)
+        self._start(
+            executor, Tokenizer.from_dir(engine_dir), seed, enable_prefix_cache, prompt_lookup, on_finished
+        )
 
     @classmethod
     def from_executor(
@@ -59,11 +64,12 @@ class AsyncLLM:
         *,
         seed: int = 0,
         enable_prefix_cache: bool = True,
+        prompt_lookup: PromptLookup | None = None,
         on_finished: OnFinished | None = None,
     ) -> Self:
         """Runs on an executor that is loaded already, or that is not made from an engine directory."""
         llm = cls.__new__(cls)
-        llm._start(executor, tokenizer, seed, enable_prefix_cache, on_finished)
+        llm._start(executor, tokenizer, seed, enable_prefix_cache, prompt_lookup, on_finished)
         return llm
 
     def _start(
@@ -72,11 +78,18 @@ class AsyncLLM:
         tokenizer: Tokenizer | None,
         seed: int,
         enable_prefix_cache: bool,
+        prompt_lookup: PromptLookup | None,
         on_finished: OnFinished | None,
     ) -> None:
         self.executor = executor
         self.tokenizer = tokenizer
-        self._core = EngineCore(executor, tokenizer, seed=seed, enable_prefix_cache=enable_prefix_cache)
+        self._core = EngineCore(
+            executor,
+            tokenizer,
+            seed=seed,
+            enable_prefix_cache=enable_prefix_cache,
+            prompt_lookup=prompt_lookup,
+        )
         self._engine = EngineThread(self._core, on_finished)
         self._request_ids = map(str, count())
 
@@ -147,6 +160,8 @@ class AsyncLLM:
             num_cached_pages=pool.num_cached,
             num_looked_up_pages=scheduler.prefix_cache.num_looked_up,
             num_found_pages=scheduler.prefix_cache.num_found,
+            num_guessed_tokens=self._core.lookup_stats.proposed,
+            num_accepted_tokens=self._core.lookup_stats.accepted,
         )
 
     @property

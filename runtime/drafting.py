@@ -8,9 +8,10 @@ were none; what would have been guessed is still compared with what came: a text
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from math import prod
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
 from .prompt_lookup import Lookup, PromptLookup, Rates
 
@@ -23,57 +24,70 @@ class StepCosts:
     """Seconds of steps as measured lately, by their number of sequences and of guessed tokens, in powers of two.
 
     SHARE:   of a new measurement in what is known; no more than OUTLIER times that counts, for the machine has others to serve
-    FORGET:  what every refusal of guesses leaves of their cost until one is measured: so they are tried again one day
+    FORGET:  what every refusal for its cost leaves of it until it is measured: so it is tried again one day
     REFRESH: steps of the host after which those without guesses are measured again
     SLOPE:   what a guessed token is taken to cost, as a share of the step, where nothing is known
     """
 
-    SHARE, OUTLIER, FORGET, REFRESH, SLOPE = 0.25, 2.0, 0.995, 512, 0.05
+    SHARE, OUTLIER, FORGET, REFRESH, SLOPE = 0.25, 2.0, 0.99, 512, 0.05
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[int, int], float | None] = {}
+        self._refusals: Counter[tuple[int, int]] = Counter()
         self._age: dict[int, int] = {}
-        self._refused: dict[int, int] = {}
 
     def plain(self, sequences: int) -> float | None:
-        """Of a step without guesses, one that runs ahead of the host where there are such. None: to be measured (again)."""
+        """Of a step without guesses: one that runs ahead, or one of the host where that is known to take no longer. None: to
+        be measured (again)."""
         size = sequences.bit_length()
         if self._age.get(size, self.REFRESH) >= self.REFRESH:
             return None
-        return self._seconds.get((size, _AHEAD)) or self._seconds.get((size, 0))
+        return min(filter(None, (self._seconds.get((size, kind)) for kind in (_AHEAD, 0))), default=None)
 
-    def of(self, sequences: int, drafted: int) -> float:
-        """Of a step of the host: no more than one with more tokens. What was not measured is estimated from what fewer tokens
-        cost; `plain` is known."""
-        size, bucket = sequences.bit_length(), min(drafted.bit_length(), _BUCKETS - 1)
-        measured = [self._seconds.get((size, known)) for known in range(bucket, _BUCKETS)]
-        below = next(known for known in range(bucket, _AHEAD - 1, -1) if self._seconds.get((size, known)))
-        least, host = self._seconds[size, below], self._seconds.get((size, 0))
-        assert least is not None
-        tokens = (1 << max(0, below)) // 2
-        slope = (least - host) / tokens if tokens and host else self.SLOPE * least
-        estimate = least if below == bucket else least + max(0.0, slope) * (drafted - tokens)
-        return min([estimate, *filter(None, measured)]) * self.FORGET ** self._refused.get(size, 0)
+    def of(self, sequences: int) -> Callable[[int], float]:
+        """Of a step of the host, by its guessed tokens: no more than one with more of them. What was not measured is estimated
+        from what fewer cost; `plain` is known."""
+        size = sequences.bit_length()
+        known = {one: hoped for one in range(_AHEAD, _BUCKETS) if (hoped := self._hoped(size, one))}
+        least = list(accumulate((known.get(one, math.inf) for one in range(_BUCKETS - 1, -1, -1)), min))[::-1]
+
+        def seconds(drafted: int) -> float:
+            bucket = _bucket(drafted)
+            if bucket in known:
+                return least[bucket]
+            below = max(one for one in known if one < bucket)
+            tokens = (1 << max(0, below)) // 2
+            slope = (known[below] - known[0]) / tokens if tokens and 0 in known else self.SLOPE * known[below]
+            return min(least[bucket], known[below] + max(0.0, slope) * (drafted - tokens))
+
+        return seconds
 
     def measured(self, sequences: int, drafted: int | None, seconds: float) -> None:
         """drafted: None for a step that ran ahead. The first of a kind is not typical: memory is touched, code is made."""
         size, seconds = sequences.bit_length(), max(seconds, 1e-9)
-        key = (size, _AHEAD if drafted is None else min(drafted.bit_length(), _BUCKETS - 1))
+        key = (size, _AHEAD if drafted is None else _bucket(drafted))
         if key not in self._seconds:
             self._seconds[key] = None
             return
-        if drafted is not None:
-            self._refused[size] = 0
         before = self._seconds[key]
         if before is not None:
             seconds = before + self.SHARE * (min(seconds, self.OUTLIER * before) - before)
         self._seconds[key] = seconds
+        self._refusals[key] = 0
         self._age[size] = self._age.get(size, self.REFRESH) + 1 if drafted else 0
 
-    def refused(self, sequences: int) -> None:
-        """After guesses were not worth their cost."""
-        size = sequences.bit_length()
-        self._refused[size] = self._refused.get(size, 0) + 1
+    def refused(self, sequences: int, drafted: range) -> None:
+        """So many tokens were not worth their cost."""
+        for bucket in {_bucket(number) for number in drafted}:
+            self._refusals[sequences.bit_length(), bucket] += 1
+
+    def _hoped(self, size: int, bucket: int) -> float | None:
+        seconds = self._seconds.get((size, bucket))
+        return seconds and seconds * self.FORGET ** self._refusals[size, bucket]
+
+
+def _bucket(drafted: int) -> int:
+    return min(drafted.bit_length(), _BUCKETS - 1)
 
 
 class Drafting:
@@ -94,8 +108,7 @@ class Drafting:
         chances: of the tokens guessed for one sequence, falling
         """
         taken = self._take(chances, sequences)
-        if not taken and any(chances):
-            self.costs.refused(sequences)
+        self.costs.refused(sequences, range(1 << len(taken).bit_length(), sum(map(len, chances)) + 1))
         counts = Counter(row for _, row in taken)
         return [counts[row] for row in range(len(chances))]
 
@@ -108,12 +121,13 @@ class Drafting:
         if plain is None:
             return False
         known = [(lookup, lookup.propose(token_ids, len(token_ids))) for lookup, token_ids in lookups]
+        likely = [lookup.likely() for lookup, _ in known]
         if (
             self._take([lookup.chances(len(guess)) for lookup, guess in known], sequences)
-            or self._speed([lookup.likely() for lookup, _ in known], sequences) > sequences / plain
+            or self._speed(likely, sequences) > sequences / plain
         ):
             return True
-        self.costs.refused(sequences)
+        self.costs.refused(sequences, range(sum(len(chances) for _, chances in likely) + 1))
         return False
 
     def _take(self, chances: Sequence[Sequence[float]], sequences: int) -> list[tuple[float, int]]:
@@ -121,11 +135,12 @@ class Drafting:
         plain = self.costs.plain(sequences)
         if plain is None:
             return []
+        cost = self.costs.of(sequences)
         ranked = sorted(((one, row) for row, ones in enumerate(chances) for one in ones), reverse=True)
         count, gain, best = 0, 0.0, sequences / plain
         for number, (chance, _) in enumerate(ranked, 1):
             gain += chance
-            speed = (sequences + gain) / self.costs.of(sequences, number)
+            speed = (sequences + gain) / cost(number)
             if speed > best:
                 count, best = number, speed
         return ranked[:count]
@@ -135,6 +150,7 @@ class Drafting:
         taken = self._take([chances for _, chances in likely], sequences)
         gain = sum(likely[row][0] * chance for chance, row in taken)
         drafted = sum(likely[row][0] for _, row in taken)
-        some = 1.0 - prod(1.0 - likely[row][0] for row in {row for _, row in taken})
-        longer = self.costs.of(sequences, round(drafted / some)) if some else 0.0
-        return (sequences + gain) / ((1.0 - some) * self.costs.of(sequences, 0) + some * longer)
+        some = 1.0 - math.prod(1.0 - likely[row][0] for row in {row for _, row in taken})
+        cost = self.costs.of(sequences)
+        longer = cost(round(drafted / some)) if some else 0.0
+        return (sequences + gain) / ((1.0 - some) * cost(0) + some * longer)

@@ -18,7 +18,7 @@ from .detokenizer import Detokenizer
 from .drafting import Drafting
 from .executor import DecodeLoop, Executor, GreedyChooser, PageCopier
 from .outputs import CompletionOutput, Logprob, RequestOutput
-from .prompt_lookup import LookupStats
+from .prompt_lookup import LookupStats, PromptLookup
 from .request import Request
 from .request_check import check_params, check_token_ids
 from .sampler import SampledToken, sample, top_logprobs
@@ -74,6 +74,7 @@ class EngineCore:
     lookup_stats: what prompt lookup has brought so far
     seed:      of the stream from which requests without a seed draw theirs, in order of arrival
     enable_prefix_cache: use what earlier requests with the same beginning have left in the KV cache
+    prompt_lookup: for requests that it can serve and that do not say what they want
     clock:     the seconds that deadlines are given in and steps are timed by
     """
 
@@ -84,6 +85,7 @@ class EngineCore:
         *,
         seed: int = 0,
         enable_prefix_cache: bool = True,
+        prompt_lookup: PromptLookup | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.executor = executor
@@ -111,6 +113,7 @@ class EngineCore:
         self._deadlines: dict[str, float] = {}
         self._sequences: dict[Request, _Sequence] = {}
         self.lookup_stats = LookupStats()
+        self._prompt_lookup = prompt_lookup
 
     @property
     def has_unfinished(self) -> bool:
@@ -155,6 +158,8 @@ class EngineCore:
         self.check_request(prompt_token_ids, params)
         if request_id in self._groups:
             raise RequestError(f"request id {request_id!r} is in use by an unfinished request")
+        if params.prompt_lookup is None and params.plain_greedy:
+            params = replace(params, prompt_lookup=self._prompt_lookup)
         seed = params.seed
         if seed is None:
             seed = int(self._seeds.integers(0, 2**64, dtype=np.uint64))

@@ -37,6 +37,7 @@ class EngineStats:
     num_cached_pages:                    of the pages that nobody uses those that the prefix cache still knows
     num_looked_up_pages, num_found_pages: full prompt pages of all requests so far that the prefix cache could have had, and
                                          those that it had
+    num_guessed_tokens, num_accepted_tokens: by prompt lookup so far, and those of them that were right
     """
 
     num_running: int
@@ -48,6 +49,8 @@ class EngineStats:
     num_cached_pages: int = 0
     num_looked_up_pages: int = 0
     num_found_pages: int = 0
+    num_guessed_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

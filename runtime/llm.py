@@ -17,6 +17,7 @@ from .engine_core import EngineCore
 from .executor import Executor
 from .load import load_executor
 from .outputs import RequestOutput
+from .prompt_lookup import PromptLookup
 from .request import check_line
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
@@ -39,18 +40,20 @@ class LLM:
         verify: bool = True,
         seed: int = 0,
         enable_prefix_cache: bool = True,
+        prompt_lookup: PromptLookup | None = None,
     ) -> None:
         """Loads an engine directory. `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`.
 
         seed: of the stream from which requests without a seed draw theirs
         enable_prefix_cache: a prompt starts behind what an earlier one with the same beginning has left in the KV cache
+        prompt_lookup: for greedy requests that ask for nothing else
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
         machine cannot run it.
         """
         executor = load_executor(
             engine_dir, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, verify=verify
         )
-        self._start(executor, Tokenizer.from_dir(engine_dir), seed, enable_prefix_cache)
+        self._start(executor, Tokenizer.from_dir(engine_dir), seed, enable_prefix_cache, prompt_lookup)
 
     @classmethod
     def from_executor(
@@ -60,17 +63,29 @@ class LLM:
         *,
         seed: int = 0,
         enable_prefix_cache: bool = True,
+        prompt_lookup: PromptLookup | None = None,
     ) -> Self:
         """Runs on an executor that is loaded already, or that is not made from an engine directory."""
         llm = cls.__new__(cls)
-        llm._start(executor, tokenizer, seed, enable_prefix_cache)
+        llm._start(executor, tokenizer, seed, enable_prefix_cache, prompt_lookup)
         return llm
 
     def _start(
-        self, executor: Executor, tokenizer: Tokenizer | None, seed: int, enable_prefix_cache: bool
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        seed: int,
+        enable_prefix_cache: bool,
+        prompt_lookup: PromptLookup | None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.core = EngineCore(executor, tokenizer, seed=seed, enable_prefix_cache=enable_prefix_cache)
+        self.core = EngineCore(
+            executor,
+            tokenizer,
+            seed=seed,
+            enable_prefix_cache=enable_prefix_cache,
+            prompt_lookup=prompt_lookup,
+        )
         self._request_ids = map(str, count())
         self._busy = threading.Lock()
 

@@ -88,6 +88,8 @@ class _EngineNumbers(Collector):
             ("trtc_generation_tokens", "Output tokens chosen", outputs),
             ("trtc_prefix_cache_queries", "Full prompt pages looked up in the prefix cache", looked_up),
             ("trtc_prefix_cache_hits", "Full prompt pages that the prefix cache had", found),
+            ("trtc_guessed_tokens", "Tokens that prompt lookup tried", stats.num_guessed_tokens),
+            ("trtc_accepted_tokens", "Tokens that prompt lookup guessed rightly", stats.num_accepted_tokens),
         ):
             yield CounterMetricFamily(name, help_text, value=value)
         used, known = stats.num_used_pages, stats.num_cached_pages

@@ -17,6 +17,7 @@ from ...core.engine import Engine
 from ...core.errors import ConfigError
 from ..async_llm import AsyncLLM
 from ..engine_thread import RequestStats
+from ..prompt_lookup import PromptLookup
 from .app import Service, create_app
 from .chat_template import ChatTemplate
 from .config import ServerConfig
@@ -34,8 +35,11 @@ def serve(
     *,
     kv_cache_memory_bytes: int | None = None,
     enable_prefix_cache: bool = True,
+    prompt_lookup: PromptLookup | None = None,
 ) -> None:
     """Serves an engine until SIGTERM or SIGINT; then finishes what runs and returns. Call it in the main thread.
+
+    prompt_lookup: for greedy requests
 
     Raises ConfigError when host and port cannot be had, EngineError and TargetError as `LLM` does.
     """
@@ -51,6 +55,7 @@ def serve(
             engine_dir,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             enable_prefix_cache=enable_prefix_cache,
+            prompt_lookup=prompt_lookup,
             on_finished=request_ended,
         )
         try:

@@ -36,12 +36,12 @@ def test_what_is_not_measured_is_estimated_from_what_is() -> None:
     assert costs.plain(1) is None  # the first is not typical
     costs.measured(1, None, 1.0)
     assert costs.plain(1) == 1.0 and costs.plain(2) is None
-    assert costs.of(1, 4) == pytest.approx(1.0 + 4 * StepCosts.SLOPE)
+    assert costs.of(1)(4) == pytest.approx(1.0 + 4 * StepCosts.SLOPE)
     costs = measured({None: 1.0, 0: 1.2, 2: 1.6})
-    assert costs.plain(1) == 1.0 and costs.of(1, 0) == 1.2 and costs.of(1, 3) == 1.6
-    assert costs.of(1, 8) == pytest.approx(1.6 + 0.2 * 6)  # 0.2 a token, from 2 to 8
-    assert costs.of(1, 1) == pytest.approx(1.2 + 0.05 * 1.2)
-    assert measured({None: 1.0, 2: 9.0, 4: 2.0}).of(1, 2) == 2.0  # fewer tokens cost no more
+    assert costs.plain(1) == 1.0 and costs.of(1)(0) == 1.2 and costs.of(1)(3) == 1.6
+    assert costs.of(1)(8) == pytest.approx(1.6 + 0.2 * 6)  # 0.2 a token, from 2 to 8
+    assert costs.of(1)(1) == pytest.approx(1.2 + 0.05 * 1.2)
+    assert measured({None: 1.0, 2: 9.0, 4: 2.0}).of(1)(2) == 2.0  # fewer tokens cost no more
 
 
 def test_costs_follow_the_machine_and_not_one_bad_moment() -> None:
@@ -89,9 +89,22 @@ def test_what_was_refused_is_tried_again_one_day() -> None:
     refused = 0
     while drafting.lengths([[0.5]], 1) == [0]:
         refused += 1
-    assert refused == 58  # 2 * 0.995^n < 1.5
+    assert refused == 29  # 2 * 0.99^n < 1.5
     drafting.costs.measured(1, 1, 2.0)
     assert drafting.lengths([[0.5]], 1) == [0]
+
+
+def test_longer_guesses_are_tried_again_although_short_ones_pay() -> None:
+    """One bad moment has made steps with four guesses look as if they cost more than they do."""
+    drafting = Drafting()
+    drafting.costs = measured({None: 1.0, 0: 1.0, 1: 1.0, 2: 4.0, 4: 4.0})
+    chances = [[0.9, 0.8, 0.7, 0.6]]
+    tried = [drafting.lengths(chances, 1)[0]]
+    while tried[-1] < 4:
+        drafting.costs.measured(1, tried[-1], 1.0)
+        tried.append(drafting.lengths(chances, 1)[0])
+        assert len(tried) < 200
+    assert tried[0] == 1
 
 
 def test_rates_start_with_what_others_have_seen_and_forget() -> None:

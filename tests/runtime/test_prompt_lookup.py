@@ -96,6 +96,22 @@ def test_fewer_steps_and_the_same_tokens(executor: type[ToyExecutor]) -> None:
         assert rows == total - stats.accepted + stats.proposed
 
 
+def test_an_engine_may_look_up_for_all_that_are_plain_greedy() -> None:
+    """Of an engine with a lookup of its own: a request with one keeps it, one that cannot have one does without."""
+    core = EngineCore(BigramToy(), clock=lambda: 0.0, prompt_lookup=PromptLookup(1, 2))
+    requests = [
+        ([1, 2, 3], GREEDY),
+        ([1, 2, 3], replace(GREEDY, prompt_lookup=PromptLookup(3, 1))),
+        ([1, 2, 3], replace(GREEDY, logprobs=0)),
+    ]
+    for index, (prompt, params) in enumerate(requests):
+        core.add_request(str(index), prompt, params)
+    first, second, third = core.scheduler.waiting
+    assert first.params.prompt_lookup == PromptLookup(1, 2) and first.lookup is not None
+    assert second.params.prompt_lookup == PromptLookup(3, 1) and second.lookup is not None
+    assert third.params.prompt_lookup is None and third.lookup is None
+
+
 class WithTokenizer:
     """Tokens are letters; enough of a tokenizer for stop strings."""
 

@@ -58,10 +58,9 @@ def server(engine: Path) -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="session")
 def strict_server(chat_engine: Path) -> Iterator[RunningServer]:
-    """Eight sequences run, one may wait; the key is `secret`."""
-    running = RunningServer(
-        chat_engine, "--api-key", "secret", "--max-queue", "1", "--max-body-bytes", "20000"
-    )
+    """Eight sequences run, one may wait; the key is `secret`; greedy requests get prompt lookup."""
+    options = "--api-key secret --max-queue 1 --max-body-bytes 20000 --prompt-lookup 1:4"
+    running = RunningServer(chat_engine, *options.split())
     yield running
     assert running.stop() == 0
 

@@ -21,6 +21,7 @@ from trtc.runtime.server.config import ServerConfig
 from .requests import MALFORMED, PROMPTS, completion, greedy
 from .running import LIMIT_S, RunningServer, wait_until
 
+NEWS = Path(__file__).parents[2] / "examples" / "news.jsonl"
 LONG_PROMPTS = ["x"] * 16
 """With n = 8 and 1000 tokens: sixteen full batches, a minute in which a test can do what it likes."""
 
@@ -160,6 +161,22 @@ def test_metrics_count_what_the_prefix_cache_had(server: RunningServer) -> None:
     )
     assert found >= 1 and looked_up == 2 * found, "all full pages of the second prompt, none of the first"
     assert after["trtc_kv_cache_pages_cached"] >= found
+
+
+def test_prompt_lookup_changes_no_text(server: RunningServer, strict_server: RunningServer) -> None:
+    """`strict_server` looks up for greedy requests. Oracle: the other server, which has the same weights."""
+    pairs = [json.loads(line) for line in NEWS.read_text(encoding="utf-8").splitlines()[:6]]
+    prompts = [f"{pair['article']} TL;DR: " for pair in pairs]
+    headers = {"Authorization": "Bearer secret"}
+    texts = []
+    for one, more in ((server, {}), (strict_server, {"headers": headers})):
+        model = one.request("GET", "/v1/models", **more).json()["data"][0]["id"]
+        body = completion(model=model, prompt=prompts, max_tokens=40, temperature=0)
+        answer = one.request("POST", "/v1/completions", json=body, **more).raise_for_status()
+        texts.append([choice["text"] for choice in answer.json()["choices"]])
+    assert texts[0] == texts[1] and all(texts[0])
+    metrics = strict_server.metrics(**headers)
+    assert 0 <= metrics["trtc_accepted_tokens_total"] <= metrics["trtc_guessed_tokens_total"]
 
 
 def test_sigterm_finishes_what_runs(engine: Path) -> None:
