@@ -51,7 +51,6 @@ def _rendezvous(group: RankGroup, device: torch.device, size: int) -> PeerMemory
     from torch._C._distributed_c10d import _SymmetricMemory
     from torch.distributed import _symmetric_memory
 
-    _symmetric_memory.set_backend("CUDA")
     # Not `_symmetric_memory.empty`, which may give a part of a pool, at an offset into what is shared.
     own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
     handle = _symmetric_memory.rendezvous(own, group.gpus)
