@@ -26,7 +26,7 @@ class BuildPackage(build_py):
 
 STEP = Extension(
     "trtc.kernels.cpu_step._step",
-    ["kernels/cpu_step/step.c", "kernels/cpu_step/int8_layer.c"],
+    [f"kernels/cpu_step/{name}.c" for name in ("step", "int8_layer", "context_attention")],
     depends=["kernels/cpu_step/vectors.h"],
     extra_compile_args=["-O3", "-fopenmp"],
     extra_link_args=["-fopenmp"],

@@ -23,7 +23,7 @@ from ..ops.registry import Communicator
 from ..passes.fuse import ACTIVATION, ADD_NORM, DEQUANTIZE, SIBLINGS
 from ..quantize.scheme import KINDS
 from .base import CacheShape, Capabilities
-from .cpu_attention import CpuAttention, KVCache
+from .cpu_attention import CompiledAttention, CpuAttention, KVCache
 from .cpu_linear import EPILOGUES, linear_kernel, quantized_linear_kernel
 from .cpu_step import DecodeLimits, DecodeStep, Unsupported
 from .program import KernelFactory, Program
@@ -89,7 +89,9 @@ class CpuProgram:
         kernels: factories by op name that take precedence over this target's own (from plugins).
         decode_limits: run decode steps within them as one call of compiled code, where graph and machine allow it.
         """
-        self._attention = CpuAttention(cache)
+        self._attention = (
+            CompiledAttention(cache) if CompiledAttention.compiles(cache) else CpuAttention(cache)
+        )
         factories: dict[str, KernelFactory] = {
             "attention": self._attention.kernel,
             "linear": linear_kernel,

@@ -1,4 +1,5 @@
-"""Paged attention on the CPU: sequences with one new token as one batch, the others one by one."""
+"""Paged attention on the CPU: in compiled code where there is any; else through torch, sequences with one new token as one
+batch, the others one by one."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ...kernels import cpu_step
+from ..dtypes import from_torch
 from ..graph import Node
 
 KVCache = list[tuple[torch.Tensor, torch.Tensor]]
@@ -90,6 +93,60 @@ class CpuAttention:
             return out
 
         return attention
+
+
+class CompiledAttention:
+    """`CpuAttention` in compiled code: see `compiles`."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._step = (torch.empty(0, dtype=torch.int32),) * 3
+
+    @staticmethod
+    def compiles(cache: KVCache) -> bool:
+        """Whether there is compiled code for `cache` and this processor."""
+        return cpu_step.library() is not None and all(
+            from_torch(part.dtype).value in cpu_step.WEIGHT_TYPES
+            and part.dtype is not torch.int8
+            and part.shape[3] <= cpu_step.MAX_HEAD_DIM
+            and part.is_contiguous()
+            for pair in cache
+            for part in pair
+        )
+
+    def begin_step(
+        self, query_start: torch.Tensor, kv_length: torch.Tensor, page_table: torch.Tensor
+    ) -> None:
+        """See `CpuAttention.begin_step`."""
+        self._step = (query_start.contiguous(), kv_length.contiguous(), page_table.contiguous())
+
+    def kernel(self, node: Node) -> Callable[..., torch.Tensor]:
+        """The implementation of the attention node `node`."""
+        keys, values = self._cache[node.attrs["layer"]]
+        _, page_size, kv_heads, dim = keys.shape
+        kind = cpu_step.WEIGHT_TYPES[from_torch(keys.dtype).value]
+        scale: float = node.attrs["scale"]
+
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            query_start, kv_length, page_table = self._step
+            dtype, (q, k, v) = q.dtype, (_rows(part.to(keys.dtype)) for part in (q, k, v))
+            out = torch.empty(q.shape, dtype=q.dtype)
+            context = cpu_step.Context(
+                type=kind, sequences=len(kv_length), heads=q.shape[1], kv_heads=kv_heads, dim=dim, page_size=page_size,
+                pages=page_table.shape[1], ldq=q.stride(0), ldk=k.stride(0), ldv=v.stride(0), scale=scale,
+                q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(),
+                y=out.data_ptr(), query_start=query_start.data_ptr(), kv_length=kv_length.data_ptr(),
+                page_table=page_table.data_ptr(),
+            )  # fmt: skip
+            cpu_step.context_attention(context, torch.get_num_threads())
+            return out.to(dtype)
+
+        return attention
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, head_dim] with the heads of a token behind each other."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def _single(rows: slice, length: int, pages: torch.Tensor, page_size: int) -> _Single:

@@ -1,8 +1,8 @@
 """Kernels of the CPU target, compiled when trtc is installed.
 
 `step.c`: one decode step of a transformer as one call. A program is an array of `Instruction`s, which all threads run side by
-side with a barrier after each. `int8_layer.c`: one layer of a prefill with int8 weights. The library is optional: where no C
-compiler was at hand at installation, or the processor lacks AVX-512, `library()` is None.
+side with a barrier after each. For steps of many tokens, `int8_layer.c`: a layer with int8 weights, and `context_attention.c`.
+The library is optional: where no C compiler was at hand at installation, or the processor lacks AVX-512, `library()` is None.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 ACTIVATION_KINDS = {None: 0, "relu": 1, "silu": 2, "gelu_tanh": 3}
 NORM_KINDS = {"layer_norm": 0, "rms_norm": 1}
 MAX_HEAD_DIM = 256
-"""16 MAX_VECTORS of step.c."""
+"""16 MAX_VECTORS of step.c, MAX_DIM of context_attention.c."""
 
 
 class Instruction(ctypes.Structure):
@@ -73,6 +73,19 @@ class Int8Layer(ctypes.Structure):
     )
 
 
+class Context(ctypes.Structure):
+    """`Context` of context_attention.c, which says what the fields are."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("type", "sequences", "heads", "kv_heads", "dim")),
+        *((name, ctypes.c_int32) for name in ("page_size", "pages", "ldq", "ldk", "ldv")),
+        ("scale", ctypes.c_float),
+        ("unused", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "keys", "values", "y")),
+        *((name, ctypes.c_void_p) for name in ("query_start", "kv_length", "page_table")),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, if they were compiled and this processor can run them."""
@@ -80,7 +93,9 @@ def library() -> ctypes.CDLL | None:
     if not found:
         return None
     loaded = ctypes.CDLL(str(found[0]))
-    if not all(hasattr(loaded, name) for name in ("trtc_run_step", "trtc_int8_layer")):
+    if not all(
+        hasattr(loaded, name) for name in ("trtc_run_step", "trtc_int8_layer", "trtc_context_attention")
+    ):
         return None  # of an older checkout: compiled again, it has what is missing
     return loaded if loaded.trtc_step_supported() else None
 
@@ -90,6 +105,13 @@ def run(program: ctypes.Array[Instruction], step: Step, threads: int) -> None:
     loaded = library()
     assert loaded is not None, "the library is not there"
     loaded.trtc_run_step(program, len(program), ctypes.byref(step), threads)
+
+
+def context_attention(context: Context, threads: int) -> None:
+    """Attention of a step of many tokens. Every pointer must be valid."""
+    loaded = library()
+    assert loaded is not None, "the library is not there"
+    loaded.trtc_context_attention(ctypes.byref(context), threads)
 
 
 def int8_layer(layer: Int8Layer, threads: int) -> None:

@@ -10,7 +10,6 @@
 #include "vectors.h"
 
 enum { EMBEDDING, LINEAR, NORM, ATTENTION, ROTARY, ACTIVATION, MULTIPLY, ADD, SCREEN, RESCORE, PICK };
-enum { F32, BF16, F16, I8 };
 
 typedef struct {
     int32_t op, kind;           /* kind: activation; 0 layer norm or 1 RMS norm; embedding: 1 looks up positions */
@@ -34,39 +33,6 @@ typedef struct {
     int16_t *narrow;            /* per thread tokens x narrow_k: activations for int8 weights */
     int32_t narrow_k, unused;
 } Step;
-
-/* ---- vectors of 16 --------------------------------------------------------------------------- */
-
-INLINE __m512 load(int type, const void *base, ptrdiff_t at, __mmask16 m) {
-    if (type == F32) return _mm512_maskz_loadu_ps(m, (const float *)base + at);
-    if (type == I8)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, (const int8_t *)base + at)));
-    __m256i half = _mm256_maskz_loadu_epi16(m, (const uint16_t *)base + at);
-    if (type == F16) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-INLINE __m512 load_all(int type, const void *base, ptrdiff_t at) {
-    if (type == F32) return _mm512_loadu_ps((const float *)base + at);
-    if (type == I8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)((const int8_t *)base + at))));
-    __m256i half = _mm256_loadu_si256((const void *)((const uint16_t *)base + at));
-    if (type == F16) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-INLINE void store(int type, void *base, ptrdiff_t at, __mmask16 m, __m512 v) {
-    if (type == F32) { _mm512_mask_storeu_ps((float *)base + at, m, v); return; }
-    __m256i half;
-    if (type == F16) half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    else { /* round to nearest even; NaN stays NaN */
-        __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-        __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-        half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-    }
-    _mm256_mask_storeu_epi16((uint16_t *)base + at, m, half);
-}
 
 /* ---- products -------------------------------------------------------------------------------- */
 
@@ -135,8 +101,6 @@ DOTS(F32, dots_f32)
 DOTS(BF16, dots_bf16)
 DOTS(F16, dots_f16)
 static Dots *const DOTS_OF[] = {dots_f32, dots_bf16, dots_f16, 0};
-
-static const ptrdiff_t SIZE_OF[] = {4, 2, 2, 1};
 
 /* The same for int8 rows and activations in int16: integers are multiplied two at a time and summed exactly. */
 INLINE void dots_narrow(const int M, const char *const rows[4], ptrdiff_t k, const int16_t *x, ptrdiff_t ldx, __m128 out[4]) {

@@ -19,6 +19,7 @@ from trtc.core.ops import ReferenceContext
 from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.targets.base import CacheShape, get_target
 from trtc.core.targets.cpu import CpuProgram, allocate_cache
+from trtc.core.targets.cpu_attention import CompiledAttention, CpuAttention
 from trtc.core.targets.cpu_linear import bucket, linear_kernel, quantized_linear_kernel
 from trtc.core.targets.cpu_step import DecodeLimits, DecodeStep
 from trtc.kernels import cpu_step
@@ -91,6 +92,14 @@ def schedules(page_size: int) -> dict[str, list[Step]]:
     }
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways that attention may run; where there are no compiled kernels, the second one twice."""
+    if request.param == "torch":
+        monkeypatch.setattr(CompiledAttention, "compiles", staticmethod(lambda cache: False))
+
+
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 @pytest.mark.parametrize("schedule", list(schedules(16)))
 def test_every_schedule_agrees_with_the_interpreter(schedule: str, page_size: int) -> None:
@@ -100,6 +109,7 @@ def test_every_schedule_agrees_with_the_interpreter(schedule: str, page_size: in
         pair.check(work)
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
 def test_16_bit_types_agree_within_their_tolerance(dtype: DType) -> None:
     pair = Pair(16, dtype)
@@ -227,6 +237,45 @@ def test_compiled_attention_reads_every_kind_of_head(
         q = x[b, : heads * dim].double().view(heads, 1, dim)
         expected = F.scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=True)[0, :, 0]
         assert max_error(y[b], expected) < 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(3, 3, 64), (4, 2, 128), (3, 3, 24), (4, 1, 80), (1, 1, 256)]
+)
+def test_compiled_attention_of_prompts_and_chunks(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    """Prompts, chunks and single tokens, on both sides of what is taken at a time, over scattered pages that hold NaN beyond
+    each sequence. Oracle: torch's attention in float64 over a cache of its own."""
+    random = torch.Generator().manual_seed(6)
+    page_size, counts, lengths = 16, [130, 1, 50, 6, 48], [130, 77, 180, 70, 64]
+    pages = [-(-length // page_size) for length in lengths]
+    table = torch.zeros(len(counts), max(pages), dtype=torch.int32)
+    order = torch.randperm(sum(pages), generator=random).int()
+    for b, own in enumerate(order.split(pages)):
+        table[b, : len(own)] = own
+    start = torch.tensor([0, *counts]).cumsum(0).int()
+    shape = (2, sum(pages), page_size, kv_heads, dim)
+    past = torch.randn(shape, generator=random).to(dtype)
+    for b, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        for position in range(length - count, pages[b] * page_size):
+            past[:, table[b, position // page_size], position % page_size] = float("nan")
+    step = (start, torch.tensor(lengths, dtype=torch.int32), table)
+    qkv = torch.randn(sum(counts), heads + 2 * kv_heads, dim, generator=random).to(dtype)
+    node = Node("y", "attention", ("q", "k", "v"), {"layer": 0, "scale": dim**-0.5})
+    results = []
+    for kind, cache, inputs in (
+        (CompiledAttention, past.clone(), qkv),
+        (CpuAttention, past.double(), qkv.double()),
+    ):
+        attention = kind([(cache[0], cache[1])])
+        attention.begin_step(*step)
+        results.append((attention.kernel(node)(*inputs.split([heads, kv_heads, kv_heads], 1)), cache))
+    (y, cache), (expected, expected_cache) = results
+    assert torch.equal(cache.double().nan_to_num(7.0), expected_cache.nan_to_num(7.0))
+    assert max_error(y, expected) <= {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
 
 
 @needs_kernels
