@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "float16": ("--dtype", "float16"),
     "bfloat16": ("--dtype", "bfloat16"),
     "int8": ("--dtype", "float16", "--use-weight-only", "--weight-only-precision", "int8"),
+    "fp8": ("--dtype", "float16", "--use-weight-only", "--weight-only-precision", "fp8"),
     "int4, nearest, groups of 128": ("--dtype", "float16", *INT4, "128"),
     "int4, GPTQ, groups of 128": ("--dtype", "float16", *INT4, "128", "--calibrate", "{calibration}"),
     "int4, nearest, groups of 64": ("--dtype", "float16", *INT4, "64"),
