@@ -17,6 +17,8 @@ from .prompt_lookup import Lookup, PromptLookup, Rates
 
 HOLD = 16
 """Steps that run ahead before it is asked again whether guesses pay."""
+MARGIN = 1.05
+"""How much faster a step with guesses has to promise to be: what is measured is never quite right."""
 _AHEAD, _BUCKETS = -1, 12
 
 
@@ -137,7 +139,7 @@ class Drafting:
             return []
         cost = self.costs.of(sequences)
         ranked = sorted(((one, row) for row, ones in enumerate(chances) for one in ones), reverse=True)
-        count, gain, best = 0, 0.0, sequences / plain
+        count, gain, best = 0, 0.0, MARGIN * sequences / plain
         for number, (chance, _) in enumerate(ranked, 1):
             gain += chance
             speed = (sequences + gain) / cost(number)

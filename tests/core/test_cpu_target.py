@@ -147,10 +147,14 @@ def guesses(page_size: int) -> list[Step]:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16])
-def test_compiled_steps_verify_several_tokens_of_a_sequence(dtype: DType) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_steps_verify_several_tokens_of_a_sequence(dtype: DType, threads: int) -> None:
     """Oracles: the interpreter; and, to the last bit, the same tokens in steps of one token each. The caches start full of
     NaN, so that a token that sees one of those behind it, or that comes before one ahead of it, shows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # with which compiled steps will run
     together, alone = Pair(16, dtype, compiled=True), Pair(16, dtype, compiled=True)
+    torch.set_num_threads(before)
     for work in guesses(16):
         compiled = together._program._decode
         assert compiled is not None and sum(map(len, work.values())) <= compiled.max_tokens
