@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .kernels.harness import nvidia_smi
-from .opt_sizes import SIZES, write_config
+from .opt_sizes import SIZES, is_built, work_folder, write_config
 
 Record = dict[str, Any]
 BATCHES = ("1", "8", "64")
@@ -36,16 +35,20 @@ _LIMIT_S = 540
 
 def main() -> int:
     args = arguments()
-    with tempfile.TemporaryDirectory(prefix="trtc-") as scratch, ThreadPoolExecutor(1) as background:
-        folders = {size: Path(scratch) / size for size in args.sizes}
+    earlier = earlier_results(args)
+    with work_folder(args.work_dir) as scratch, ThreadPoolExecutor(1) as background:
+        folders = {size: scratch / size for size in args.sizes}
         builds = background.submit(lambda: {size: build(size, at, args) for size, at in folders.items()})
         data: Record = {
             "date": datetime.date.today().isoformat(),
             "commit": args.commit[:12],
             "dirty": args.dirty,
             "driver": nvidia_smi("driver_version"),
-            "check": check(),
-            "models": earlier_models(args),
+            "check": earlier.get("check") or check(),
+            "peer_memory": args.peer_memory,
+            "models": {
+                size: one for size, one in earlier.get("models", {}).items() if size not in args.sizes
+            },
         }
         failed_builds = builds.result()  # nothing else runs while something is timed
         for size, at in folders.items():
@@ -63,15 +66,20 @@ def main() -> int:
     return 1 if errors else 0
 
 
-def earlier_models(args: argparse.Namespace) -> Record:
-    """What the file holds of other sizes. Raises SystemExit where another commit or machine is in it."""
+def earlier_results(args: argparse.Namespace) -> Record:
+    """What the file holds already. Raises SystemExit where that is of another commit, driver or share of memory."""
     if not args.json.exists():
         return {}
-    data = json.loads(args.json.read_text())
-    for what, now in (("commit", args.commit[:12]), ("driver", nvidia_smi("driver_version"))):
+    data: Record = json.loads(args.json.read_text())
+    found = {
+        "commit": args.commit[:12],
+        "driver": nvidia_smi("driver_version"),
+        "peer_memory": args.peer_memory,
+    }
+    for what, now in found.items():
         if data[what] != now:
             raise SystemExit(f"{args.json} is of {what} {data[what]}, this is {now}: take another file")
-    return {size: sides for size, sides in data["models"].items() if size not in args.sizes}
+    return data
 
 
 def arguments() -> argparse.Namespace:
@@ -82,6 +90,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mixed", type=int, default=512, help="requests of the mixed load (default: %(default)s)"
     )
+    parser.add_argument(
+        "--peer-memory", type=float, default=0.9, metavar="X",
+        help="share of the GPU's memory that vLLM may take (default: %(default)s, as trtc does with what is free)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--work-dir", type=Path, metavar="DIR", help="keep models and engines here, and take those that are"
+    )
     parser.add_argument("--commit", required=True, help="the commit that is measured")
     parser.add_argument("--dirty", action="store_true", help="there are changes on top of it")
     parser.add_argument("--json", type=Path, required=True, help="is added to where it exists")
@@ -90,12 +105,12 @@ def arguments() -> argparse.Namespace:
 
 def check() -> str:
     """Runs the engine tests on the GPU; what is timed has to be right first."""
-    tests = Path(__file__).parent.parent / "tests" / "gpu"
+    tests = Path(__file__).parent.parent / "tests" / "gpu" / "test_cuda_engine.py"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", str(tests)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"the checks failed, nothing was timed:\n{result.stdout[-3000:]}")
-    return f"tests/gpu: {result.stdout.strip().splitlines()[-1]}"
+    return f"{tests.name}: {result.stdout.strip().splitlines()[-1]}"
 
 
 TRTC = (sys.executable, "-m", "trtc.cli")
@@ -104,6 +119,8 @@ TRTC = (sys.executable, "-m", "trtc.cli")
 def build(size: str, folder: Path, args: argparse.Namespace) -> Record | None:
     """Writes `folder`/model and `folder`/engine. None when that went well, otherwise a record of what was said."""
     config = write_config(size, folder / "model")
+    if is_built(folder / "engine"):
+        return None
     return run([*TRTC, "build", "--model-dir", str(config), "--output-dir", str(folder / "engine"), *BUILD,
                 "--cuda-arch", args.arch])  # fmt: skip
 
@@ -132,7 +149,8 @@ def theirs(config: Path, args: argparse.Namespace) -> Iterator[Record]:
                    "VLLM_HOST_IP": "127.0.0.1", "VLLM_CACHE_ROOT": "/tmp/vllm_cache"}  # fmt: skip
     log = args.json.with_suffix(".vllm.log")
     command = [sys.executable, str(args.peer / "bench_vllm.py"), "--config-dir", str(config), "--batch", *BATCHES,
-               "--in-len", "512", "--out-len", "128", "--continuous", "--requests", str(args.mixed)]  # fmt: skip
+               "--in-len", "512", "--out-len", "128", "--continuous", "--requests", str(args.mixed),
+               "--gpu-memory-utilization", str(args.peer_memory)]  # fmt: skip
     with log.open("w") as sink:
         failed = run(command, environment, stdout=sink)
     if failed:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,19 @@ def write_config(size: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(opt_config(size), indent=2))
     return folder
+
+
+@contextmanager
+def work_folder(chosen: Path | None) -> Iterator[Path]:
+    """Where a benchmark puts its models and engines: `chosen`, whose engines stay for its next run, or a temporary folder."""
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
+        yield chosen
+        return
+    with tempfile.TemporaryDirectory(prefix="trtc-") as scratch:
+        yield Path(scratch)
+
+
+def is_built(engine: Path) -> bool:
+    """Whether an earlier run left this engine; a build shows its folder when it is whole."""
+    return (engine / "engine.json").exists()

@@ -14,14 +14,13 @@ import datetime
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .kernels.harness import nvidia_smi
-from .opt_sizes import SIZES, write_config
+from .opt_sizes import SIZES, is_built, work_folder, write_config
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "gpus-tensor-parallel.json"
@@ -48,8 +47,8 @@ def main() -> int:
     }
     for size in args.sizes:
         for tp_size in args.tp_sizes:
-            with tempfile.TemporaryDirectory(prefix=f"trtc-{size}-tp{tp_size}-") as scratch:
-                records = list(measure(size, tp_size, Path(scratch), args))
+            with work_folder(args.work_dir and args.work_dir / f"{size}-tp{tp_size}") as scratch:
+                records = list(measure(size, tp_size, scratch, args))
             data["runs"].append({"model": size, "tp_size": tp_size, "records": records})
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(data, indent=1) + "\n")
@@ -81,7 +80,7 @@ def measure(size: str, tp_size: int, scratch: Path, args: argparse.Namespace) ->
     words += ["--tp-size", str(tp_size), "--workers", str(args.workers)]
     words += ["--use-parallel-embedding"] if args.use_parallel_embedding and tp_size > 1 else []
     start = time.perf_counter()
-    failed = run(words)
+    failed = None if is_built(engine) else run(words)
     if failed is None:
         built = time.perf_counter()
         words = [
@@ -170,6 +169,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
     parser.add_argument(
         "--workers", type=int, default=8, metavar="N", help="of the build (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--work-dir", type=Path, metavar="DIR", help="keep models and engines here, and take those that are"
     )
     parser.add_argument("--commit", default="unknown", help="the commit that is measured")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")

@@ -25,7 +25,8 @@ def args(tmp_path: Path) -> argparse.Namespace:
     peer = tmp_path / "peer"
     peer.mkdir()
     (peer / "bench_vllm.py").write_text(PEER)
-    return argparse.Namespace(peer=peer, arch="sm_90", mixed=2, json=tmp_path / "result.json")
+    return argparse.Namespace(peer=peer, arch="sm_90", mixed=2, json=tmp_path / "result.json",
+                              peer_memory=0.9)  # fmt: skip
 
 
 def test_both_sides_are_timed(
@@ -81,14 +82,28 @@ def test_the_table_marks_what_falls_short() -> None:
     assert json.dumps(reached[1]) == '"process start to first token, batch 1"'
 
 
-def test_other_sizes_are_kept(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_file_holds_is_added_to(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same commit and driver; numbers of another machine or code are not mixed in."""
     monkeypatch.setattr(against_vllm, "nvidia_smi", lambda field: "580")
-    args.sizes, args.commit = ["1.3b"], "c" * 40
-    assert against_vllm.earlier_models(args) == {}
-    data = {"commit": "c" * 12, "driver": "580", "models": {"125m": {"trtc": []}, "1.3b": {"trtc": [1]}}}
+    args.commit = "c" * 40
+    assert against_vllm.earlier_results(args) == {}
+    data = {"commit": "c" * 12, "driver": "580", "peer_memory": 0.9, "models": {"125m": {"trtc": []}}}
     args.json.write_text(json.dumps(data))
-    assert against_vllm.earlier_models(args) == {"125m": {"trtc": []}}
+    assert against_vllm.earlier_results(args) == data
     args.commit = "d" * 40
     with pytest.raises(SystemExit, match="is of commit cccccccccccc, this is dddddddddddd"):
-        against_vllm.earlier_models(args)
+        against_vllm.earlier_results(args)
+
+
+def test_an_engine_that_is_there_is_taken(args: argparse.Namespace, tmp_path: Path) -> None:
+    """No build could write it: there is no such architecture."""
+    args.arch = "sm_1"
+    with opt_sizes.work_folder(tmp_path / "work") as folder:
+        (folder / "125m" / "engine").mkdir(parents=True)
+        assert against_vllm.build("125m", folder / "125m", args) is not None
+        (folder / "125m" / "engine" / "engine.json").write_text("{}")
+        assert against_vllm.build("125m", folder / "125m", args) is None
+    assert folder.exists()
+    with opt_sizes.work_folder(None) as folder:
+        assert folder.exists()
+    assert not folder.exists()
