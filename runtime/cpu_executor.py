@@ -15,6 +15,7 @@ from ..core.targets.base import CacheShape
 from ..core.targets.cpu import CpuProgram, allocate_cache
 from ..core.targets.cpu_step import DecodeLimits
 from .cache_size import cache_pages
+from .cpu_memory import keep_freed_memory
 from .cpu_threads import limit_threads
 from .engine_limits import EngineLimits
 from .step_input import StepInput
@@ -37,6 +38,7 @@ class CpuExecutor(EngineLimits):
     ) -> None:
         assert len(engine.ranks) == 1 or communicator is not None, "ranks that cannot talk to each other"
         limit_threads()
+        keep_freed_memory()
         part = engine.ranks[rank]
         shapes = [CacheShape.of(one.graph, engine.build.page_size) for one in engine.ranks]
         largest = max(shapes, key=lambda shape: shape.bytes_per_page)  # every rank has equally many pages
