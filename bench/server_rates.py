@@ -104,8 +104,10 @@ def offline_throughput(engine_dir: Path, count: int) -> float:
 def requests(server: Server, engine_dir: Path, count: int, *, stream: bool) -> list[dict[str, Any]]:
     """Bodies of the mixed load: random token ids, greedy, of exactly the lengths that `trtc bench --mixed` has."""
     vocab_size = Engine.open(engine_dir, verify=False).model.vocab_size
+    # Without a tokenizer there is no text, and a stream has nothing to send before its end.
+    ids = {"return_token_ids": True} if not (engine_dir / "tokenizer.json").exists() else {}
     rng = np.random.default_rng(1)
-    common = {"model": server.model, "temperature": 0, "ignore_eos": True, "stream": stream}
+    common = {"model": server.model, "temperature": 0, "ignore_eos": True, "stream": stream, **ids}
     return [
         {
             **common,

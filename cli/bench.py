@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .common import add_kv_cache_memory
 from .ranks import add_nproc, enter_job
 from .run import write_json
 
@@ -31,13 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat", type=int, default=3, metavar="N", help="runs of each case (default: %(default)s)"
     )
     add_nproc(parser)
+    add_kv_cache_memory(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the files' sha256 first")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every sample here")
 
 
 def main(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    load_options: dict[str, Any] = {"verify": not args.no_verify}
+    load_options: dict[str, Any] = {
+        "verify": not args.no_verify,
+        "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
+    }
     code = enter_job(args, **load_options)
     if code is not None:
         return code

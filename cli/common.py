@@ -45,10 +45,14 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
                         help="threads that read, convert and write, ranks built at once (default: %(default)s)")  # fmt: skip
 
 
+def add_kv_cache_memory(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--kv-cache-memory-bytes", type=int, metavar="N",
+                        help="memory of the KV cache (default: enough for the engine's limits)")  # fmt: skip
+
+
 def add_kv_cache(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("KV cache")
-    group.add_argument("--kv-cache-memory-bytes", type=int, metavar="N",
-                       help="memory of the KV cache (default: enough for the engine's limits)")  # fmt: skip
+    add_kv_cache_memory(group)
     group.add_argument("--enable-prefix-cache", action=argparse.BooleanOptionalAction, default=True,
                        help="start prompts behind what earlier ones with the same beginning left (default: on)")  # fmt: skip
 

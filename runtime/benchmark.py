@@ -125,7 +125,11 @@ def step_bytes(engine: Engine, batch: int, context: int) -> int:
 def read_bandwidth() -> float:
     """Bytes a second that this machine moves in a large copy, read and written bytes counted: measured, not looked up."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = torch.ones((1 << 30 if device == "cuda" else 1 << 27) // 4, dtype=torch.float32, device=device)
+    size = 1 << 27
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        size = min(1 << 30, torch.cuda.mem_get_info()[0] // 4)  # an engine may leave little
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(5):

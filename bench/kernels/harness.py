@@ -142,8 +142,8 @@ def environment() -> dict[str, Any]:
 
 
 def nvidia_smi(query: str) -> str:
-    """What nvidia-smi says of the first field of `query`; "unknown" where there is none."""
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    """What nvidia-smi says of the first field of `query`, of the first GPU; "unknown" where there is none."""
+    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").partition("\n")[0]
 
 
 def _output(*command: str) -> str:

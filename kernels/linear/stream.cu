@@ -47,9 +47,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
     constexpr int kWarpColumns = 4 * kLaneColumns;      // columns of W that one warp takes in a step
     constexpr bool kGrouped = Weight::kGroups > 0;
     constexpr int kThreads = kWarps * kWarpSize;
-    // A lane's two pieces of x lie side by side. Where x comes through the ring, lanes copy for each other, so that a copy of
-    // the four members of a group is 64 neighbouring bytes: each alone, they would fetch every sector of 32 bytes twice.
-    constexpr bool kTradedX = !kHeldX && kPieces == 2;
     constexpr int kStepColumns = kWarps * kWarpColumns;
     constexpr int kSlotBytes = kThreads * 16;
     constexpr int kSlots = kOctets + (kHeldX ? 0 : kTokenTiles * kPieces);
@@ -115,16 +112,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
             const int row = 8 * tile + group;
 #pragma unroll
             for (int piece = 0; piece < kPieces; ++piece) {
-                int column = x_column(cursor.column, piece);
-                unsigned int slot = cursor.slot + (kOctets + tile * kPieces + piece) * kSlotBytes;
-                if constexpr (kTradedX) {  // the group's piece 4 * `piece` + member: piece % 2 of member piece / 2
-                    column = cursor.column - member * kLaneColumns + (4 * piece + member) * kPieceSize;
-                    slot = cursor.slot + (2 * piece + member / 2 - member) * 16 +
-                           (kOctets + tile * kPieces + member % 2) * kSlotBytes;
-                }
+                const int column = x_column(cursor.column, piece);
                 const bool valid = row < rows && column < columns;
                 const uint32 offset = valid ? static_cast<uint32>(row) * columns + column : 0;
-                copy_async_16(slot, x + offset, valid);
+                copy_async_16(cursor.slot + (kOctets + tile * kPieces + piece) * kSlotBytes, x + offset, valid);
             }
         }
     };
@@ -205,8 +196,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
     copy_async_commit();
     load_residual(first_feature);
     copy_async_wait<0>();
-    // Lanes whose row of x does not exist read the last row, which others copied; or all have copied for each other.
-    if (kGrouped || kTradedX) __syncwarp();
+    if (kGrouped) __syncwarp();  // lanes whose row of x does not exist read the last row, which others copied
 
     float product[kChains][kFeatureTiles][kTokenTiles][4] = {};      // of a tile, or of a group where groups have scales
     float sum[kGrouped ? kFeatureTiles : 1][kGrouped ? kTokenTiles : 1][4] = {};  // of the groups of a tile
@@ -225,7 +215,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
 #pragma unroll(kGrouped ? 1 : 2)
         for (int column = first_column; column < steps * kStepColumns; column += kStepColumns) {
             copy_async_wait<kStages - 1>();
-            if constexpr (kTradedX) __syncwarp();  // what the others copied is there
             if constexpr (kGrouped) {
 #pragma unroll
                 for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) scale[octet] = next_scale[octet];
@@ -288,7 +277,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
             }
             if (remaining > kStages) {
                 copy_weight(ahead);
-                if constexpr (kTradedX) __syncwarp();  // they have read what is overwritten
                 if constexpr (!kHeldX) copy_x_to_ring(ahead);
                 advance(ahead);
             }
