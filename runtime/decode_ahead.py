@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from .drafting import HOLD
 from .executor import DecodeLoop
 from .request import Request, RequestStatus
 from .scheduler import Scheduler
@@ -82,7 +81,8 @@ class DecodeAhead:
         looking = [(r.lookup, r.token_ids) for r in scheduler.running if r.lookup is not None]
         if looking and scheduler.drafting.pays(looking, len(scheduler.running)):
             return False
-        horizons = (HOLD,) if looking else HORIZONS
+        hold = scheduler.drafting.hold if looking else HORIZONS[0]
+        horizons = (hold, *(count for count in HORIZONS if count < hold))
         horizon = next((count for count in self._within(horizons) if scheduler.reserve(count)), 0)
         if not horizon:
             return False

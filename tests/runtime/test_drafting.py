@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from trtc.runtime.drafting import HOLD, Drafting, StepCosts
+from trtc.runtime.drafting import HOLD, MAX_HOLD, Drafting, StepCosts
 from trtc.runtime.engine_core import EngineCore
 from trtc.runtime.prompt_lookup import Lookup, PromptLookup, Rate, Rates
 from trtc.runtime.sampling_params import SamplingParams
@@ -214,7 +214,12 @@ def test_a_text_that_begins_to_repeat_itself_is_noticed() -> None:
     for i in range(60):  # what follows a token differs every time
         tokens += [i % 7, 100 + i]
         lookup.extend(tokens)
-    assert not drafting.pays([(lookup, tokens)], 1)
+    holds = []
+    for _ in range(6):  # and every no is good for longer: a start costs time
+        assert not drafting.pays([(lookup, tokens)], 1)
+        holds.append(drafting.hold)
+    assert holds == [HOLD, 2 * HOLD, 4 * HOLD, MAX_HOLD, MAX_HOLD, MAX_HOLD]
     for _ in range(HOLD):
         tokens.append(tokens[-3])
     assert drafting.pays([(lookup, tokens)], 1)
+    assert drafting.hold < HOLD
