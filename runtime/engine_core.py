@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,12 +12,13 @@ import numpy as np
 from ..core.errors import EngineError, RequestError
 from .bad_words import bad_words
 from .batch import Batch, ScheduledRequest
-from .beam_search import BeamSearch, Hypothesis, candidates
+from .beam_search import BeamSearch, candidates
 from .decode_ahead import DecodeAhead
 from .detokenizer import Detokenizer
 from .drafting import Drafting
 from .executor import DecodeLoop, Executor, GreedyChooser, PageCopier
-from .outputs import CompletionOutput, Logprob, RequestOutput
+from .groups import Completion, Group, request_output
+from .outputs import Logprob, RequestOutput
 from .prompt_lookup import LookupStats, PromptLookup
 from .request import Request
 from .request_check import check_params, check_token_ids
@@ -33,38 +34,6 @@ if TYPE_CHECKING:
 
 Verdict = tuple[ScheduledRequest, list[int]]
 """A part with a draft, and the tokens that the model chooses behind each token of that."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Sequence:
-    """One completion: its tokens and its text."""
-
-    group_id: str
-    request: Request
-    detokenizer: Detokenizer | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """The completions of one prompt, or the beams of the search for them.
-
-    first:  the request that computed the prompt
-    stream: report every step, not only the end
-    """
-
-    request_id: str
-    prompt: str | None
-    params: SamplingParams
-    stream: bool
-    first: Request
-    sequences: list[_Sequence]
-    search: BeamSearch | None
-
-    @property
-    def finished(self) -> bool:
-        if self.search is not None:
-            return self.search.done
-        return all(sequence.request.finished for sequence in self.sequences)
 
 
 class EngineCore:
@@ -109,9 +78,9 @@ class EngineCore:
         self._eos_token_ids = frozenset(executor.eos_token_ids)
         self._seeds = np.random.Generator(np.random.Philox(seed))
         self._clock = clock
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, Group] = {}
         self._deadlines: dict[str, float] = {}
-        self._sequences: dict[Request, _Sequence] = {}
+        self._sequences: dict[Request, Completion] = {}
         self.lookup_stats = LookupStats()
         self._prompt_lookup = prompt_lookup
 
@@ -172,7 +141,7 @@ class EngineCore:
         if params.beam_width > 1:
             search = BeamSearch(first, first.num_tokens + self.scheduler.tokens_left(first))
         stream = stream and params.num_sequences == params.n and search is None
-        self._groups[request_id] = _Group(request_id, prompt, params, stream, first, sequences, search)
+        self._groups[request_id] = Group(request_id, prompt, params, stream, first, sequences, search)
         for sequence in sequences:
             self._sequences[sequence.request] = sequence
             self.scheduler.add(sequence.request)
@@ -241,14 +210,14 @@ class EngineCore:
                 verdicts.append((part, chosen[start + 1 : end]))
         return sampled, verdicts
 
-    def _advance(self, group: _Group, search: BeamSearch) -> None:
+    def _advance(self, group: Group, search: BeamSearch) -> None:
         """Puts the next beams of a search in the place of those before them."""
         copies = search.advance(self.scheduler)
         if search.done:  # the last beams stay until the group is forgotten
             return
         for sequence in group.sequences:
             del self._sequences[sequence.request]
-        group.sequences[:] = [_Sequence(group.request_id, beam, None) for beam in search.beams]
+        group.sequences[:] = [Completion(group.request_id, beam, None) for beam in search.beams]
         self._sequences |= {sequence.request: sequence for sequence in group.sequences}
         if copies:
             assert isinstance(self.executor, PageCopier), "`check_request` lets no beams in"
@@ -333,7 +302,7 @@ class EngineCore:
         seed: int,
         index: int,
         priority: int,
-    ) -> _Sequence:
+    ) -> Completion:
         several = params.num_sequences > 1 and params.beam_width == 1
         name = f"{request_id}/{index}" if several else request_id
         words = bad_words(params, self.tokenizer)
@@ -343,7 +312,7 @@ class EngineCore:
             params = replace(params, logprobs=params.logprobs or 0)
         request = Request(name, prompt_token_ids, params, self._eos_token_ids, seed, index, words, priority)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params) if self.tokenizer else None
-        return _Sequence(request_id, request, detokenizer)
+        return Completion(request_id, request, detokenizer)
 
     def _sample(self, batch: Batch, logits: torch.Tensor) -> list[SampledToken | None]:
         """Chooses the next tokens, and scores the prompt tokens whose logprobs were asked for.
@@ -405,21 +374,21 @@ class EngineCore:
             if request.finished:
                 detokenizer.finish()
 
-    def _groups_of(self, requests: Iterable[Request]) -> list[_Group]:
+    def _groups_of(self, requests: Iterable[Request]) -> list[Group]:
         """Each group once, in order."""
         touched = dict.fromkeys(self._sequences[request].group_id for request in requests)
         return [self._groups[group_id] for group_id in touched]
 
-    def _report(self, groups: Iterable[_Group]) -> list[RequestOutput]:
+    def _report(self, groups: Iterable[Group]) -> list[RequestOutput]:
         outputs = []
         for group in groups:
             if group.stream or group.finished:
-                outputs.append(_request_output(group, self.tokenizer))
+                outputs.append(request_output(group, self.tokenizer))
             if group.finished:
                 self._forget(group)
         return outputs
 
-    def _forget(self, group: _Group) -> None:
+    def _forget(self, group: Group) -> None:
         del self._groups[group.request_id]
         self._deadlines.pop(group.request_id, None)
         for sequence in group.sequences:
@@ -437,79 +406,5 @@ class EngineCore:
         }
 
 
-def _request_output(group: _Group, tokenizer: Tokenizer | None) -> RequestOutput:
-    first = group.first
-    return RequestOutput(
-        request_id=group.request_id,
-        prompt=group.prompt,
-        prompt_token_ids=list(first.prompt_token_ids),
-        prompt_logprobs=None if first.params.prompt_logprobs is None else list(first.prompt_logprobs),
-        outputs=_completions(group) if group.search is None else _found(group, group.search, tokenizer),
-        finished=group.finished,
-        num_cached_tokens=first.num_cached_tokens or 0,
-    )
-
-
 def _needs_no_logits(part: ScheduledRequest) -> bool:
     return part.request.params.plain_greedy and not part.num_prompt_rows
-
-
-def _completions(group: _Group) -> list[CompletionOutput]:
-    """All of a group, or the best of them, as soon as all have ended."""
-    completions = [_completion(index, sequence) for index, sequence in enumerate(group.sequences)]
-    if len(completions) == group.params.n:
-        return completions
-    best = sorted(completions, key=_mean_logprob, reverse=True)[: group.params.n]
-    logprobs = group.params.logprobs
-    return [
-        replace(completion, index=index, logprobs=completion.logprobs if logprobs is not None else None)
-        for index, completion in enumerate(best)
-    ]
-
-
-def _found(group: _Group, search: BeamSearch, tokenizer: Tokenizer | None) -> list[CompletionOutput]:
-    """What a beam search has found, the best first."""
-    return [
-        CompletionOutput(
-            index=index,
-            text="" if tokenizer is None else _text(group, hypothesis, tokenizer),
-            token_ids=list(hypothesis.token_ids),
-            cumulative_logprob=hypothesis.logprob,
-            logprobs=None,
-            finish_reason=hypothesis.finish_reason,
-            stop_reason=hypothesis.stop_reason,
-        )
-        for index, hypothesis in enumerate(search.results())
-    ]
-
-
-def _text(group: _Group, hypothesis: Hypothesis, tokenizer: Tokenizer) -> str:
-    detokenizer = Detokenizer(tokenizer, group.first.prompt_token_ids, group.params)
-    shown = group.params.include_stop_str_in_output or hypothesis.finish_reason != "stop"
-    for token_id in hypothesis.token_ids if shown else hypothesis.token_ids[:-1]:
-        detokenizer.append(token_id)
-    detokenizer.finish()
-    return detokenizer.text
-
-
-def _mean_logprob(completion: CompletionOutput) -> float:
-    assert completion.cumulative_logprob is not None, "nothing tells how good the completions are"
-    return completion.cumulative_logprob / max(1, len(completion.token_ids))
-
-
-def _completion(index: int, sequence: _Sequence) -> CompletionOutput:
-    request, detokenizer = sequence.request, sequence.detokenizer
-    logprobs = None if request.params.logprobs is None else list(request.logprobs)
-    cumulative = None
-    if logprobs is not None:
-        chosen = zip(logprobs, request.output_token_ids, strict=True)
-        cumulative = sum(entry[token_id].logprob for entry, token_id in chosen)
-    return CompletionOutput(
-        index=index,
-        text="" if detokenizer is None else detokenizer.text,
-        token_ids=list(request.output_token_ids),
-        cumulative_logprob=cumulative,
-        logprobs=logprobs,
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-    )
