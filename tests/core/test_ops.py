@@ -363,7 +363,7 @@ ATTENTION = {"layer": 0, "scale": 1.0}
         ("quantized_linear", (X, int8(3, 8), f32(3), None, f32(4)), {}, "bias float32[4] does not fit weight"),
         ("quantized_linear", (X, int8(3, 8), f32(3), None, None, X), {}, "residual float32[T, 8] does not fit output"),
         ("quantized_linear", (X, int8(3, 8)), {}, "input 2 is missing"),
-        ("dequantize", (f32(3, 8), f32(3)), {}, "integers float32[3, 8] are not int8[out, in] or uint8[out, in / 2]"),
+        ("dequantize", (f32(3, 8), f32(3)), {}, "integers float32[3, 8] are not int8 or float8_e4m3fn [out, in]"),
         ("dequantize", (int8(3, 8), int8(3)), {}, "scale int8[3] is not floating point"),
         ("dequantize", (int8(3, 8), f32(8)), {}, "scale float32[8] does not fit integers int8[3, 8]"),
         ("dequantize", (uint8(3, 4), f32(3, 3)), {}, "scale float32[3, 3] does not fit integers uint8[3, 4]"),
