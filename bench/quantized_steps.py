@@ -72,11 +72,12 @@ def table(data: Record) -> str:
     records = [record for one in data["runs"] for record in one["records"]]
     setup = next(record for record in records if record["kind"] == "setup")
     notes = "".join(f" OPT-{one['model'].upper()}: {one['note']}." for one in data["runs"] if "note" in one)
+    remark = f" {data['note']}." if "note" in data else ""
     return (
         f"{text}\n{setup['device']}, driver {data['driver']}, torch {setup['torch']}, trtc at {data['commit']} on "
         f"{data['date']}; random weights, groups of 128, float16, greedy, 512 tokens in, 128 out. The limit is what a copy "
         f"moves, {setup['read_bandwidth_gb_s']:.0f} GB/s, for the bytes a step reads: weights as stored, and the cache."
-        f"{notes} Samples: `bench/results/{RESULTS.name}`.\n"
+        f"{notes}{remark} Samples: `bench/results/{RESULTS.name}`.\n"
     )
 
 

@@ -104,8 +104,13 @@ def table(data: dict[str, Any], name: str = RESULTS.name) -> str:
         f"Aims are for an H200, which reads memory 1.4 times as fast as an H100. "
         f"Mixed is the better of two runs; the first one of trtc also captures its CUDA graphs. "
         f"The read limit is what a copy moves in the same run, {setup['read_bandwidth_gb_s']:.0f} GB/s; a step that read at "
-        f"it would have the ratio of the last column. Samples: `bench/results/{name}`.\n"
+        f"it would have the ratio of the last column. {remark(data)}Samples: `bench/results/{name}`.\n"
     )
+
+
+def remark(data: dict[str, Any]) -> str:
+    """What whoever measured has to say about it, as a sentence; nothing where there is no note."""
+    return f"{data['note']}. " if "note" in data else ""
 
 
 def plans_table(data: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from .peer_memory import lend_memory
 SENT_BYTES = 2 << 20
 """What a GPU sends for one sum at most, in the kernel's packets: twice its part, to each other GPU. Above: NCCL, whose rings
 send less. On two H100s a part of 1 MB, the largest that was measured, takes 9.4 us, with NCCL 23.7 us
-(`bench/results/gpus-all-reduce.json`)."""
+(`bench/results/gpus-all-reduce.json`); more GPUs were not measured."""
 
 
 def largest_small_sum(ranks: int) -> int:
