@@ -11,7 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trtc.bench import all_reduce, cpu, cpu_scaling, quantized_steps, tensor_parallel
+from trtc.bench import (
+    all_reduce,
+    cpu,
+    cpu_scaling,
+    gpu_rank_memory,
+    quantized_steps,
+    rank_tokens,
+    ranks_vs_vllm,
+    tensor_parallel,
+)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "gpu-vs-vllm.json"
@@ -170,7 +179,7 @@ TABLES = (
     (ROOT / "docs" / "quantization.md", quantized_steps.RESULTS, quantized_steps.table),
     *(
         (ROOT / "docs" / "parallel.md", module.RESULTS, module.markdown)
-        for module in (all_reduce, tensor_parallel)
+        for module in (all_reduce, tensor_parallel, ranks_vs_vllm, rank_tokens, gpu_rank_memory)
         if module.RESULTS.exists()  # measured when there are GPUs
     ),
 )

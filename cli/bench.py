@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-len", type=int, default=128, metavar="N", help="tokens (default: %(default)s)"
     )
+    parser.add_argument("--cases", nargs="+", default=[], metavar="BxIxO",
+                        help="instead of the three: batches with lengths of their own, as 8x512x128 64x64x32")  # fmt: skip
     parser.add_argument("--mixed", type=int, default=0, metavar="N",
                         help="also N requests at once, 64-512 tokens in, 32-256 out (default: none)")  # fmt: skip
     parser.add_argument(
@@ -39,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     start = time.perf_counter()
+    from ..runtime.bench_case import Case
+
+    cases = tuple(map(Case.parse, args.cases))  # first: what is wrong is said at once
     load_options: dict[str, Any] = {
         "verify": not args.no_verify,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
@@ -69,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
             }
         )
         show(results[0])
-        load = Load(tuple(args.batch), args.input_len, args.output_len, args.mixed, args.repeat)
+        load = Load(tuple(args.batch), args.input_len, args.output_len, args.mixed, args.repeat, cases=cases)
         for result in run(llm, engine, load):
             results.append(result)
             show(result)

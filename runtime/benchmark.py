@@ -19,6 +19,7 @@ import torch
 
 from .. import __version__
 from ..core.engine import Engine
+from .bench_case import Case
 from .llm import LLM
 from .sampling_params import SamplingParams
 
@@ -28,7 +29,7 @@ FIRST_TOKEN_ID = 4
 
 @dataclass(frozen=True)
 class Load:
-    """What to time. Lengths are in tokens."""
+    """What to time. Lengths are in tokens. cases: instead of `batches`, each with lengths of its own."""
 
     batches: tuple[int, ...] = (1, 8, 64)
     input_len: int = 512
@@ -37,6 +38,11 @@ class Load:
     """Requests of the mixed load: 64 to 512 tokens in, 32 to 256 out; 0: none."""
     repeat: int = 3
     seed: int = 0
+    cases: tuple[Case, ...] = ()
+
+    def fixed(self) -> tuple[Case, ...]:
+        """The fixed batches."""
+        return self.cases or tuple(Case(batch, self.input_len, self.output_len) for batch in self.batches)
 
 
 def run(llm: LLM, engine: Engine, load: Load) -> Iterator[dict[str, Any]]:
@@ -52,31 +58,43 @@ def run(llm: LLM, engine: Engine, load: Load) -> Iterator[dict[str, Any]]:
     def prompts(lengths: Sequence[int]) -> list[list[int]]:
         return [rng.integers(FIRST_TOKEN_ID, vocab, n).tolist() for n in lengths]
 
-    timed(llm, prompts([min(64, load.input_len)] * 4), [8] * 4)
-    for batch in load.batches:
-        lengths = [load.input_len] * batch
-        timed(llm, prompts(lengths), [min(8, load.output_len)] * batch)
+    fixed = load.fixed()
+    timed(llm, prompts([min(64, *(case.input_len for case in fixed), load.input_len)] * 4), [8] * 4)
+    for case in fixed:
+        batch, lengths = case.batch, [case.input_len] * case.batch
+        timed(llm, prompts(lengths), [min(8, case.output_len)] * batch)
         prefill, total = [], []
         for _ in range(load.repeat):
             prefill.append(timed(llm, prompts(lengths), [1] * batch))
-            total.append(timed(llm, prompts(lengths), [load.output_len] * batch))
-        step = (statistics.median(total) - statistics.median(prefill)) / max(1, load.output_len - 1)
-        floor = step_bytes(engine, batch, load.input_len + load.output_len // 2) / bandwidth
+            if case.output_len > 1:
+                total.append(timed(llm, prompts(lengths), [case.output_len] * batch))
         yield {
             "kind": "batch",
             "batch": batch,
-            "in_len": load.input_len,
-            "out_len": load.output_len,
-            "total_s": round(statistics.median(total), 6),
+            "in_len": case.input_len,
+            "out_len": case.output_len,
             "prefill_s": round(statistics.median(prefill), 6),
-            "decode_ms_per_token": round(step * 1e3, 4),
-            "decode_percent_of_read_limit": round(100 * floor / step, 1) if step > 0 else None,
-            "output_tok_s": round(batch * load.output_len / statistics.median(total), 1),
-            "total_all": [round(x, 5) for x in total],
             "prefill_all": [round(x, 5) for x in prefill],
+            **(_steps(engine, case, bandwidth, prefill, total) if total else {}),
         }
     if load.mixed:
         yield from mixed(llm, load, prompts)
+
+
+def _steps(
+    engine: Engine, case: Case, bandwidth: float, prefill: Sequence[float], total: Sequence[float]
+) -> dict[str, Any]:
+    """What runs of all tokens tell beside runs of one: the decode step, also as a share of the limit that reading sets."""
+    whole = statistics.median(total)
+    step = (whole - statistics.median(prefill)) / (case.output_len - 1)
+    floor = step_bytes(engine, case.batch, case.input_len + case.output_len // 2) / bandwidth
+    return {
+        "total_s": round(whole, 6),
+        "decode_ms_per_token": round(step * 1e3, 4),
+        "decode_percent_of_read_limit": round(100 * floor / step, 1) if step > 0 else None,
+        "output_tok_s": round(case.batch * case.output_len / whole, 1),
+        "total_all": [round(x, 5) for x in total],
+    }
 
 
 def mixed(llm: LLM, load: Load, prompts: Any) -> Iterator[dict[str, Any]]:

@@ -130,6 +130,17 @@ def test_nproc_gives_the_tokens_of_one_rank(
     assert max_error(results[str(engines[CASES[0]])]["logits"], one["logits"]) <= tolerance
 
 
+def test_a_model_of_1_3b_says_on_two_ranks_what_it_says_on_one(
+    engines: dict[Case, Path], tmp_path: Path
+) -> None:
+    """Oracle: float32 on the CPU, with the tokens that one rank generates; see `bench/rank_tokens.py`."""
+    words = [sys.executable, "-m", "trtc.bench.rank_tokens", "--size", "1.3b", "--work-dir", str(tmp_path)]
+    words += ["--arch", "sm_{}{}".format(*torch.cuda.get_device_capability())]
+    code, out, err = finish(words, JOB_S)
+    assert code == 0, err
+    assert "next tokens are the same on 2 ranks" in out
+
+
 def test_more_ranks_than_gpus_are_refused(engines: dict[Case, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     code, _, err = finish(
