@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..runtime.early_start import begin_loading
 from .common import add_kv_cache_memory
 from .ranks import add_nproc, enter_job
 from .run import write_json
@@ -51,17 +52,15 @@ def main(args: argparse.Namespace) -> int:
     code = enter_job(args, **load_options)
     if code is not None:
         return code
+    engine_dir = begin_loading(args.engine_dir, verify=not args.no_verify)
     from ..core.engine import Engine
-    from ..core.plugin_registry import plugins
     from ..runtime.benchmark import Load, run
     from ..runtime.llm import LLM
     from ..runtime.sampling_params import SamplingParams
 
     imported = time.perf_counter()
-    plugins()
-    engine = Engine.open(args.engine_dir, verify=False)
     results: list[dict[str, Any]] = []
-    with LLM(args.engine_dir, **load_options, enable_prefix_cache=False) as llm:  # what is timed is computed
+    with LLM(engine_dir, **load_options, enable_prefix_cache=False) as llm:  # what is timed is computed
         loaded = time.perf_counter()
         llm.generate([[5, 6, 7]], SamplingParams(max_tokens=1, temperature=0.0))
         first = time.perf_counter()
@@ -74,6 +73,7 @@ def main(args: argparse.Namespace) -> int:
             }
         )
         show(results[0])
+        engine = Engine.open(args.engine_dir, verify=False)
         load = Load(tuple(args.batch), args.input_len, args.output_len, args.mixed, args.repeat, cases=cases)
         for result in run(llm, engine, load):
             results.append(result)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..runtime.early_start import begin_loading
 from .run import write_json
 
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    engine_dir = begin_loading(args.engine_dir, verify=not args.no_verify)
     from ..runtime.llm import LLM
     from ..runtime.profiling import profile_engine
 
     profiles = []
-    with LLM(args.engine_dir, verify=not args.no_verify) as llm:
+    with LLM(engine_dir) as llm:
         for found in profile_engine(llm, batch=args.batch, input_len=args.input_len, steps=args.steps):
             profiles.append(asdict(found))
             show(found, args.top)

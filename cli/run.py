@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, RequestError
+from ..runtime.early_start import begin_loading
 from .common import add_kv_cache
 from .ranks import add_nproc, enter_job
 from .summarize import add_prompt_lookup
@@ -88,6 +89,7 @@ def main(args: argparse.Namespace) -> int:
     code = enter_job(args, **load_options)
     if code is not None:
         return code
+    engine_dir = begin_loading(args.engine_dir)
     from ..runtime.llm import LLM
     from ..runtime.prompt_lookup import PromptLookup
     from ..runtime.sampling_params import SamplingParams
@@ -128,7 +130,7 @@ def main(args: argparse.Namespace) -> int:
         length_penalty=args.length_penalty,
         early_stopping=args.early_stopping,
     )
-    with LLM(args.engine_dir, **load_options, enable_prefix_cache=args.enable_prefix_cache) as llm:
+    with LLM(engine_dir, **load_options, enable_prefix_cache=args.enable_prefix_cache) as llm:
         if llm.tokenizer is None and (
             args.stop or args.bad_words or any(isinstance(p, str) for p in prompts)
         ):

@@ -14,7 +14,8 @@ from .atomic import atomic_directory
 from .checkpoint import Progress, WeightSource
 from .config import BuildConfig, ModelConfig
 from .dtypes import MODEL_DTYPES
-from .engine import DESCRIPTION, FILE_BYTES, RankPart, describe, is_engine, map_files, write_description
+from .engine import FILE_BYTES, RankPart, describe, map_files
+from .engine_files import DESCRIPTION, is_engine, write_description
 from .errors import BuildError, ConfigError
 from .graph import Graph
 from .interpreter import interpret

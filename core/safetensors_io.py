@@ -146,7 +146,11 @@ def read_at(fd: int, offset: int, dtype: DType, shape: tuple[int, ...], where: s
     early.
     """
     tensor = torch.empty(shape, dtype=to_torch(dtype))
-    view = _bytes_of(tensor)
+    _fill(fd, offset, _bytes_of(tensor), where)
+    return tensor
+
+
+def _fill(fd: int, offset: int, view: memoryview, where: str) -> None:
     done = 0
     while done < len(view):
         try:
@@ -156,7 +160,6 @@ def read_at(fd: int, offset: int, dtype: DType, shape: tuple[int, ...], where: s
         if count == 0:
             raise CheckpointError(f"{where}: truncated: ends at byte {offset + done}")
         done += count
-    return tensor
 
 
 def _write_at(fd: int, offset: int, tensor: torch.Tensor) -> None:
@@ -210,6 +213,10 @@ class SafetensorsFile:
         shape = (stop - start, *entry.shape[1:])
         where = f"{self.path}: tensor {name!r}"
         return read_at(self._fd, entry.offset + start * row_bytes, entry.dtype, shape, where)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fills `view` with the bytes of the file from `offset` on, whatever tensors they belong to."""
+        _fill(self._fd, offset, view, str(self.path))
 
     def map(self, name: str) -> torch.Tensor:
         """The tensor `name` as a view of the memory-mapped file. Must not be written to: the pages are

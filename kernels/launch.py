@@ -46,17 +46,23 @@ class LaunchShape:
     cooperative: bool = False
 
 
-@functools.cache
-def driver() -> Any:
-    """cuda-python's driver bindings, initialized. Raises DeviceError when there is no package, driver or GPU."""
+def bindings() -> Any:
+    """cuda-python's driver bindings. Raises DeviceError without the package."""
     try:
-        from cuda.bindings import driver as bindings
+        from cuda.bindings import driver
     except ImportError as error:
         raise DeviceError(
             f"cuda-python is not installed ({error}); install it with: pip install 'trtc[cuda]'"
         ) from error
+    return driver
+
+
+@functools.cache
+def driver() -> Any:
+    """`bindings`, initialized. Raises DeviceError when there is no package, driver or GPU."""
+    cuda = bindings()
     try:
-        (status,) = bindings.cuInit(0)
+        (status,) = cuda.cuInit(0)
     except RuntimeError as error:
         raise DeviceError(
             f"no CUDA driver on this machine ({error}); running kernels needs an NVIDIA GPU"
@@ -65,7 +71,7 @@ def driver() -> Any:
         raise DeviceError(
             f"no usable CUDA GPU on this machine (cuInit: {status.name}); running kernels needs one"
         )
-    return bindings
+    return cuda
 
 
 def check(result: tuple[Any, ...], what: str) -> Any:
@@ -100,15 +106,23 @@ def multiprocessor_count(device: int = 0) -> int:
     return int(check(cuda.cuDeviceGetAttribute(attribute, handle), "multiprocessor count"))
 
 
+def primary_context(device: int = 0) -> Any:
+    """The context of `device` that torch uses too. The first call of a process makes it, which takes the driver a while.
+
+    Raises DeviceError as `driver` does, and when the GPU is taken.
+    """
+    cuda = driver()
+    handle = check(cuda.cuDeviceGet(device), f"CUDA device {device}")
+    return check(cuda.cuDevicePrimaryCtxRetain(handle), f"context of CUDA device {device}")
+
+
 def load(cubin: bytes, device: int = 0) -> Module:
     """Load a cubin (or PTX) into the primary context of `device`, the one torch uses.
 
     Raises DeviceError without a GPU, or when the code is for another architecture.
     """
     cuda = driver()
-    handle = check(cuda.cuDeviceGet(device), f"CUDA device {device}")
-    context = check(cuda.cuDevicePrimaryCtxRetain(handle), f"context of CUDA device {device}")
-    check(cuda.cuCtxSetCurrent(context), f"context of CUDA device {device}")
+    check(cuda.cuCtxSetCurrent(primary_context(device)), f"context of CUDA device {device}")
     what = f"loading {len(cubin)} bytes of machine code on {architecture(device)}"
     return Module(check(cuda.cuModuleLoadData(cubin), what), device)
 

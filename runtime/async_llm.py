@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from itertools import count
-from pathlib import Path
+from os import PathLike
 from types import TracebackType
 from typing import Self
 
@@ -30,7 +30,7 @@ class AsyncLLM:
 
     def __init__(
         self,
-        engine_dir: str | Path,
+        engine_dir: str | PathLike[str],
         *,
         num_pages: int | None = None,
         kv_cache_memory_bytes: int | None = None,

@@ -36,6 +36,7 @@ from .engine_limits import EngineLimits
 from .gpu_communicator import GpuCommunicator
 from .kv_cache import pages_for
 from .step_input import Int32Array, StepInput
+from .weight_loading import load_to_gpu
 
 CACHE_FRACTION = 0.9
 """Share of the GPU memory left after the weights that the KV cache takes when nothing else is said, at most."""
@@ -120,7 +121,8 @@ class CudaExecutor(EngineLimits):
         rank = 0 if group is None else group.rank
         communicator = None if group is None else GpuCommunicator(group, self._device, library)
         part = engine.ranks[rank]
-        weights = {name: tensor.to(self._device) for name, tensor in engine.map_weights(rank).items()}
+        with engine.weight_files(rank) as files:
+            weights = load_to_gpu(files, self._device)
         shape = CacheShape.of(part.graph, engine.build.page_size)
         if num_pages is None and kv_cache_memory_bytes is None:
             kv_cache_memory_bytes = int(torch.cuda.mem_get_info(self._device)[0] * CACHE_FRACTION)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..core.engine import DESCRIPTION, Engine, sha256
+from ..core.engine import Engine
+from ..core.engine_files import DESCRIPTION, sha256
 from ..core.errors import TargetError
 from .cpu_executor import CpuExecutor
 from .distributed import RankGroup, join

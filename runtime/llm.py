@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from numbers import Integral
-from pathlib import Path
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -33,7 +33,7 @@ class LLM:
 
     def __init__(
         self,
-        engine_dir: str | Path,
+        engine_dir: str | PathLike[str],
         *,
         num_pages: int | None = None,
         kv_cache_memory_bytes: int | None = None,

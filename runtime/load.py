@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_executor(
-    engine_dir: str | Path,
+    engine_dir: str | PathLike[str],
     *,
     num_pages: int | None = None,
     kv_cache_memory_bytes: int | None = None,
@@ -26,6 +27,7 @@ def load_executor(
 ) -> Executor:
     """The executor of an engine directory, ready to run.
 
+    engine_dir: or what `begin_loading` made of it, which then stands for `verify` too.
     num_pages: pages of the KV cache; None: as many as kv_cache_memory_bytes holds.
     kv_cache_memory_bytes: None: enough for the engine's max_batch_size sequences of max_seq_len tokens.
     verify: compare the sha256 of every file first; one rank of several compares its own files.

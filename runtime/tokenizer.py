@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ class Tokenizer:
         self.eos_token_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer | None:
+    def from_dir(cls, path: str | PathLike[str]) -> Tokenizer | None:
         """Reads the tokenizer files of a directory; None when it has no tokenizer.json.
 
         Raises EngineError naming the file that cannot be read.

@@ -18,7 +18,8 @@ from trtc import __version__
 from trtc.core import build as build_module
 from trtc.core.config import BuildConfig
 from trtc.core.dtypes import DType
-from trtc.core.engine import DESCRIPTION, FORMAT_VERSION, Engine, is_engine, sha256
+from trtc.core.engine import Engine
+from trtc.core.engine_files import DESCRIPTION, FORMAT_VERSION, is_engine, sha256
 from trtc.core.errors import BuildError, ConfigError, EngineError
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret

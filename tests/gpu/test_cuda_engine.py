@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from trtc.core.dtypes import DType
+from trtc.core.engine import Engine
 from trtc.runtime.drafting import StepCosts
 from trtc.runtime.executor import DecodeLoop, GreedyChooser
 from trtc.runtime.llm import LLM
@@ -16,6 +17,7 @@ from trtc.runtime.load import load_executor
 from trtc.runtime.prompt_lookup import PromptLookup
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import StepInput
+from trtc.runtime.weight_loading import load_to_gpu
 from trtc.tests.opt_models import CUDA_VARIANTS, OptCheckpoint, hf_logits, save_hf
 from trtc.tests.packed_steps import PagedSequences
 from trtc.tests.tolerances import logits_tolerance, max_error
@@ -38,6 +40,22 @@ def build(variant: str, dtype: DType, folder: Path, **options: object) -> Path:
     return checkpoint.build(
         folder / "engine", dtype=dtype, target="cuda", target_options=target_options, **options
     )
+
+
+@pytest.mark.parametrize(("threads", "chunk_bytes"), [(1, 1000), (8, 5000), (8, 1 << 20)])
+def test_weights_arrive_as_they_are_in_the_files(threads: int, chunk_bytes: int, tmp_path: Path) -> None:
+    """Oracle: torch's own copy of the mapped files. Buffers of page-locked memory are filled again many times."""
+    engine = Engine.open(build("cuda_pre_norm", DType.FLOAT16, tmp_path))
+    device = torch.device("cuda", 0)
+    with engine.weight_files(0) as files:
+        loaded = load_to_gpu(files, device, threads=threads, chunk_bytes=chunk_bytes)
+    mapped = engine.map_weights(0)
+    assert loaded.keys() == mapped.keys()
+    for name, tensor in mapped.items():
+        assert loaded[name].is_cuda
+        assert torch.equal(
+            loaded[name].view(-1).view(torch.uint8), tensor.to(device).view(-1).view(torch.uint8)
+        ), name
 
 
 def logits_in_chunks(engine: Path, chunks: list[int]) -> torch.Tensor:
