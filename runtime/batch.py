@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .request import Request
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """The part of one request that runs in a step: tokens first .. first + num_tokens - 1.
 
     num_prompt_rows: logits rows, just before the last one of `samples`, that score prompt tokens

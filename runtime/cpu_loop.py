@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -28,6 +30,9 @@ class CpuLoopExecutor(CpuExecutor):
         if not self._program.decodes_greedily:
             raise Unsupported("no compiled decode steps")
         self._loop: dict[str, torch.Tensor] = {}
+        self._loop_rows = np.arange(0)
+        """Of `_loop`: their numbers among those that were loaded, `_num_loaded`."""
+        self._num_loaded = 0
 
     @property
     def max_draft_tokens(self) -> int | None:
@@ -41,6 +46,7 @@ class CpuLoopExecutor(CpuExecutor):
         return chosen
 
     def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
+        self._loop_rows, self._num_loaded = np.arange(len(token_ids)), len(token_ids)
         self._loop = {
             "token_ids": torch.from_numpy(token_ids.copy()),
             "positions": torch.from_numpy(kv_length - 1),
@@ -52,13 +58,19 @@ class CpuLoopExecutor(CpuExecutor):
     def loop_enqueue(self, count: int) -> int:
         return count
 
+    def loop_rest(self, rows: Sequence[int]) -> None:
+        kept = np.flatnonzero(~np.isin(self._loop_rows, rows))
+        self._loop_rows = self._loop_rows[kept]
+        self._loop = {name: tensor[torch.from_numpy(kept)] for name, tensor in self._loop.items()}
+        self._loop["logits_index"] = torch.arange(len(kept), dtype=torch.int32)
+
     def loop_collect(self, ticket: int) -> Int32Array:
         """Raises EngineError when logits are not finite."""
         assert self._program is not None, "the executor is closed"
-        tokens = np.empty((ticket, len(self._loop["token_ids"])), np.int32)
-        for row in tokens:
+        tokens = np.zeros((ticket, self._num_loaded), np.int32)
+        for row in tokens if len(self._loop_rows) else ():
             found = self._program.next_tokens(self._loop)
-            row[:] = found.numpy()
+            row[self._loop_rows] = found.numpy()
             if row.min() < 0:
                 raise EngineError("the engine's logits are not finite: its weights or dtype overflow")
             self._loop["token_ids"].copy_(found)

@@ -256,6 +256,10 @@ class CudaExecutor(EngineLimits):
         with self._watched():
             return self._loop.enqueue(count)
 
+    def loop_rest(self, rows: Sequence[int]) -> None:
+        """See `DecodeLoop.loop_rest`."""
+        self._loop.rest(rows)
+
     def loop_collect(self, ticket: Ticket) -> Int32Array:
         """See `DecodeLoop.loop_collect`."""
         with self._watched():
@@ -333,6 +337,11 @@ class _DecodeLoop:
         ticket = Ticket(event, self._host_length, count)
         self._host_length = self._host_length + count
         return ticket
+
+    def rest(self, rows: Sequence[int]) -> None:
+        """Makes these rows unused."""
+        index = torch.tensor(rows, dtype=torch.int64).pin_memory()
+        self._kv_length.index_fill_(0, index.to(self._device, non_blocking=True), 0)
 
     def collect(self, ticket: Ticket) -> Int32Array:
         """[count, rows]: the tokens that the steps of `ticket` chose."""

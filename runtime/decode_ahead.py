@@ -2,7 +2,8 @@
 
 While every running sequence decodes greedily, nobody can be admitted and prompt lookup has no guess that pays (`Drafting`),
 the host needs to decide nothing: it enqueues steps and reads their tokens one burst later. A sequence that ends is noticed
-late; the tokens it got since are dropped. Pages are given back only when no step is under way that could still write to them.
+late; the tokens it got since are dropped, and from the next burst on its row rests. Pages are given back only when no step is
+under way that could still write to them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from .step_input import StepInput
 HORIZONS = (128, 32, 8)
 """Tokens for which pages are reserved at a start; the first for which there are enough."""
 MAX_BURST = 8
+FEWEST = 0.75
+"""Share of the rows down to which it goes on as it is: rows at rest cost no attention, but are still rows of every product.
+A start costs the time to drain the device."""
 BURST_SECONDS = 0.0015
 """Steps are enqueued in bursts of about this long, so that the host's work for a burst hides behind the next one."""
 
@@ -42,6 +46,10 @@ class DecodeAhead:
         """clock: seconds, by which steps are timed."""
         self._loop, self._scheduler, self._clock = loop, scheduler, clock
         self._requests: list[Request] = []
+        self._rows: list[int] = []
+        """Of `_requests`: those that still run, as far as was noticed; `_running` are their requests."""
+        self._running: list[Request] = []
+        self._num_stopped = 0
         self._flights: deque[_Flight] = deque()
         self._left = 0
         """Steps that may still be enqueued before pages end or the first sequence reaches its length."""
@@ -57,20 +65,16 @@ class DecodeAhead:
 
         The caller enters each step into the scheduler before it takes the next one.
         """
+        self._rest()
         if self._left and self._may_go_on():
             self._enqueue()
         flight = self._flights.popleft()
         tokens = self._loop.loop_collect(flight.ticket)
         self._measure(flight.count)
         for row in tokens.tolist():
-            running = [
-                (request, token)
-                for request, token in zip(self._requests, row, strict=True)
-                if request.status is RequestStatus.RUNNING
-            ]
-            if running:
-                requests, token_ids = zip(*running, strict=True)
-                yield list(requests), list(token_ids)
+            self._rest()
+            if self._rows:
+                yield self._running, [row[index] for index in self._rows]
 
     def _start(self) -> bool:
         scheduler = self._scheduler
@@ -87,6 +91,8 @@ class DecodeAhead:
         if not horizon:
             return False
         self._requests = list(scheduler.running)
+        self._rows, self._running = list(range(len(self._requests))), self._requests
+        self._num_stopped = scheduler.num_stopped
         step = StepInput.from_batch(scheduler.decode_batch(self._requests))
         self._loop.loop_load(step.token_ids, step.kv_length, step.page_table)
         self._left = horizon
@@ -94,11 +100,23 @@ class DecodeAhead:
         self._enqueue()
         return True
 
+    def _rest(self) -> None:
+        """Lets the rows rest whose requests have ended since the last look."""
+        if self._scheduler.num_stopped == self._num_stopped:
+            return
+        self._num_stopped = self._scheduler.num_stopped
+        running = {row for row in self._rows if self._requests[row].status is RequestStatus.RUNNING}
+        self._loop.loop_rest([row for row in self._rows if row not in running])
+        self._rows = [row for row in self._rows if row in running]
+        self._running = [self._requests[row] for row in self._rows]
+
     def _within(self, horizons: Sequence[int]) -> Iterator[int]:
-        """Numbers of steps to try: no more than until the last sequence ends, as far as lengths tell."""
-        longest = max(self._scheduler.tokens_left(request) for request in self._scheduler.running)
+        """Numbers of steps to try: no more than until the last sequence ends, as far as lengths tell; the first one, where
+        somebody waits for its place and for the pages that the others would get for nothing."""
+        lengths = map(self._scheduler.tokens_left, self._scheduler.running)
+        limit = min(lengths) if self._scheduler.waiting else max(lengths)
         for count in horizons:
-            yield min(count, longest)
+            yield min(count, limit)
 
     def _enqueue(self) -> None:
         burst = round(BURST_SECONDS / self._step_seconds)
@@ -108,10 +126,10 @@ class DecodeAhead:
 
     def _may_go_on(self) -> bool:
         """Whether the same rows may run on: nobody ended whose place somebody could take."""
-        ended = sum(request.status is not RequestStatus.RUNNING for request in self._requests)
-        if ended == len(self._requests):
+        rows = len(self._requests)
+        if self._scheduler.waiting and len(self._rows) < rows:
             return False
-        return not (self._scheduler.waiting and ended) and 2 * ended < len(self._requests)
+        return len(self._rows) > FEWEST * rows
 
     def _measure(self, count: int) -> None:
         now = self._clock()

@@ -127,20 +127,21 @@ class EngineCore:
         self.check_request(prompt_token_ids, params)
         if request_id in self._groups:
             raise RequestError(f"request id {request_id!r} is in use by an unfinished request")
-        if params.prompt_lookup is None and params.plain_greedy:
+        if self._prompt_lookup is not None and params.prompt_lookup is None and params.plain_greedy:
             params = replace(params, prompt_lookup=self._prompt_lookup)
         seed = params.seed
         if seed is None:
             seed = int(self._seeds.integers(0, 2**64, dtype=np.uint64))
+        stream = stream and params.num_sequences == params.n and params.beam_width == 1
+        watched = stream or params.beam_width > 1
         sequences = [
-            self._sequence(request_id, list(prompt_token_ids), params, seed, index, priority)
+            self._sequence(request_id, list(prompt_token_ids), params, seed, index, priority, watched)
             for index in range(1 if params.beam_width > 1 else params.num_sequences)
         ]
         first = sequences[0].request
         search = None
         if params.beam_width > 1:
             search = BeamSearch(first, first.num_tokens + self.scheduler.tokens_left(first))
-        stream = stream and params.num_sequences == params.n and search is None
         self._groups[request_id] = Group(request_id, prompt, params, stream, first, sequences, search)
         for sequence in sequences:
             self._sequences[sequence.request] = sequence
@@ -179,7 +180,7 @@ class EngineCore:
         self._detokenize(batch, sampled)
         for part, token_ids in verdicts:
             self._take_draft(part, token_ids)
-        touched = self._groups_of(batch.sampling)
+        touched = self._touched(batch.sampling)
         for group in touched:
             if group.search is not None and group.search.ready:
                 self._advance(group, group.search)
@@ -217,7 +218,7 @@ class EngineCore:
             return
         for sequence in group.sequences:
             del self._sequences[sequence.request]
-        group.sequences[:] = [Completion(group.request_id, beam, None) for beam in search.beams]
+        group.sequences[:] = [Completion(group.request_id, beam, None, True) for beam in search.beams]
         self._sequences |= {sequence.request: sequence for sequence in group.sequences}
         if copies:
             assert isinstance(self.executor, PageCopier), "`check_request` lets no beams in"
@@ -259,10 +260,12 @@ class EngineCore:
         """Takes the tokens of steps that the device has finished while later ones run."""
         changed: dict[str, RequestOutput] = {}
         for requests, token_ids in ahead.steps():
-            batch = self.scheduler.decode_batch(requests)
-            self.scheduler.update(batch, token_ids)
-            self._detokenize(batch, [SampledToken(token_id) for token_id in token_ids])
-            changed |= {output.request_id: output for output in self._report(self._groups_of(batch.sampling))}
+            self.scheduler.advance(requests, token_ids)
+            if self.tokenizer is not None:
+                for request, token_id in zip(requests, token_ids, strict=True):
+                    self._extend_text(request, token_id)
+            for output in self._report(self._touched(requests)):
+                changed[output.request_id] = output
         return list(changed.values())
 
     def _end_late(self) -> list[Request]:
@@ -302,6 +305,7 @@ class EngineCore:
         seed: int,
         index: int,
         priority: int,
+        watched: bool,
     ) -> Completion:
         several = params.num_sequences > 1 and params.beam_width == 1
         name = f"{request_id}/{index}" if several else request_id
@@ -312,7 +316,7 @@ class EngineCore:
             params = replace(params, logprobs=params.logprobs or 0)
         request = Request(name, prompt_token_ids, params, self._eos_token_ids, seed, index, words, priority)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params) if self.tokenizer else None
-        return Completion(request_id, request, detokenizer)
+        return Completion(request_id, request, detokenizer, watched)
 
     def _sample(self, batch: Batch, logits: torch.Tensor) -> list[SampledToken | None]:
         """Chooses the next tokens, and scores the prompt tokens whose logprobs were asked for.
@@ -361,18 +365,27 @@ class EngineCore:
                 continue
             if token.logprobs is not None:
                 request.logprobs.append(self._named(token.logprobs))
-            detokenizer = self._sequences[request].detokenizer
-            if detokenizer is None:
-                continue
-            shown = request.params.include_stop_str_in_output
-            if (
-                shown or request.finish_reason != "stop"
-            ):  # the token that ends a request is no part of its text
-                stop = detokenizer.append(token.token_id)
-                if stop is not None:
-                    self.scheduler.finish(request, "stop", stop)
-            if request.finished:
-                detokenizer.finish()
+            if self.tokenizer is not None:
+                self._extend_text(request, token.token_id)
+
+    def _extend_text(self, request: Request, token_id: int) -> None:
+        """Ends a request whose text gets to one of its stop strings."""
+        detokenizer = self._sequences[request].detokenizer
+        assert detokenizer is not None, "a completion without text in an engine with a tokenizer"
+        # The token that ends a request is no part of its text.
+        if request.finish_reason != "stop" or request.params.include_stop_str_in_output:
+            stop = detokenizer.append(token_id)
+            if stop is not None:
+                self.scheduler.finish(request, "stop", stop)
+        if request.finished:
+            detokenizer.finish()
+
+    def _touched(self, requests: Iterable[Request]) -> list[Group]:
+        """The groups for which something is to be done now that `requests` have a new token."""
+        sequences = self._sequences
+        return self._groups_of(
+            request for request in requests if sequences[request].watched or request.finished
+        )
 
     def _groups_of(self, requests: Iterable[Request]) -> list[Group]:
         """Each group once, in order."""

@@ -33,7 +33,7 @@ def pack(step: StepInput) -> Int32Array:
     """T, B, P, R, then token_ids [T], tokens of each sequence [B], kv_length [B], page_table [B, P], logits_index [R].
 
     Positions are left out: they follow from the lengths. No step at all is a message of T = 0: see `STOP`, `pack_copies`,
-    `pack_load`, `pack_enqueue`.
+    `pack_load`, `pack_enqueue`, `pack_rest`.
     """
     rows, pages = step.page_table.shape
     header = np.array([step.num_tokens, rows, pages, len(step.logits_index)], np.int32)
@@ -75,6 +75,11 @@ def pack_load(token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Arr
 def pack_enqueue(count: int) -> Int32Array:
     """For `DecodeLoop.loop_enqueue`: 0, 0, count, 0."""
     return np.array([0, 0, count, 0], np.int32)
+
+
+def pack_rest(rows: Sequence[int]) -> Int32Array:
+    """For `DecodeLoop.loop_rest`: 0, 0, 0, how many, then the rows."""
+    return np.array([0, 0, 0, len(rows), *rows], np.int32)
 
 
 def length(header: Int32Array) -> int:
@@ -192,6 +197,11 @@ class LeadingLoop(LeadingCopier):
         with self._in_step_with(pack_enqueue(count)):
             return self._loop.loop_enqueue(count)
 
+    def loop_rest(self, rows: Sequence[int]) -> None:
+        """See `DecodeLoop.loop_rest`."""
+        with self._in_step_with(pack_rest(rows)):
+            self._loop.loop_rest(rows)
+
     def loop_collect(self, ticket: Any) -> Int32Array:
         """See `DecodeLoop.loop_collect`; rank 0 has chosen the tokens itself."""
         return self._loop.loop_collect(ticket)
@@ -221,7 +231,11 @@ def _obey(local: Local, message: Int32Array) -> None:
     if step is not None:
         local.execute(step)
         return
-    _, rows, pages, _ = message[:HEADER].tolist()
+    _, rows, pages, resting = message[:HEADER].tolist()
+    if resting:
+        assert isinstance(local, DecodeLoop)
+        local.loop_rest(message[HEADER:].tolist())
+        return
     if not pages:
         assert isinstance(local, PageCopier)
         local.copy_pages(*message[HEADER:].reshape(2, -1).tolist())

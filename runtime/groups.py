@@ -14,11 +14,12 @@ from .tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """One completion: its tokens and its text."""
+    """One completion: its tokens and its text. watched: something is to be done at each of its tokens, not only at the last."""
 
     group_id: str
     request: Request
     detokenizer: Detokenizer | None
+    watched: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,6 +44,8 @@ class Request:
     page_keys:           content of its leading full pages, as far as somebody wanted to know
     num_cached_tokens:   prompt tokens that were in the cache when it first got pages; None before
     arrival:             how many requests came before it, given once
+    max_total_tokens:    tokens, prompt and output, at which it ends, given by the scheduler
+    ending_token_ids:    the tokens that end it
     """
 
     request_id: str
@@ -68,9 +70,13 @@ class Request:
     finish_reason: FinishReason | None = field(init=False, default=None)
     stop_reason: int | str | None = field(init=False, default=None)
     lookup: Lookup | None = field(init=False, default=None)
+    max_total_tokens: int = field(init=False, default=0)
+    ending_token_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+        ends = frozenset() if self.params.ignore_eos else self.eos_token_ids
+        self.ending_token_ids = ends.union(self.params.stop_token_ids or ())
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..core.errors import RequestError
 from .beam_params import check_beam_params
@@ -132,7 +133,7 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
 
-    @property
+    @cached_property
     def plain_greedy(self) -> bool:
         """Whether the next token is the largest logit, whatever came before, and nothing else is asked of the logits."""
         plain = not (self.has_penalties or self.min_tokens or self.logit_bias or self.beam_width > 1)

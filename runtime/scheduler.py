@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from operator import attrgetter
 
 from ..core.errors import ConfigError, RequestError
@@ -59,7 +59,11 @@ _place = attrgetter("place")
 
 
 class Scheduler:
-    """Holds every unfinished request and all cache pages. waiting, running: each in the order of the line."""
+    """Holds every unfinished request and all cache pages.
+
+    waiting, running: each in the order of the line
+    num_stopped:      how often a running request has stopped running
+    """
 
     def __init__(self, config: SchedulerConfig, drafting: Drafting | None = None) -> None:
         self.config = config
@@ -68,6 +72,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.drafting = drafting or Drafting()
+        self.num_stopped = 0
         self._num_arrived = 0
 
     @property
@@ -106,6 +111,7 @@ class Scheduler:
         self.check_lengths(request.num_prompt_tokens, params.max_tokens, params.beam_width)
         assert request.status is RequestStatus.WAITING, f"request {request.request_id} was added before"
         request.arrival = self._num_arrived
+        request.max_total_tokens = self._max_total_tokens(request.num_prompt_tokens, params.max_tokens)
         self._num_arrived += 1
         if params.prompt_lookup is not None:
             request.lookup = self.drafting.lookup(params.prompt_lookup)
@@ -122,7 +128,7 @@ class Scheduler:
         A request that ended by its length in the same step takes the new reason.
         """
         if request.status is RequestStatus.RUNNING:
-            self.running.remove(request)
+            self._stop_running(request)
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
         self._release_pages(request)
@@ -140,8 +146,7 @@ class Scheduler:
         while not scheduled and self.running and self.waiting:
             self._preempt(self.running[-1])
             scheduled = self._schedule()
-        # Those with a draft go last: targets run one-token sequences at the front by kernels of their own.
-        return Batch(tuple(sorted(self._with_drafts(scheduled), key=lambda part: len(part.draft) > 0)))
+        return Batch(tuple(self._with_drafts(scheduled)))
 
     def fork(self, parent: Request, child: Request) -> list[tuple[int, int]]:
         """Lets a new beam go on from all that `parent`, which has computed all of its tokens, has got.
@@ -154,6 +159,7 @@ class Scheduler:
             f"{parent.request_id} is no beam that can fork"
         )
         child.arrival = parent.arrival
+        child.max_total_tokens = parent.max_total_tokens
         child.token_ids = list(parent.token_ids)
         child.output_token_ids = list(parent.output_token_ids)
         child.page_keys = parent.page_keys[:full]
@@ -227,6 +233,20 @@ class Scheduler:
                 part.request.append_output(token_id)
                 self._finish_if_done(part.request)
 
+    def advance(self, requests: Sequence[Request], token_ids: Sequence[int]) -> None:
+        """Enters a step that computed the last token of each of `requests`, all of them running: as `update` does, for what
+        happens most often at the least cost for each token."""
+        page_size, computed = self.config.page_size, self.prefix_cache.computed
+        for request, token_id in zip(requests, token_ids, strict=True):
+            end = request.num_computed_tokens + 1
+            if end % page_size:
+                request.num_computed_tokens = end
+            else:
+                computed(request, end)
+            request.append_output(token_id)
+            if len(request.token_ids) >= request.max_total_tokens or token_id in request.ending_token_ids:
+                self._finish_if_done(request)
+
     def check_integrity(self) -> None:
         """Raises AssertionError when an invariant of requests or pages is broken."""
         self.pool.check_integrity()
@@ -263,7 +283,7 @@ class Scheduler:
 
     def _schedule(self) -> list[ScheduledRequest]:
         scheduled = self._schedule_decodes()
-        scheduled += self._schedule_prefills(self.config.max_num_tokens - count_tokens(scheduled))
+        scheduled += self._schedule_prefills(self.config.max_num_tokens - len(scheduled))
         scheduled += self._admit(self.config.max_num_tokens - count_tokens(scheduled))
         return scheduled
 
@@ -287,7 +307,9 @@ class Scheduler:
         return scheduled
 
     def _admit(self, budget: int) -> list[ScheduledRequest]:
-        scheduled = []
+        scheduled: list[ScheduledRequest] = []
+        if not self.waiting:
+            return scheduled
         coming = {key for request in self.running for key in self.prefix_cache.coming_from(request)}
         while budget and (cached := self._pages_to_start(coming)) is not None:
             request = self.waiting.pop(0)
@@ -315,7 +337,8 @@ class Scheduler:
         needed = pages_for(request.num_tokens, self.config.page_size) - len(cached)
         needed += sum(self.pool.ref_count(page) == 0 for page in cached)
         # One page is left for each running sequence, or the newcomer would be preempted at their next page.
-        if self.pool.num_free - needed < self._num_growing():
+        left = self.pool.num_free - needed
+        if left < len(self.running) and left < self._num_growing():
             return None
         return None if self.prefix_cache.should_wait(request, len(cached), coming) else cached
 
@@ -329,7 +352,10 @@ class Scheduler:
         )
 
     def _with_drafts(self, scheduled: list[ScheduledRequest]) -> list[ScheduledRequest]:
-        """Gives the guesses of prompt lookup what tokens and pages the step has left; nobody else gets less for them."""
+        """Gives the guesses of prompt lookup what tokens and pages the step has left; nobody else gets less for them.
+
+        Those with a draft go last: targets run one-token sequences at the front by kernels of their own.
+        """
         looking = [
             (row, part.request, lookup)
             for row, part in enumerate(scheduled)
@@ -352,8 +378,8 @@ class Scheduler:
             )
             request.page_ids += self.pool.allocate(max(0, missing))
             budget -= len(draft)
-            scheduled[row] = replace(scheduled[row], draft=draft)
-        return scheduled
+            scheduled[row] = scheduled[row]._replace(draft=draft)
+        return sorted(scheduled, key=lambda part: len(part.draft) > 0)
 
     def _room(self, request: Request) -> int:
         """Tokens for which `request` has pages, or could get them with one left for each running sequence."""
@@ -378,11 +404,15 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
+        self._stop_running(request)
         self._release_pages(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
         insort(self.waiting, request, key=_place)
+
+    def _stop_running(self, request: Request) -> None:
+        self.running.remove(request)
+        self.num_stopped += 1
 
     def _release_pages(self, request: Request) -> None:
         # The last page goes first: without those before it nobody finds it.
@@ -396,9 +426,8 @@ class Scheduler:
 
     def _finish_if_done(self, request: Request) -> None:
         token_id, params = request.output_token_ids[-1], request.params
-        if token_id in request.eos_token_ids and not params.ignore_eos:
-            self.finish(request, "stop")
-        elif token_id in (params.stop_token_ids or ()):
-            self.finish(request, "stop", token_id)
-        elif request.num_tokens >= self._max_total_tokens(request.num_prompt_tokens, params.max_tokens):
+        if token_id in request.ending_token_ids:
+            ended_by_model = token_id in request.eos_token_ids and not params.ignore_eos
+            self.finish(request, "stop", None if ended_by_model else token_id)
+        elif request.num_tokens >= request.max_total_tokens:
             self.finish(request, "length")

@@ -45,29 +45,34 @@ class StepInput:
         """Copies what the step needs out of a batch that is not empty."""
         parts = batch.scheduled
         assert parts, "an empty batch has no step input"
+        firsts = np.array([part.first for part in parts], np.int32)
+        ends = np.array([part.end + len(part.draft) for part in parts], np.int32)
+        rows = np.array([part.num_rows for part in parts], np.int32)
         query_start = np.zeros(len(parts) + 1, np.int32)
-        ends = [part.end + len(part.draft) for part in parts]
-        query_start[1:] = np.cumsum([end - part.first for part, end in zip(parts, ends, strict=True)])
-        slices = (part.token_ids for part in parts)
-        positions = [
-            np.arange(part.first, end, dtype=np.int32) for part, end in zip(parts, ends, strict=True)
-        ]
-        rows = [
-            np.arange(stop - part.num_rows, stop, dtype=np.int32)
-            for part, stop in zip(parts, query_start[1:], strict=True)
-        ]
+        np.cumsum(ends - firsts, out=query_start[1:])
+        token_ids = list(chain.from_iterable(part.token_ids for part in parts))
         return cls(
-            token_ids=np.fromiter(chain.from_iterable(slices), np.int32, count=query_start[-1]),
-            positions=np.concatenate(positions),
+            token_ids=np.array(token_ids, np.int32),
+            positions=_ranges(firsts, ends),
             query_start=query_start,
-            kv_length=np.array(ends, np.int32),
+            kv_length=ends,
             page_table=_page_table([part.request.page_ids for part in parts]),
-            logits_index=np.concatenate(rows),
+            logits_index=_ranges(query_start[1:] - rows, query_start[1:]),
         )
 
 
+def _ranges(starts: Int32Array, stops: Int32Array) -> Int32Array:
+    """start .. stop - 1 of each pair, one after the other."""
+    counts = stops - starts
+    before = np.cumsum(counts) - counts
+    found: Int32Array = np.arange(counts.sum(), dtype=np.int32) + np.repeat(starts - before, counts).astype(
+        np.int32
+    )
+    return found
+
+
 def _page_table(pages: list[list[int]]) -> Int32Array:
-    table = np.full((len(pages), max(map(len, pages))), -1, np.int32)
-    for row, page_ids in zip(table, pages, strict=True):
-        row[: len(page_ids)] = page_ids
+    counts = np.array(list(map(len, pages)))
+    table = np.full((len(pages), counts.max()), -1, np.int32)
+    table[np.arange(counts.max()) < counts[:, None]] = list(chain.from_iterable(pages))
     return table

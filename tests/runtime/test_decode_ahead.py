@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,8 @@ from trtc.runtime.step_input import Int32Array, StepInput
 
 from .toy import EOS, ToyExecutor, greedy_tokens
 
+NOTHING = 0  # of the vocabulary, so that it can be fed back, and no token of any text
+
 
 @dataclass
 class LoopToy(ToyExecutor):
@@ -24,16 +27,27 @@ class LoopToy(ToyExecutor):
     """
 
     pending: deque[int] = field(default_factory=deque)
+    resting: set[int] = field(default_factory=set)
+    rests: list[list[int]] = field(default_factory=list)
+    loads: int = 0
     bursts: list[int] = field(default_factory=list)
 
     def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
         assert not self.pending, "new rows while steps of the old ones are under way"
         self._rows = (token_ids.copy(), kv_length.copy(), page_table.copy())
+        self.resting = set()
+        self.loads += 1
 
     def loop_enqueue(self, count: int) -> int:
         self.pending.append(count)
         self.bursts.append(count)
         return count
+
+    def loop_rest(self, rows: Sequence[int]) -> None:
+        """Later steps see it; those under way are computed after it, too, where they would not on a device."""
+        assert rows and not self.resting & set(rows), f"{rows} rest already, or nobody"
+        self.resting |= set(rows)
+        self.rests.append(list(rows))
 
     def loop_collect(self, ticket: int) -> Int32Array:
         assert self.pending.popleft() == ticket
@@ -45,6 +59,7 @@ class LoopToy(ToyExecutor):
         starts = np.arange(len(token_ids) + 1, dtype=np.int32)
         logits = self.execute(StepInput(token_ids, kv_length - 1, starts, kv_length, page_table, rows))
         chosen = logits.argmax(-1).numpy().astype(np.int32)
+        chosen[list(self.resting)] = NOTHING
         self._rows = (chosen, kv_length + 1, page_table)
         return chosen
 
@@ -107,6 +122,29 @@ def test_steps_really_run_ahead() -> None:
         "1": greedy_tokens([7], 40, ignore_eos=True),
     }
     assert sum(executor.bursts) >= 38
+
+
+def test_rows_of_sequences_that_have_ended_rest() -> None:
+    """Of five rows four go on as they are when one has ended; with three left they start again."""
+    prompts = [([5], 20, True), ([6], 30, True), ([7], 40, True), ([8], 40, True), ([9], 40, True)]
+    executor = LoopToy(max_batch_size=8, num_pages=128)
+    results = generate(executor, prompts)
+    for index, (prompt, max_tokens, _) in enumerate(prompts):
+        assert results[str(index)] == greedy_tokens(prompt, max_tokens, ignore_eos=True)
+    assert executor.rests[:2] == [[0], [1]] and executor.loads == 2
+
+
+def test_nobody_gets_pages_ahead_that_one_in_line_waits_for() -> None:
+    """The one in line goes as soon as the first sequence has ended: until then nobody else takes free pages."""
+    executor = LoopToy(max_batch_size=2, page_size=1)
+    core = EngineCore(executor)
+    for name, max_tokens in (("a", 4), ("b", 30), ("c", 2)):
+        core.add_request(name, [5, 6], SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True))
+    core.step()
+    while core.scheduler.waiting:
+        held = [len(request.page_ids) for request in core.scheduler.running]
+        assert max(held) <= 2 + 4, f"pages held: {held}"
+        core.step()
 
 
 def test_what_is_not_plain_greedy_is_left_to_the_host() -> None:

@@ -72,6 +72,9 @@ class LoopRecorder(Recorder):
         self.calls.append(("enqueue", count))
         return count
 
+    def loop_rest(self, rows: Any) -> None:
+        self.calls.append(("rest", list(rows)))
+
     def loop_collect(self, ticket: Any) -> Any:
         return np.full((ticket, 2), 5, np.int32)
 
@@ -106,6 +109,7 @@ def test_followers_do_what_rank_0_does(engine: Engine) -> None:
     assert executor.execute(STEP).shape == (2, 3)
     executor.loop_load(array(9, 8), array(41, 3), np.array([[4, 2], [1, -1]], np.int32))
     tickets = [executor.loop_enqueue(8), executor.loop_enqueue(1)]
+    executor.loop_rest([1])
     executor.copy_pages([3, 5], [7, 6])
     many = FIRST  # a table that does not fit the first message
     executor.loop_load(array(*range(2)), array(1, 2), np.arange(2 * many, dtype=np.int32).reshape(2, many))
@@ -117,7 +121,15 @@ def test_followers_do_what_rank_0_does(engine: Engine) -> None:
         follow(second, cast(RankGroup, behind))
     assert end.value.code == 0 and behind.events == ["local closed", "group closed"] and not messages
     assert second.calls == first.calls
-    assert [call[0] for call in second.calls] == ["execute", "load", "enqueue", "enqueue", "copy", "load"]
+    assert [call[0] for call in second.calls] == [
+        "execute",
+        "load",
+        "enqueue",
+        "enqueue",
+        "rest",
+        "copy",
+        "load",
+    ]
 
 
 def test_an_executor_offers_what_its_ranks_do(engine: Engine) -> None:
