@@ -15,6 +15,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +130,17 @@ def build(size: str, folder: Path, args: argparse.Namespace) -> Record | None:
 def ours(folder: Path, args: argparse.Namespace) -> Iterator[Record]:
     engine, report = folder / "engine", folder / "trtc.json"
     yield from first_token(
-        [*TRTC, "run", "--engine-dir", str(engine), "--input-ids", "5,6,7", "--max-output-len", "1"]
+        [
+            *TRTC,
+            "run",
+            "--engine-dir",
+            str(engine),
+            "--input-ids",
+            "5,6,7",
+            "--max-output-len",
+            "1",
+            "--stream",
+        ]
     )
     timed = run([*TRTC, "bench", "--engine-dir", str(engine), "--batch", *BATCHES, "--mixed", str(args.mixed),
                  "--json", str(report)])  # fmt: skip
@@ -136,10 +148,32 @@ def ours(folder: Path, args: argparse.Namespace) -> Iterator[Record]:
 
 
 def first_token(command: Sequence[str]) -> Iterator[Record]:
-    """From the start of a process to its end, one token later."""
+    """From the start of a process to what it writes first, and to its end."""
+    shown = " ".join(command[1:])
+    print(f"$ {shown}", flush=True)
     start = time.perf_counter()
-    failed = run(command)
-    yield failed or {"kind": "process", "start_to_first_token_s": round(time.perf_counter() - start, 2)}
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        limit = threading.Timer(_LIMIT_S, process.kill)
+        limit.start()
+        assert process.stdout is not None
+        process.stdout.read(1)
+        first = time.perf_counter() - start
+        process.communicate()
+        end = time.perf_counter() - start
+        limit.cancel()
+        errors.seek(0)
+        said = errors.read()[-2000:].strip()
+    if process.returncode:
+        yield {"kind": "error", "command": shown, "message": said or f"ended with {process.returncode}"}
+    else:
+        yield {
+            "kind": "process",
+            "start_to_first_token_s": round(first, 2),
+            "start_to_end_s": round(end, 2),
+        }
 
 
 def theirs(config: Path, args: argparse.Namespace) -> Iterator[Record]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, RequestError
+from ..runtime.early_start import begin_loading
 from .ranks import add_nproc, enter_job
 from .run import write_json
 from .summarize import DATA_TYPES
@@ -54,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
     code = enter_job(args)
     if code is not None:
         return code
+    engine_dir = begin_loading(args.engine_dir)
     from ..core.dtypes import parse_model_dtype
     from ..core.engine import Engine
     from ..core.plugin_registry import plugins
@@ -71,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         )
     token_ids = tokenizer.encode(_read_text(args.text))
     window, stride = _window(args, engine)
-    executor = load_executor(args.engine_dir)
+    executor = load_executor(engine_dir)
     try:
         ours = perplexity.engine_logits(executor)
         if args.hf_model_dir is None:
