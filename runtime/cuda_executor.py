@@ -36,7 +36,7 @@ from .engine_limits import EngineLimits
 from .gpu_communicator import GpuCommunicator
 from .kv_cache import pages_for
 from .step_input import Int32Array, StepInput
-from .weight_loading import load_to_gpu
+from .weight_loading import loading_to_gpu
 
 CACHE_FRACTION = 0.9
 """Share of the GPU memory left after the weights that the KV cache takes when nothing else is said, at most."""
@@ -121,16 +121,18 @@ class CudaExecutor(EngineLimits):
         rank = 0 if group is None else group.rank
         communicator = None if group is None else GpuCommunicator(group, self._device, library)
         part = engine.ranks[rank]
-        with engine.weight_files(rank) as files:
-            weights = load_to_gpu(files, self._device)
         shape = CacheShape.of(part.graph, engine.build.page_size)
-        if num_pages is None and kv_cache_memory_bytes is None:
-            kv_cache_memory_bytes = int(torch.cuda.mem_get_info(self._device)[0] * CACHE_FRACTION)
-            whole = pages_for(engine.build.max_seq_len, engine.build.page_size) * engine.build.max_batch_size
-            kv_cache_memory_bytes = min(kv_cache_memory_bytes, whole * shape.bytes_per_page)
-        pages = cache_pages(engine, shape, num_pages, kv_cache_memory_bytes)
-        EngineLimits.__init__(self, engine, pages if group is None else group.least(pages))
-        self._cache = self._allocate(shape)
+        with engine.weight_files(rank) as files, loading_to_gpu(files, self._device) as weights:
+            if num_pages is None and kv_cache_memory_bytes is None:
+                kv_cache_memory_bytes = int(torch.cuda.mem_get_info(self._device)[0] * CACHE_FRACTION)
+                whole = pages_for(engine.build.max_seq_len, engine.build.page_size)
+                whole *= engine.build.max_batch_size * shape.bytes_per_page
+                kv_cache_memory_bytes = min(kv_cache_memory_bytes, whole)
+            pages = cache_pages(engine, shape, num_pages, kv_cache_memory_bytes)
+            EngineLimits.__init__(self, engine, pages if group is None else group.least(pages))
+            self._cache = self._allocate(shape)
+            # cuBLAS takes a while to make it.
+            torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
         self._program = CudaProgram(
             part.graph,
             weights,

@@ -11,7 +11,7 @@ import mmap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,21 +53,25 @@ class Chunk(NamedTuple):
     """(position in the chunk, uint8 tensor that takes the bytes from there on)."""
 
 
-def load_to_gpu(
+@contextmanager
+def loading_to_gpu(
     files: Sequence[SafetensorsFile],
     device: torch.device,
     *,
     threads: int = THREADS,
     chunk_bytes: int = CHUNK_BYTES,
-) -> dict[str, torch.Tensor]:
-    """All tensors of `files`, by name, on the GPU `device`, complete when this returns.
+) -> Iterator[dict[str, torch.Tensor]]:
+    """All tensors of `files`, by name, on the GPU `device`; what is in them comes while the block runs, and is complete when
+    it is left.
 
     Raises EngineError when a file cannot be read, torch.OutOfMemoryError when the GPU has too little memory.
     """
     weights = allocate(files, device)
     torch.cuda.current_stream(device).synchronize()  # nothing queued there uses this memory any more
-    fill(files, weights, lambda: PinnedStaging(device, chunk_bytes), threads=threads, chunk_bytes=chunk_bytes)
-    return weights
+    with filling(
+        files, weights, lambda: PinnedStaging(device, chunk_bytes), threads=threads, chunk_bytes=chunk_bytes
+    ):
+        yield weights
 
 
 def allocate(files: Sequence[SafetensorsFile], device: torch.device) -> dict[str, torch.Tensor]:
@@ -79,24 +83,25 @@ def allocate(files: Sequence[SafetensorsFile], device: torch.device) -> dict[str
     }
 
 
-def fill(
+@contextmanager
+def filling(
     files: Sequence[SafetensorsFile],
     weights: dict[str, torch.Tensor],
     staging: Callable[[], Staging],
     *,
     threads: int = THREADS,
     chunk_bytes: int = CHUNK_BYTES,
-) -> None:
-    """Reads `files` into `weights`, through buffers of `chunk_bytes` that every thread gets from `staging`.
+) -> Iterator[None]:
+    """Reads `files` into `weights` while the block runs, through buffers of `chunk_bytes` that every thread gets from
+    `staging`; all is read, or an error has been raised, and all threads have ended, when the block is left.
 
-    Raises EngineError when a file cannot be read, and what `staging` raises; all threads have ended then.
+    Raises EngineError when a file cannot be read, and what `staging` raises.
     """
     waiting = deque(chunk for file in files for chunk in chunks(file, weights, chunk_bytes))
-    if not waiting:
-        return
-    with ThreadPoolExecutor(min(threads, len(waiting)), "weights") as pool:
+    with ThreadPoolExecutor(threads, "weights") as pool:
         workers = [pool.submit(_work, waiting, staging) for _ in range(min(threads, len(waiting)))]
         try:
+            yield
             for worker in workers:
                 worker.result()
         except CheckpointError as error:

@@ -17,7 +17,7 @@ from trtc.runtime.load import load_executor
 from trtc.runtime.prompt_lookup import PromptLookup
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import StepInput
-from trtc.runtime.weight_loading import load_to_gpu
+from trtc.runtime.weight_loading import loading_to_gpu
 from trtc.tests.opt_models import CUDA_VARIANTS, OptCheckpoint, hf_logits, save_hf
 from trtc.tests.packed_steps import PagedSequences
 from trtc.tests.tolerances import logits_tolerance, max_error
@@ -47,8 +47,11 @@ def test_weights_arrive_as_they_are_in_the_files(threads: int, chunk_bytes: int,
     """Oracle: torch's own copy of the mapped files. Buffers of page-locked memory are filled again many times."""
     engine = Engine.open(build("cuda_pre_norm", DType.FLOAT16, tmp_path))
     device = torch.device("cuda", 0)
-    with engine.weight_files(0) as files:
-        loaded = load_to_gpu(files, device, threads=threads, chunk_bytes=chunk_bytes)
+    with (
+        engine.weight_files(0) as files,
+        loading_to_gpu(files, device, threads=threads, chunk_bytes=chunk_bytes) as loaded,
+    ):
+        pass
     mapped = engine.map_weights(0)
     assert loaded.keys() == mapped.keys()
     for name, tensor in mapped.items():

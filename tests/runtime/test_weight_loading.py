@@ -15,7 +15,7 @@ import torch
 from trtc.core.dtypes import to_torch
 from trtc.core.errors import EngineError
 from trtc.core.safetensors_io import SafetensorsFile, write_file
-from trtc.runtime.weight_loading import allocate, chunks, fill
+from trtc.runtime.weight_loading import allocate, chunks, filling
 
 CPU = torch.device("cpu")
 
@@ -72,13 +72,14 @@ def files(tmp_path: Path) -> Iterator[list[SafetensorsFile]]:
 def test_every_byte_arrives(files: list[SafetensorsFile], threads: int, chunk_bytes: int) -> None:
     opened: list[LateStaging] = []
     weights = allocate(files, CPU)
-    fill(
+    with filling(
         files,
         weights,
         lambda: LateStaging(chunk_bytes, opened),
         threads=threads,
         chunk_bytes=chunk_bytes,
-    )
+    ):
+        pass
     expected = {name: file.read(name) for file in files for name in file.tensors}
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -110,8 +111,9 @@ def test_a_read_error_in_a_thread_is_the_callers(files: list[SafetensorsFile], t
     weights = allocate(files, CPU)
     with files[1].path.open("r+b") as file:
         file.truncate(files[1].path.stat().st_size - 5)
-    with pytest.raises(EngineError, match=rf"{files[1].path.name}: truncated: ends at byte \d+"):
-        fill(files, weights, lambda: LateStaging(50, opened), threads=threads, chunk_bytes=50)
+    reading = filling(files, weights, lambda: LateStaging(50, opened), threads=threads, chunk_bytes=50)
+    with pytest.raises(EngineError, match=rf"{files[1].path.name}: truncated: ends at byte \d+"), reading:
+        pass
     assert opened
     assert all(staging.closed for staging in opened)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
@@ -128,13 +130,44 @@ def test_an_error_leaves_the_rest_unread(files: list[SafetensorsFile]) -> None:
         def read_into(self, offset: int, view: memoryview) -> None:
             raise AssertionError("read although there is no buffer")
 
-    with Unread(files[0].path) as file, pytest.raises(MemoryError, match="page-locked"):
-        fill([file], allocate(files, CPU), broken, threads=1, chunk_bytes=8)
+    with (
+        Unread(files[0].path) as file,
+        pytest.raises(MemoryError, match="page-locked"),
+        filling([file], allocate(files, CPU), broken, threads=1, chunk_bytes=8),
+    ):
+        pass
     assert not opened
 
 
+def test_an_error_of_the_block_ends_the_reading(files: list[SafetensorsFile]) -> None:
+    """As when the KV cache does not fit: nobody reads on for weights that nobody will use."""
+    opened: list[LateStaging] = []
+    held = threading.Event()
+
+    class Held(SafetensorsFile):
+        chunks_read = 0
+
+        def read_into(self, offset: int, view: memoryview) -> None:
+            Held.chunks_read += 1
+            assert held.wait(20)
+
+    def failing() -> None:
+        threading.Timer(0.05, held.set).start()
+        raise torch.OutOfMemoryError("no room for the KV cache")
+
+    with (
+        Held(files[0].path) as file,
+        pytest.raises(torch.OutOfMemoryError, match="KV cache"),
+        filling([file], allocate(files, CPU), lambda: LateStaging(8, opened), threads=2, chunk_bytes=8),
+    ):
+        failing()
+    assert Held.chunks_read <= 2
+    assert all(staging.closed for staging in opened)
+
+
 def test_no_files_need_no_buffer() -> None:
-    fill([], {}, lambda: pytest.fail("a buffer for nothing"))
+    with filling([], {}, lambda: pytest.fail("a buffer for nothing")):
+        pass
 
 
 def test_memory_is_allocated_for_each_tensor_by_itself(files: list[SafetensorsFile]) -> None:
