@@ -1,6 +1,6 @@
-"""How long a decode step of target cuda takes with weights in fewer bits, beside float16.
+"""How long a decode step of target cuda takes with weights, or a KV cache, in fewer bits, beside float16.
 
-    python -m trtc.bench.quantized_steps --sizes 6.7b 1.3b --formats int8 int4 fp8 --commit HASH --json FILE
+    python -m trtc.bench.quantized_steps --sizes 6.7b 1.3b --formats int8 int4 fp8 fp8-kv8 --commit HASH --json FILE
 
 Builds engines with random weights and times each with `trtc bench`, float16 first. A run that fails is in the file as
 {"kind": "error"}, the others go on, and the exit code is 1.
@@ -24,7 +24,12 @@ from .opt_sizes import SIZES, is_built, work_folder, write_config
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "gpu-quantized.json"
 FLOAT = "float16"
-FORMATS = ("int8", "fp8", "int4")
+FORMATS: dict[str, tuple[str, ...]] = {
+    **{name: ("--use-weight-only", "--weight-only-precision", name) for name in ("int8", "fp8", "int4")},
+    "float16-kv8": ("--kv-cache-dtype", "fp8"),
+    "fp8-kv8": ("--use-weight-only", "--weight-only-precision", "fp8", "--kv-cache-dtype", "fp8"),
+}
+"""Name -> options of `trtc build`; kv8: with a KV cache of fp8."""
 BUILD = ("--target", "cuda", "--dtype", FLOAT, "--dummy-weights", "--max-batch-size", "64", "--max-seq-len", "1024",
          "--max-num-tokens", "16384", "--workers", str(len(os.sched_getaffinity(0))))  # fmt: skip
 
@@ -52,7 +57,7 @@ def main() -> int:
 def measure(size: str, name: str, folder: Path, args: argparse.Namespace) -> list[Record]:
     """What `trtc bench` says of the engine of `size` in the format `name`, which is built unless it is there."""
     engine, report = folder / f"{size}-{name}", folder / "report.json"
-    how = [] if name == FLOAT else ["--use-weight-only", "--weight-only-precision", name]
+    how = [] if name == FLOAT else FORMATS[name]
     model = write_config(size, folder / size)
     if not is_built(engine):
         failed = run([*TRTC, "build", "--model-dir", str(model), "--output-dir", str(engine), *BUILD, *how,

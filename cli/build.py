@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..core.config import PAGE_SIZES, TARGETS, BuildConfig, ModelConfig
+from ..core.config import KV_CACHE_DTYPES, PAGE_SIZES, TARGETS, BuildConfig, ModelConfig
 from ..core.dtypes import parse_model_dtype
 from ..core.errors import ConfigError
 from . import tensorrt_llm_flags
@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="beams of one prompt; 1: no beam search (default: %(default)s)")  # fmt: skip
     limits.add_argument("--page-size", type=int, choices=PAGE_SIZES, default=default("page_size"),
                         help="tokens of one page of the KV cache (default: %(default)s)")  # fmt: skip
+    limits.add_argument("--kv-cache-dtype", choices=tuple(KV_CACHE_DTYPES), default=default("kv_cache_dtype"),
+                        help="what the KV cache holds. auto: keys and values in the model's dtype; fp8: rounded to e4m3, half "
+                        "the memory, targets cuda and cpu (default: %(default)s)")  # fmt: skip
     cuda = parser.add_argument_group("target cuda")
     cuda.add_argument("--cuda-arch", nargs="+", metavar="ARCH",
                       help="GPUs to compile for: sm_80, sm_89, sm_90, sm_120 (default: all of them)")  # fmt: skip
@@ -155,6 +158,7 @@ def build_config(args: argparse.Namespace, source: Source) -> BuildConfig:
         max_num_tokens=args.max_num_tokens,
         max_beam_width=args.max_beam_width,
         page_size=args.page_size,
+        kv_cache_dtype=tensorrt_llm_flags.kv_cache_dtype(args),
         tp_size=source.weights.sharding.tp_size,
         pp_size=source.weights.sharding.pp_size,
         target_options=_target_options(args)

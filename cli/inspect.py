@@ -71,7 +71,8 @@ def facts(engine: Engine) -> dict[str, str]:
         "ranks": f"{build.num_ranks}: tp {build.tp_size} x pp {build.pp_size}",
         "weights": f"{human_bytes(sum(int(engine.files[name]['bytes']) for name in weights)) if weights else 'in the plan'}, "
         f"{weight_precision(engine.ranks[0].graph)}",
-        "KV cache": f"{human_bytes(cache.bytes_per_page / build.page_size)} a token and rank, pages of {build.page_size}",
+        "KV cache": f"{human_bytes(cache.bytes_per_page / build.page_size)} a token and rank, {cache.dtype}, "
+        f"pages of {build.page_size}",
         "tokenizer": "yes" if "tokenizer.json" in engine.files else "no: works with token ids",
         "graph": f"{len(engine.ranks[0].graph.nodes)} nodes, sha256 {engine.ranks[0].graph.hash[:16]}",
         **dict(_plan_facts(engine)),

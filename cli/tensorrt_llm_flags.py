@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--context-fmha-fp32-acc", choices=("enable", "disable"),
                        help="enable: as --context-fmha fp32_acc")  # fmt: skip
+    group.add_argument("--fp8-kv-cache", action="store_true", help="as --kv-cache-dtype fp8")
 
 
 def handle_plugins(args: argparse.Namespace) -> None:
@@ -134,3 +135,8 @@ def context_fmha(args: argparse.Namespace) -> str | None:
     if len(values) > 1:
         raise ConfigError(f"{' and '.join(given)} contradict each other; give one of them")
     return values.pop() if values else None
+
+
+def kv_cache_dtype(args: argparse.Namespace) -> str:
+    """The value of `--kv-cache-dtype`, in whichever spelling it was given."""
+    return "fp8" if args.fp8_kv_cache else str(args.kv_cache_dtype)

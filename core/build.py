@@ -12,7 +12,7 @@ import torch
 
 from .atomic import atomic_directory
 from .checkpoint import Progress, WeightSource
-from .config import BuildConfig, ModelConfig
+from .config import KV_CACHE_DTYPES, BuildConfig, ModelConfig
 from .dtypes import MODEL_DTYPES
 from .engine import FILE_BYTES, RankPart, describe, map_files
 from .engine_files import DESCRIPTION, is_engine, write_description
@@ -58,6 +58,11 @@ def plan(
             f"target {target.name} does not run {source.quantization.format.kind} weights yet; "
             f"accepted: {', '.join(['float', *sorted(can.quantized)])}"
         )
+    if build.kv_cache_dtype not in can.kv_cache_dtypes:
+        raise ConfigError(
+            f"target {target.name} has no KV cache of {build.kv_cache_dtype} numbers; "
+            f"accepted: {', '.join(sorted(can.kv_cache_dtypes))}"
+        )
     graph = family.compose(model)
     if trace is not None:
         trace("compose", graph)
@@ -69,6 +74,7 @@ def plan(
         fusions=can.fusions,
         ops=can.ops,
         quantization=source.quantization,
+        cache_dtype=KV_CACHE_DTYPES[build.kv_cache_dtype],
         trace=trace,
     )
 

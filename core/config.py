@@ -80,6 +80,8 @@ class ModelConfig:
 
 
 PAGE_SIZES = (16, 32, 64)
+KV_CACHE_DTYPES: Mapping[str, DType | None] = {"auto": None, "fp8": DType.FLOAT8_E4M3}
+"""What a KV cache can hold: k and v in the model's dtype, or rounded to e4m3 numbers."""
 TARGETS = ("cpu", "cuda", "tensorrt")
 
 
@@ -100,6 +102,8 @@ class BuildConfig:
     """Beams of one prompt; 1: no beam search."""
     page_size: int = 32
     """Tokens of one page of the KV cache."""
+    kv_cache_dtype: str = "auto"
+    """What the KV cache holds, a key of KV_CACHE_DTYPES."""
     tp_size: int = 1
     """Ranks that share each layer."""
     pp_size: int = 1
@@ -121,6 +125,10 @@ class BuildConfig:
         if self.page_size not in PAGE_SIZES:
             raise ConfigError(
                 f"build option page_size: {self.page_size} is not supported; accepted: {PAGE_SIZES}"
+            )
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"build option kv_cache_dtype: {self.kv_cache_dtype!r} is not supported; accepted: {', '.join(KV_CACHE_DTYPES)}"
             )
         if self.max_beam_width > self.max_batch_size:
             raise ConfigError(

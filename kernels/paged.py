@@ -1,6 +1,7 @@
 """What the kernels over the paged KV cache share: the contract of their tensors, and references in torch.
 
-Per layer k_cache and v_cache are [num_pages, page_size, num_kv_heads, head_dim]; page_table [num_seqs, pages_per_seq]
+Per layer k_cache and v_cache are [num_pages, page_size, num_kv_heads, head_dim], in the dtype of q, k and v or float8_e4m3fn,
+to which k and v are rounded; page_table [num_seqs, pages_per_seq]
 int32 says which page holds tokens i * page_size ... of a sequence (-1: unused); kv_length [num_seqs] int32 counts the
 tokens of a sequence, those of the current step included.
 """
@@ -19,6 +20,10 @@ PAGE_SIZES = (16, 32, 64)
 HEAD_DIMS = (64, 80, 96, 128)
 ELEMENTS = ("float16", "bfloat16")
 LOG2_E = 1.4426950408889634
+FP8_MAX = 448.0
+"""The largest number of float8_e4m3fn: larger ones are cut off, for it has no infinity."""
+FP8_ELEMENT = "trtc::E4m3"
+"""CUDA C++ type of an element of such a cache."""
 
 
 def check_model(
@@ -41,29 +46,51 @@ def check_model(
         )
 
 
-def check_rows(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor, sizes: dict[str, int]) -> None:
-    """Raise KernelContractError unless `tensor` is `sizes` = [rows, heads, head_dim] of the dtype and device of `like`.
+def check_rows(
+    op: str, name: str, tensor: torch.Tensor, cache: torch.Tensor, like: torch.Tensor, sizes: dict[str, int]
+) -> None:
+    """Raise KernelContractError unless `tensor` is `sizes` = [rows, heads, head_dim], on the device of `cache` and of its
+    dtype, or where that is float8 of the dtype of `like`.
 
     Rows may lie apart (slices of a fused buffer); within a row heads are contiguous. Everything is 16-byte aligned.
     """
+    dtype = like.dtype if is_fp8(cache) else cache.dtype
     got = f"{op}: {name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}, stride {tensor.stride()}"
-    if (
-        list(tensor.shape) != list(sizes.values())
-        or tensor.dtype != like.dtype
-        or tensor.device != like.device
-    ):
+    if list(tensor.shape) != list(sizes.values()) or tensor.dtype != dtype or tensor.device != cache.device:
         wanted = ", ".join(f"{label}={size}" for label, size in sizes.items())
-        raise KernelContractError(f"{got}; expected [{wanted}] {like.dtype} on {like.device}")
+        raise KernelContractError(f"{got}; expected [{wanted}] {dtype} on {cache.device}")
     row_stride, head_stride, element_stride = tensor.stride()
     is_aligned = row_stride * tensor.element_size() % ALIGNMENT == 0 and tensor.data_ptr() % ALIGNMENT == 0
     if head_stride != tensor.shape[2] or element_stride != 1 or not is_aligned:
         raise KernelContractError(f"{got}; expected contiguous heads and {ALIGNMENT}-byte aligned rows")
 
 
-def check_cache(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, num_heads: int) -> None:
-    """Raise KernelContractError unless the caches are as the module's docstring says and `num_heads` heads fit them."""
+def is_fp8(cache: torch.Tensor) -> bool:
+    """Whether a cache holds e4m3 numbers."""
+    import torch
+
+    return cache.dtype is torch.float8_e4m3fn
+
+
+def as_bytes(cache: torch.Tensor) -> torch.Tensor:
+    """`cache`, or where it holds e4m3 numbers, which torch does not index everywhere, a view of its bytes."""
+    import torch
+
+    return cache.view(torch.uint8) if is_fp8(cache) else cache
+
+
+def as_stored(rows: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """`rows` in their own dtype, rounded to what `cache` can hold."""
+    return rows.clamp(-FP8_MAX, FP8_MAX).to(cache.dtype).to(rows.dtype) if is_fp8(cache) else rows
+
+
+def check_cache(
+    op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, num_heads: int, rows: torch.Tensor
+) -> None:
+    """Raise KernelContractError unless the caches are as the module's docstring says, for q, k and v like `rows`, and
+    `num_heads` heads fit them."""
     num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
-    dtype = str(k_cache.dtype).removeprefix("torch.")
+    dtype = str((rows if is_fp8(k_cache) else k_cache).dtype).removeprefix("torch.")
     check_model(
         op,
         dtype=dtype,
@@ -78,8 +105,8 @@ def check_cache(op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, num_heads
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
     }
-    check_tensor(op, "k_cache", k_cache, k_cache.dtype, sizes, k_cache)
-    check_tensor(op, "v_cache", v_cache, k_cache.dtype, sizes, k_cache)
+    check_tensor(op, "k_cache", k_cache, k_cache.dtype, sizes, rows)
+    check_tensor(op, "v_cache", v_cache, k_cache.dtype, sizes, rows)
 
 
 def check_int32(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor, sizes: dict[str, int]) -> None:
@@ -103,10 +130,14 @@ def page_shift(k_cache: torch.Tensor) -> int:
 
 
 def gather_pages(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` tokens of one sequence, [length, num_kv_heads, head_dim]; pages: its row of the page table."""
+    """The first `length` tokens of one sequence, [length, num_kv_heads, head_dim]; pages: its row of the page table.
+
+    In the dtype of the cache, or float32 where that is float8.
+    """
     page_size = cache.shape[1]
     used = pages[: -(-length // page_size)].long()
-    return cache[used].flatten(0, 1)[:length]
+    tokens = as_bytes(cache)[used].view(cache.dtype).flatten(0, 1)[:length]
+    return tokens.float() if is_fp8(cache) else tokens
 
 
 def cache_slots(

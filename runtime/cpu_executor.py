@@ -9,6 +9,7 @@ import torch
 
 from ..core.engine import Engine
 from ..core.graph import GRAPH_INPUTS
+from ..core.ops.attention import indexable
 from ..core.ops.registry import Communicator
 from ..core.plugin_registry import plugins
 from ..core.targets.base import CacheShape
@@ -66,7 +67,8 @@ class CpuExecutor(EngineLimits):
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """See `PageCopier.copy_pages`."""
         for pages in chain.from_iterable(self._cache):
-            pages[list(target)] = pages[list(source)]
+            held = indexable(pages)
+            held[list(target)] = held[list(source)]
 
     def close(self) -> None:
         self._program = None

@@ -21,6 +21,7 @@ from .. import __version__
 from ..core.dtypes import to_torch
 from ..core.engine import Engine
 from ..core.errors import EngineError, TargetError
+from ..core.ops.attention import indexable
 from ..core.plugin_registry import plugins
 from ..core.targets.base import CacheShape
 from ..core.targets.cuda.code import MULTIPROCESSORS, decode_buckets, read_code, verify_buckets
@@ -157,7 +158,8 @@ class CudaExecutor(EngineLimits):
         dtype = to_torch(shape.dtype)
 
         def zeros() -> torch.Tensor:
-            return torch.zeros(size, dtype=dtype, device=self._device)
+            size_bytes = (*size[:-1], size[-1] * dtype.itemsize)
+            return torch.zeros(size_bytes, dtype=torch.uint8, device=self._device).view(dtype)
 
         return [(zeros(), zeros()) for _ in range(shape.layers)]
 
@@ -229,7 +231,8 @@ class CudaExecutor(EngineLimits):
         """See `PageCopier.copy_pages`; in the order of the device's work."""
         index = torch.tensor([list(source), list(target)], device=self._device)
         for pages in chain.from_iterable(self._cache):
-            pages[index[1]] = pages[index[0]]
+            held = indexable(pages)
+            held[index[1]] = held[index[0]]
 
     # ---- GreedyChooser
 

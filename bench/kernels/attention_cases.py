@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.paged import as_bytes
+
 
 @dataclass(frozen=True)
 class Model:
@@ -17,6 +19,8 @@ class Model:
     head_dim: int = 64
     page_size: int = 32
     dtype: torch.dtype = torch.float16
+    cache_dtype: torch.dtype | None = None
+    """Of the cache; None: dtype."""
 
     @property
     def scale(self) -> float:
@@ -59,17 +63,18 @@ def paged_batch(
     order = torch.randperm(num_pages, generator=generator, device=device).tolist()
     table = torch.full((len(lengths), max(*pages, 1) + 1), -1, dtype=torch.int32)
     shape = (num_pages, model.page_size, model.num_kv_heads, model.head_dim)
-    k_cache, v_cache = (torch.full(shape, nan, dtype=model.dtype, device=device) for _ in range(2))
+    held = model.cache_dtype or model.dtype
+    k_cache, v_cache = (torch.full(shape, nan, device=device).to(held) for _ in range(2))
     taken = 0
     for i, count in enumerate(pages):
         own = order[taken : taken + count]
         taken += count
         table[i, :count] = torch.tensor(own, dtype=torch.int32)
         for cache in (k_cache, v_cache):
-            rows = torch.randn(past[i], *shape[2:], generator=generator, device=device).to(model.dtype)
+            rows = torch.randn(past[i], *shape[2:], generator=generator, device=device).to(held)
             for page, start in zip(own, range(0, past[i], model.page_size), strict=False):
                 part = rows[start : start + model.page_size]
-                cache[page, : len(part)] = part
+                as_bytes(cache)[page, : len(part)] = as_bytes(part)
     num_tokens = sum(new_tokens)
     widths = [model.num_heads * model.head_dim, *[model.num_kv_heads * model.head_dim] * 2]
     fused = torch.randn(num_tokens + padding, sum(widths), generator=generator, device=device).to(model.dtype)

@@ -15,6 +15,7 @@ from ...kernels.context_attention import ContextAttention, ContextPlan
 from ...kernels.context_attention.plan import HOPPER_KEYS, LARGE_TILES, SMALL_TILE
 from ...kernels.context_attention.reference import context_attention as reference_context
 from ...kernels.library import KernelLibrary
+from ...kernels.paged import as_bytes, is_fp8
 from ...kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
 from ...kernels.paged_decode_attention.reference import paged_decode_attention as reference_decode
 from ...kernels.sampling import LoopState, Sampling
@@ -38,6 +39,8 @@ MODELS = [
     Model(24, 2, 128, 32, torch.bfloat16),  # more than 8 query heads per kv head
     Model(11, 1, 80, 32, torch.float16),
 ]
+FP8_MODELS = [dataclasses.replace(model, cache_dtype=torch.float8_e4m3fn) for model in MODELS]
+"""The same over a cache of e4m3 numbers."""
 RAGGED_LENGTHS = [
     1,
     2,
@@ -64,11 +67,19 @@ RAGGED_LENGTHS = [
 ]
 
 
+def same(cache: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Bit for bit, but for NaN."""
+    if is_fp8(cache):
+        return torch.equal(as_bytes(cache), as_bytes(wanted))
+    return torch.equal(cache.nan_to_num(7), wanted.nan_to_num(7))
+
+
 def decode_plans(attention: PagedDecodeAttention, chosen: DecodePlan) -> Iterator[DecodePlan]:
     """The chosen plan and every other way to divide and combine the work."""
     yield chosen
     for (warps, stages), (splits, cluster) in itertools.product(
-        ((4, 2), (8, 2)), ((1, False), (3, False), (12, False), (2, True), (8, True))
+        ((4, 4), (8, 4)) if chosen.fp8_cache else ((4, 2), (8, 2)),
+        ((1, False), (3, False), (12, False), (2, True), (8, True)),
     ):
         yield dataclasses.replace(chosen, warps=warps, stages=stages, splits=splits, cluster=cluster)
 
@@ -107,8 +118,8 @@ def check_decode(
         error = row_error(outs[0], expected)
         assert error < TOLERANCE[model.dtype], f"error {error:.2e} with {plan}"
         assert torch.equal(outs[0], outs[1]), f"a second launch differs with {plan}"
-        assert torch.equal(k_cache.nan_to_num(7), k_wanted.nan_to_num(7)), f"k cache differs with {plan}"
-        assert torch.equal(v_cache.nan_to_num(7), v_wanted.nan_to_num(7)), f"v cache differs with {plan}"
+        assert same(k_cache, k_wanted), f"k cache differs with {plan}"
+        assert same(v_cache, v_wanted), f"v cache differs with {plan}"
         assert not workspace[: plan.counter_bytes].any(), f"counters are not zero after {plan}"
 
 
@@ -198,29 +209,29 @@ def check_context(
                 accumulation=accumulation, append=append, plan=plan,
             )  # fmt: skip
             if not append:
-                assert torch.equal(k_cache.nan_to_num(7), batch.k_cache.nan_to_num(7)), (
-                    f"append=False wrote, {plan}"
-                )
+                assert same(k_cache, batch.k_cache), f"append=False wrote, {plan}"
         error = row_error(out[:total], expected[:total])
         assert error < tolerance, f"error {error:.2e} with {plan}"
         assert bool(out[total:].isnan().all()), f"padding rows were written with {plan}"
-        assert torch.equal(k_cache.nan_to_num(7), k_wanted.nan_to_num(7)), f"k cache differs with {plan}"
-        assert torch.equal(v_cache.nan_to_num(7), v_wanted.nan_to_num(7)), f"v cache differs with {plan}"
+        assert same(k_cache, k_wanted), f"k cache differs with {plan}"
+        assert same(v_cache, v_wanted), f"v cache differs with {plan}"
 
 
 def check_append(library: KernelLibrary, model: Model, new: list[int], past: list[int]) -> None:
     batch = paged_batch(model, new, past, device="cuda", padding=5)
+    batch.k[0, 0, :8] = batch.v[-6, -1, -8:] = 1e4  # more than an e4m3 number can be
+    batch.k[0, 0, 8:16] = -(2.0**-8)  # less than its smallest that has an exponent
     lengths = (batch.query_start, batch.kv_length, batch.page_table)
     k_wanted, v_wanted = reference_append_kv(batch.k, batch.v, batch.k_cache, batch.v_cache, *lengths)
     AppendKv(library)(batch.k, batch.v, batch.k_cache, batch.v_cache, *lengths)
-    assert torch.equal(batch.k_cache.nan_to_num(7), k_wanted.nan_to_num(7)), "k cache differs"
-    assert torch.equal(batch.v_cache.nan_to_num(7), v_wanted.nan_to_num(7)), "v cache differs"
+    assert same(batch.k_cache, k_wanted), "k cache differs"
+    assert same(batch.v_cache, v_wanted), "v cache differs"
 
 
 def all_checks(library: KernelLibrary) -> Iterator[Check]:
     """(name, check) of everything above over the models, context 1 to 2048, page boundaries and ragged batches."""
     new, past = [1, 5, 64, 65, 130, 200, 17], [0, 31, 0, 64, 33, 500, 2031]
-    for number, model in enumerate(MODELS):
+    for number, model in enumerate((*MODELS, *FP8_MODELS)):
         yield f"decode ragged {model}", partial(check_decode, library, model, [*RAGGED_LENGTHS, 0], True)
         for length in (1, 33, 640, 2048):
             check = partial(check_decode, library, model, [length], length == 640, seed=number)

@@ -16,8 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from ...kernels import all_reduce, embedding, layer_norm, linear
-from ...kernels.append_kv import SOURCE as APPEND_KV
+from ...kernels import all_reduce, append_kv, embedding, layer_norm, linear
 from ...kernels.context_attention.plan import sources as context_attention_sources
 from ...kernels.contract import ELEMENT_TYPES
 from ...kernels.linear.quantized import dequantize_sources
@@ -82,7 +81,6 @@ def quantized_plans(arch: str) -> Iterator[linear.Plan]:
 def sources(arch: str) -> Iterator[KernelSource]:
     """The kernels of float16 engines on `arch`; bfloat16 is the same code and is compiled for sm_90 only."""
     capability = int(arch.removeprefix("sm_"))
-    yield APPEND_KV
     for dtype in ("float16", "bfloat16") if arch == "sm_90" else ("float16",):
         element = ELEMENT_TYPES[dtype]
         for ranks in (2, 4, 8):
@@ -92,8 +90,10 @@ def sources(arch: str) -> Iterator[KernelSource]:
         yield from linear.sources(element, itertools.chain(linear_plans(arch), quantized_plans(arch)))
         yield from dequantize_sources(element, INTEGERS)
         yield from sampling_sources(element)
-        yield from decode_attention_sources(element, capability=capability)
-        yield from context_attention_sources(element, capability=capability)
+        for fp8_cache in (False, True):
+            yield append_kv.source(element, fp8_cache=fp8_cache)
+            yield from decode_attention_sources(element, capability=capability, fp8_cache=fp8_cache)
+            yield from context_attention_sources(element, capability=capability, fp8_cache=fp8_cache)
 
 
 def measure(arch: str) -> dict[str, Usage]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..dtypes import DType
+from ..dtypes import DType, to_torch
 from ..spec import TensorSpec
 from .registry import Attrs, Op, ReferenceContext, Signature, register, widen
 
@@ -24,7 +24,32 @@ def _attention(sig: Signature) -> tuple[TensorSpec, ...]:
         sig.require(sig[index].dtype == DType.INT32, f"{what} {sig[index]} is not int32")
     sig.attr("layer")
     sig.attr("scale")
+    cached_as(sig.attrs, k.dtype)
+    if CACHE_DTYPE in sig.attrs:
+        sig.attr(CACHE_DTYPE, DType.FLOAT8_E4M3.value)
     return (q,)
+
+
+CACHE_DTYPE = "cache_dtype"
+"""The attribute that says what the cache holds; without it, the type of k and v."""
+FP8_MAX = 448.0
+
+
+def cached_as(attrs: Attrs, dtype: DType) -> DType:
+    """Type of the cache of an attention node whose k and v have type `dtype`."""
+    return DType(attrs.get(CACHE_DTYPE, dtype))
+
+
+def as_cached(attrs: Attrs, rows: torch.Tensor) -> torch.Tensor:
+    """k or v as the node's cache holds them: rounded to nearest; what e4m3 has no number for, to its largest."""
+    if CACHE_DTYPE not in attrs:
+        return rows
+    return rows.clamp(-FP8_MAX, FP8_MAX).to(to_torch(DType(attrs[CACHE_DTYPE])))
+
+
+def indexable(cache: torch.Tensor) -> torch.Tensor:
+    """`cache`, or a view of its bytes where it holds e4m3 numbers, which torch does not index everywhere."""
+    return cache.view(torch.uint8) if cache.dtype is torch.float8_e4m3fn else cache
 
 
 def append_to_pages(
@@ -38,8 +63,8 @@ def append_to_pages(
     page_size = cache[0].shape[1]
     position = torch.arange(first, first + k.shape[0], device=k.device)
     page, slot = pages[position // page_size].long(), position % page_size
-    cache[0][page, slot] = k
-    cache[1][page, slot] = v
+    for held, rows in zip(cache, (k, v), strict=True):
+        indexable(held)[page, slot] = indexable(rows.to(held.dtype))
 
 
 def _attention_reference(
@@ -52,17 +77,23 @@ def _attention_reference(
     kv_length: torch.Tensor,
     page_table: torch.Tensor,
 ) -> torch.Tensor:
-    """Written for clarity: one sequence at a time, scores and sums in float32 (float64 stays float64)."""
+    """Written for clarity: one sequence at a time, scores and sums in float32 (float64 stays float64).
+
+    The cache may be of a wider type than it is said to hold: what is written is rounded all the same.
+    """
     cache = ctx.kv_cache[attrs["layer"]]
     out = torch.empty_like(q)
     group = q.shape[1] // k.shape[1]
+    k, v = as_cached(attrs, k), as_cached(attrs, v)
     for b in range(kv_length.shape[0]):
         start, stop, length = int(query_start[b]), int(query_start[b + 1]), int(kv_length[b])
         first = length - (stop - start)
         append_to_pages(cache, k[start:stop], v[start:stop], page_table[b], first)
         num_pages = -(-length // cache[0].shape[1])
         keys, values = (
-            widen(part[page_table[b, :num_pages].long()].flatten(0, 1)[:length]).repeat_interleave(group, 1)
+            widen(indexable(part)[page_table[b, :num_pages].long()].view(part.dtype).flatten(0, 1)[:length])
+            .to(widen(q).dtype)
+            .repeat_interleave(group, 1)
             for part in cache
         )
         scores = torch.einsum("qhd,khd->hqk", widen(q[start:stop]), keys) * attrs["scale"]
@@ -78,7 +109,8 @@ def _attention_flops(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Map
 
 
 def _attention_bytes(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> int:
-    per_token = 2 * sig[1].with_shape(sig[1].shape[1:]).nbytes()
+    cached = TensorSpec(cached_as(sig.attrs, sig[1].dtype), sig[1].shape[1:])
+    per_token = 2 * cached.nbytes()
     return sizes["B"] * sizes["C"] * per_token + sum(
         spec.nbytes(sizes) for spec in (sig[0], sig[1], sig[2], *outputs)
     )
@@ -108,11 +140,12 @@ def _rotary_reference(
 
 ATTENTION = register(Op("attention", _attention, _attention_reference, _attention_flops, _attention_bytes))
 """`attention(q[T, heads, head_dim], k[T, kv_heads, head_dim], v, query_start[B+1], kv_length[B], page_table[B, P];
-layer, scale)` -> [T, heads, head_dim].
+layer, scale, cache_dtype?)` -> [T, heads, head_dim].
 
 First appends the tokens' k and v to slot `layer` of the cache, then lets every token see itself and all tokens
 before it in its sequence: softmax(scale q k^T) v. Sequence b owns rows query_start[b]:query_start[b+1], which are
-its last tokens; kv_length[b] counts all its tokens, these included. Source: arXiv:1706.03762, pages:
+its last tokens; kv_length[b] counts all its tokens, these included. With cache_dtype float8_e4m3fn, k and v are rounded as
+they are appended, so that a token sees the same whatever steps the others came in. Source: arXiv:1706.03762, pages:
 arXiv:2309.06180.
 """
 ROTARY = register(Op("rotary", _rotary, _rotary_reference))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from ..dtypes import DType
 from ..graph import Graph
 from ..quantize.scheme import Quantization
 from ..sharding import ShardingOptions
 from . import fold, fuse, rows, simplify
+from .cache import cache_type
 from .fold import Partition, partition
 from .quantize import quantize
 from .rewrite import Rule, reading, remove_dead, rewrite
@@ -32,11 +34,12 @@ def pipeline(
     aliases: Mapping[str, str],
     fusions: frozenset[str],
     quantization: Quantization | None = None,
+    cache_dtype: DType | None = None,
 ) -> Iterator[Pass]:
     """The steps from a family's composition to what a target lowers, in order.
 
     aliases: weight -> the weight that holds its data; fusions: what the target can run as one op (`fuse.FUSIONS`);
-    quantization: which weights are stored as integers.
+    quantization: which weights are stored as integers; cache_dtype: what the KV cache holds, None: k and v as they are.
     """
     # First, while every weight is still the checkpoint's own, so that sharding rules apply to it.
     position, member = sharding.place(rank)
@@ -47,6 +50,7 @@ def pipeline(
     yield Pass("share tied weights", lambda graph: share_tied_weights(graph, aliases))
     # After sharding, which follows float weights, and before anything is made of weights.
     yield Pass("quantize", lambda graph: quantize(graph, quantization))
+    yield Pass("cache type", lambda graph: cache_type(graph, cache_dtype))
     yield Pass("simplify", lambda graph: rewrite(graph, simplify.RULES))
     # Before norms are fused with sums: a fused sum has two readers' results and no longer is one row-wise op.
     yield Pass("select rows early", lambda graph: rewrite(graph, rows.RULES))
@@ -69,6 +73,7 @@ def optimize(
     fusions: frozenset[str],
     ops: frozenset[str],
     quantization: Quantization | None = None,
+    cache_dtype: DType | None = None,
     trace: Callable[[str, Graph], None] | None = None,
 ) -> Partition:
     """Runs the pipeline and splits off what the build computes. Every step's result is verified.
@@ -76,7 +81,7 @@ def optimize(
     ops: the ops the target runs; trace: told the name and result of every step that changed the graph.
     Raises GraphError naming the step and node, when a pass breaks a rule or an op is left that the target lacks.
     """
-    for step in pipeline(sharding, rank, aliases, fusions, quantization):
+    for step in pipeline(sharding, rank, aliases, fusions, quantization, cache_dtype):
         result = step.run(graph).verify(f"after pass '{step.name}'")
         if trace is not None and result != graph:
             trace(step.name, result)

@@ -12,6 +12,7 @@ from ..config import TARGETS, BuildConfig
 from ..dtypes import DType
 from ..errors import ConfigError
 from ..graph import Graph
+from ..ops.attention import cached_as
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,8 @@ class Capabilities:
     pipeline_parallel: bool = False
     quantized: frozenset[str] = frozenset()
     """Kinds of quantized weights (`core.quantize.scheme.WeightFormat.kind`)."""
+    kv_cache_dtypes: frozenset[str] = frozenset({"auto"})
+    """What the KV cache may hold (`core.config.KV_CACHE_DTYPES`)."""
 
 
 class Target(Protocol):
@@ -71,7 +74,7 @@ def get_target(name: str) -> Target:
 @dataclass(frozen=True)
 class CacheShape:
     """The KV cache that a graph needs: `layers` pairs of k and v pages [num_pages, page_size, num_kv_heads,
-    head_dim]."""
+    head_dim] of `dtype`."""
 
     layers: int
     num_kv_heads: int
@@ -82,12 +85,16 @@ class CacheShape:
     @classmethod
     def of(cls, graph: Graph, page_size: int) -> CacheShape:
         """Read off the attention nodes, which must agree. Raises AssertionError when they do not."""
-        keys = {graph.specs[node.used[1]] for node in graph.nodes if node.op == "attention"}
-        assert len(keys) == 1, f"attention layers differ in their keys: {keys}"
-        (key,) = keys
+        keys = {
+            (graph.specs[node.used[1]], cached_as(node.attrs, graph.specs[node.used[1]].dtype))
+            for node in graph.nodes
+            if node.op == "attention"
+        }
+        assert len(keys) == 1, f"attention layers differ in their keys or caches: {keys}"
+        ((key, dtype),) = keys
         _, heads, head_dim = key.shape
         assert isinstance(heads, int) and isinstance(head_dim, int)
-        return cls(graph.num_cache_layers, heads, head_dim, key.dtype, page_size)
+        return cls(graph.num_cache_layers, heads, head_dim, dtype, page_size)
 
     @property
     def bytes_per_page(self) -> int:

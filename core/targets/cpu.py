@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import BuildConfig
+from ..config import KV_CACHE_DTYPES, BuildConfig
 from ..dtypes import MODEL_DTYPES, to_torch
 from ..errors import ConfigError
 from ..graph import Graph
@@ -43,6 +43,7 @@ class CpuTarget:
             tensor_parallel=True,
             pipeline_parallel=True,
             quantized=KINDS,
+            kv_cache_dtypes=frozenset(KV_CACHE_DTYPES),
         )
 
     def compile(

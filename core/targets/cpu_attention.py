@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ...kernels import cpu_step
 from ..dtypes import from_torch
 from ..graph import Node
+from ..ops.attention import as_cached, indexable
 
 KVCache = list[tuple[torch.Tensor, torch.Tensor]]
 """Per layer the pages of k and v, each [num_pages, page_size, num_kv_heads, head_dim]."""
@@ -80,8 +81,8 @@ class CpuAttention:
         scale: float = node.attrs["scale"]
 
         def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-            key_slots[self._slots] = k
-            value_slots[self._slots] = v
+            indexable(key_slots)[self._slots] = indexable(as_cached(node.attrs, k))
+            indexable(value_slots)[self._slots] = indexable(as_cached(node.attrs, v))
             decode = self._decode
             if decode is not None and decode.rows is None:
                 return _attend_decode(q, key_slots, value_slots, decode, scale)
@@ -170,7 +171,10 @@ def _attend_decode(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: _Decode, scale: float
 ) -> torch.Tensor:
     """q: [sequences, heads, head_dim], one token of each; keys, values: [slots, kv_heads, head_dim]."""
-    k, v = (cache[batch.slots].transpose(1, 2) for cache in (keys, values))
+    k, v = (
+        indexable(cache)[batch.slots].view(cache.dtype).to(q.dtype).transpose(1, 2)
+        for cache in (keys, values)
+    )
     out = F.scaled_dot_product_attention(
         q.unsqueeze(2), k, v, attn_mask=batch.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -181,7 +185,10 @@ def _attend_single(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, part: _Single, scale: float
 ) -> torch.Tensor:
     """q: [rows, heads, head_dim]; keys, values: [num_pages, page_size, kv_heads, head_dim]."""
-    k, v = (_tokens(cache, part.pages, part.length).transpose(0, 1).unsqueeze(0) for cache in (keys, values))
+    k, v = (
+        _tokens(cache, part.pages, part.length).to(q.dtype).transpose(0, 1).unsqueeze(0)
+        for cache in (keys, values)
+    )
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
         k,
@@ -198,5 +205,5 @@ def _tokens(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tens
     """[length, kv_heads, head_dim] of the tokens on `pages`."""
     first = int(pages[0])
     neighbours = bool((pages.diff() == 1).all())  # then a view does, without a copy
-    held = cache[first : first + len(pages)] if neighbours else cache[pages]
+    held = cache[first : first + len(pages)] if neighbours else indexable(cache)[pages].view(cache.dtype)
     return held.flatten(0, 1)[:length]

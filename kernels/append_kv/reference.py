@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..paged import cache_slots
+from ..paged import as_bytes, as_stored, cache_slots
 
 
 def append_kv(
@@ -23,6 +23,7 @@ def append_kv(
     token = torch.arange(len(sequence), device=k.device)
     position = kv_length.long()[sequence] - (query_start.long()[sequence + 1] - token)
     slots = cache_slots(page_table, sequence, position, k_cache.shape[1])
-    k_cache.flatten(0, 1)[slots] = k[: len(sequence)]
-    v_cache.flatten(0, 1)[slots] = v[: len(sequence)]
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        new = as_stored(rows[: len(sequence)], cache).to(cache.dtype)
+        as_bytes(cache).flatten(0, 1)[slots] = as_bytes(new)
     return k_cache, v_cache

@@ -14,6 +14,13 @@ __device__ __forceinline__ void copy_async_16(unsigned int destination, const vo
                  : "memory");
 }
 
+// As copy_async_16, for 8 bytes.
+__device__ __forceinline__ void copy_async_8(unsigned int destination, const void* source, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(destination),
+                 "l"(__cvta_generic_to_global(source)), "r"(valid ? 8 : 0)
+                 : "memory");
+}
+
 // As copy_async_16, for data read once: asks L2 for the whole 128-byte line at the first touch.
 __device__ __forceinline__ void stream_async_16(unsigned int destination, const void* source, bool valid) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination),

@@ -25,6 +25,21 @@ __device__ __forceinline__ void load_matrices_transposed(uint32 (&fragment)[4], 
                  : "memory");
 }
 
+// The first two of the four matrices, whose rows lanes 0 to 15 give.
+__device__ __forceinline__ void load_two_matrices(uint32 (&fragment)[4], uint32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_two_matrices_transposed(uint32 (&fragment)[4], uint32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(address)
+                 : "memory");
+}
+
 // Transposes an 8x8 matrix of 16-bit elements that the warp holds, two neighbours of a row per lane.
 __device__ __forceinline__ uint32 transpose_matrix(uint32 value) {
     uint32 result;

@@ -8,7 +8,7 @@ from ..contract import ELEMENT_TYPES, pointer
 from ..errors import KernelContractError
 from ..launch import BoundKernel
 from ..library import KernelLibrary
-from ..paged import LOG2_E, check_cache, check_int32, check_rows, contract_key, page_shift
+from ..paged import LOG2_E, check_cache, check_int32, check_rows, contract_key, is_fp8, page_shift
 from .plan import ACCUMULATIONS, SIGNATURE, ContextPlan, choose_plan, sources
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class ContextAttention:
 
         q, out:           [num_tokens, num_heads, head_dim]               packed; rows may lie apart
         k, v:             [num_tokens, num_kv_heads, head_dim]            packed, of the new tokens; dtype of q
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]  dtype of q; read for earlier tokens
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]  dtype of q, or float8_e4m3fn, to which new k and v
+                          are then rounded before anything is made of them; read for earlier tokens
         query_start:      [num_seqs + 1] int32  first packed row of each sequence, then the number of rows in use (rows
                           after it are padding: their output is not written)
         kv_length:        [num_seqs] int32      tokens of each sequence, the new ones included
@@ -66,7 +67,9 @@ class ContextAttention:
         kernel = self._bound.get(key)
         if kernel is None:
             check(*tensors, accumulation)
-            kernel = self._bound[key] = self._bind(q, kv_length.shape[0], accumulation, dependent, plan)
+            kernel = self._bound[key] = self._bind(
+                q, is_fp8(k_cache), kv_length.shape[0], accumulation, dependent, plan
+            )
         num_kv_heads = k.shape[1]
         kernel(
             *map(pointer, tensors), q.stride(0), k.stride(0), v.stride(0), out.stride(0), kv_length.shape[0],
@@ -76,14 +79,15 @@ class ContextAttention:
         return out
 
     def _bind(
-        self, q: torch.Tensor, num_seqs: int, accumulation: str, dependent: bool, plan: ContextPlan | None
-    ) -> BoundKernel:
+        self, q: torch.Tensor, fp8_cache: bool, num_seqs: int, accumulation: str, dependent: bool,
+        plan: ContextPlan | None,
+    ) -> BoundKernel:  # fmt: skip
         num_tokens, num_heads, head_dim = q.shape
         plan = plan or choose_plan(
             num_tokens, num_seqs, num_heads, head_dim, accumulation=accumulation,
             capability=self._library.capability, multiprocessors=self._library.multiprocessors,
         )  # fmt: skip
-        source = plan.source(ELEMENT_TYPES[str(q.dtype).removeprefix("torch.")])
+        source = plan.source(ELEMENT_TYPES[str(q.dtype).removeprefix("torch.")], fp8_cache=fp8_cache)
         kernel = self._library.kernel(source, source.entries[0], SIGNATURE)
         return kernel.bind(plan.launch_shape(dependent and self._library.capability >= 90))
 
@@ -106,11 +110,11 @@ def check(
     num_tokens, num_heads = q.shape[:2]
     num_kv_heads, head_dim = k_cache.shape[2:]
     num_seqs = kv_length.shape[0]
-    check_cache(OP, k_cache, v_cache, num_heads)
+    check_cache(OP, k_cache, v_cache, num_heads, q)
     new_rows = {"num_tokens": num_tokens, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     rows = {"num_tokens": num_tokens, "num_heads": num_heads, "head_dim": head_dim}
     for name, tensor, sizes in (("q", q, rows), ("k", k, new_rows), ("v", v, new_rows), ("out", out, rows)):
-        check_rows(OP, name, tensor, k_cache, sizes)
+        check_rows(OP, name, tensor, k_cache, q, sizes)
     check_int32(OP, "query_start", query_start, q, {"num_seqs + 1": num_seqs + 1})
     check_int32(OP, "kv_length", kv_length, q, {"num_seqs": num_seqs})
     check_int32(

@@ -1,5 +1,6 @@
 // What both context attention kernels share: which query rows a block has, and where tokens lie in the cache.
 #pragma once
+#include "common/fp8.cuh"
 #include "common/types.cuh"
 
 namespace trtc {
@@ -70,5 +71,16 @@ struct CacheRows {
         return slot * token_stride + head_offset;
     }
 };
+
+// Eight elements in shared memory, as this thread copied them there: of a token in the cache, 8 bytes of e4m3 numbers,
+// which become elements; of a new one, elements, which are rounded to e4m3 numbers.
+template <typename T>
+__device__ __forceinline__ void round_piece(unsigned char* place, bool is_past) {
+    using Piece = Eight<T, E4m3>;
+    uint4& elements = *reinterpret_cast<uint4*>(place);
+    uint2 stored = *reinterpret_cast<const uint2*>(place);
+    if (!is_past) stored = Piece::store(elements);
+    elements = Piece::load(stored);
+}
 
 }  // namespace trtc

@@ -7,16 +7,19 @@
 //   kRowTiles          tiles of 16 query rows per warp: 64 * kRowTiles query rows per block
 //   kKeys              keys of a tile: 32 or 64
 //   kHalfAccumulation  q.k and p.v are accumulated in float16 (T = __half only), else in float32
+//   C                  what the cache holds: T, or E4m3
 //
 // A sequence's keys come from two places: tokens of earlier steps from the paged cache, the new ones from the
 // packed rows beside q. So nothing has to be appended before this kernel runs; it copies the new k and v into
-// the cache on the way, from the tiles it has in shared memory. Softmax is always in float32.
+// the cache on the way, from the tiles it has in shared memory. Softmax is always in float32. With a cache of e4m3
+// numbers, new k and v are rounded to them first, so that a token sees the same of the others whatever step they came in.
 //
 // Grid (query heads, slots): slots counts blocks of query rows over all sequences, num_tokens / rows +
 // sequences is enough of them; surplus ones exit. Grid x is the head, so that neighbours in time read
 // neighbouring memory.
 
 #include "common/async.cuh"
+#include "common/fp8.cuh"
 #include "common/softmax_tiles.cuh"
 #include "context_attention/block.cuh"
 
@@ -26,7 +29,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 
 // Shared memory: the query rows of the block, then two stages of a tile of k and a tile of v.
-template <int kHeadDim, int kRowTiles, int kKeys>
+template <int kHeadDim, int kRowTiles, int kKeys, bool kRounds>
 struct Layout {
     static_assert(kHeadDim % 16 == 0 && kKeys % 16 == 0, "whole mma tiles");
     static constexpr int kWarpRows = kRowTiles * 16;
@@ -41,7 +44,7 @@ struct Layout {
     static constexpr int kSteps = kHeadDim / 16;
     static constexpr int kCopies = (kKeys * kChunks + kThreads - 1) / kThreads;  // of k, per thread and tile
 #if __CUDA_ARCH__ < 1200
-    static constexpr bool kQueryInRegisters = kRowTiles * kHeadDim <= 128;
+    static constexpr bool kQueryInRegisters = kRowTiles * kHeadDim <= 128 && !(kRounds && kRowTiles > 1);
 #else
     static constexpr bool kQueryInRegisters = kRowTiles == 1;  // two row tiles would spill there
 #endif
@@ -85,14 +88,15 @@ struct Sums<__half, true> {
 // q, k, v, out: packed rows, `*_stride` elements apart. k_cache, v_cache: [num_pages, page_size,
 // num_kv_heads, kHeadDim]. query_start: [sequences + 1]; kv_length: [sequences], the new tokens included;
 // page_table: [sequences, pages_per_sequence]. append: also write the new k and v to the cache.
-template <typename T, int kHeadDim, int kRowTiles, int kKeys, bool kHalfAccumulation>
-__global__ void __launch_bounds__(kThreads, kRowTiles == 1 && kHeadDim < 128 ? 3 : 2)
-    context_attention(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, T* k_cache,
-                      T* v_cache, const int* __restrict__ query_start, const int* __restrict__ kv_length,
+template <typename T, int kHeadDim, int kRowTiles, int kKeys, bool kHalfAccumulation, typename C = T>
+__global__ void __launch_bounds__(kThreads, kRowTiles == 1 && kHeadDim < 128 && !Eight<T, C>::kRounds ? 3 : 2)
+    context_attention(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, C* k_cache,
+                      C* v_cache, const int* __restrict__ query_start, const int* __restrict__ kv_length,
                       const int* __restrict__ page_table, T* __restrict__ out, int q_stride, int k_stride,
                       int v_stride, int out_stride, int sequences, int num_kv_heads, int group,
                       int page_shift, int pages_per_sequence, float scale_log2, int append) {
-    using L = Layout<kHeadDim, kRowTiles, kKeys>;
+    using Piece = Eight<T, C>;
+    using L = Layout<kHeadDim, kRowTiles, kKeys, Piece::kRounds>;
     using Tile = Sums<T, kHalfAccumulation>;
     extern __shared__ __align__(16) unsigned char shared[];
     const int lane = threadIdx.x & 31;
@@ -137,18 +141,29 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 && kHeadDim < 128 ? 3
             if (row >= kKeys) break;
             const int key = first_key + row;
             const bool wanted = key < end_key;
-            const T *k_source = new_k, *v_source = new_v;
-            if (is_past) {
-                const long long offset = rows.offset(wanted ? key : 0);
-                k_source = k_cache + offset;
-                v_source = v_cache + offset;
-            } else {
-                k_source += static_cast<long long>(key) * k_stride;
-                v_source += static_cast<long long>(key) * v_stride;
-            }
             const uint32 target = stage + row * L::kRowBytes + chunk * 16;
-            copy_async_16(target, k_source + chunk * 8, wanted);
-            copy_async_16(target + L::kTileBytes, v_source + chunk * 8, wanted);
+            if constexpr (Piece::kRounds) {
+                if (is_past) {
+                    const long long offset = rows.offset(wanted ? key : 0) + chunk * 8;
+                    copy_async_8(target, k_cache + offset, wanted);
+                    copy_async_8(target + L::kTileBytes, v_cache + offset, wanted);
+                    continue;
+                }
+                copy_async_16(target, new_k + static_cast<long long>(key) * k_stride + chunk * 8, wanted);
+                copy_async_16(target + L::kTileBytes, new_v + static_cast<long long>(key) * v_stride + chunk * 8, wanted);
+            } else {
+                const T *k_source = new_k, *v_source = new_v;
+                if (is_past) {
+                    const long long offset = rows.offset(wanted ? key : 0);
+                    k_source = k_cache + offset;
+                    v_source = v_cache + offset;
+                } else {
+                    k_source += static_cast<long long>(key) * k_stride;
+                    v_source += static_cast<long long>(key) * v_stride;
+                }
+                copy_async_16(target, k_source + chunk * 8, wanted);
+                copy_async_16(target + L::kTileBytes, v_source + chunk * 8, wanted);
+            }
         }
         copy_async_commit();
     };
@@ -171,6 +186,18 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 && kHeadDim < 128 ? 3
     const int warp_row = block.first_row + warp * L::kWarpRows;
     for (int tile = 0; tile < tiles; ++tile) {
         copy_async_wait<0>();
+        if constexpr (Piece::kRounds) {
+            unsigned char* const k_area = shared + L::kRows * L::kRowBytes + (tile & 1) * L::kStageBytes;
+#pragma unroll
+            for (int i = 0; i < L::kCopies; ++i) {
+                const int piece = threadIdx.x + i * kThreads;
+                const int row = piece / L::kChunks, chunk = piece % L::kChunks;
+                if (row >= kKeys) break;
+                unsigned char* const place = k_area + row * L::kRowBytes + chunk * 16;
+                round_piece<T>(place, tile < past_tiles);
+                round_piece<T>(place + L::kTileBytes, tile < past_tiles);
+            }
+        }
         __syncthreads();  // this tile has landed for everyone, and everyone is done with the one before
         if (tile + 1 < tiles) fetch(tile + 1);
         if constexpr (L::kQueryInRegisters) {
@@ -195,9 +222,11 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 && kHeadDim < 128 ? 3
                 if (key >= kKeys || first_key + key >= end_row) break;
                 const long long offset = rows.offset(block.past + first_key + key) + chunk * 8;
                 const unsigned char* const source = shared + stage_offset + key * L::kRowBytes + chunk * 16;
-                *reinterpret_cast<uint4*>(k_cache + offset) = *reinterpret_cast<const uint4*>(source);
-                *reinterpret_cast<uint4*>(v_cache + offset) =
-                    *reinterpret_cast<const uint4*>(source + L::kTileBytes);
+                using Stored = typename Piece::Stored;
+                *reinterpret_cast<Stored*>(k_cache + offset) =
+                    Piece::store(*reinterpret_cast<const uint4*>(source));
+                *reinterpret_cast<Stored*>(v_cache + offset) =
+                    Piece::store(*reinterpret_cast<const uint4*>(source + L::kTileBytes));
             }
         }
         if (!is_past && first_key >= warp_row + L::kWarpRows) continue;  // all in this warp's future

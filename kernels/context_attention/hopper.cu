@@ -5,10 +5,12 @@
 //   T         __half or __nv_bfloat16
 //   kHeadDim  64, 80, 96 or 128
 //   kGroups   warpgroups: a block handles 64 * kGroups query rows
+//   C         what the cache holds: T, or E4m3
 //
 // Rows of q, k and v lie in shared memory as a panel of 64 dims and, if there are more, a panel of the rest.
 
 #include "common/async.cuh"
+#include "common/fp8.cuh"
 #include "common/softmax_tiles.cuh"
 #include "common/wgmma.cuh"
 #include "context_attention/block.cuh"
@@ -40,10 +42,10 @@ struct Panels {
 };
 
 // q, k, v, out, the caches and tables: as in context_attention.cu. Grid (query heads, slots).
-template <typename T, int kHeadDim, int kGroups>
+template <typename T, int kHeadDim, int kGroups, typename C = T>
 __global__ void __launch_bounds__(kGroups* kGroupThreads, kHeadDim == 64 && kGroups == 2 ? 2 : 1)
     context_attention_hopper(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                             T* k_cache, T* v_cache, const int* __restrict__ query_start,
+                             C* k_cache, C* v_cache, const int* __restrict__ query_start,
                              const int* __restrict__ kv_length, const int* __restrict__ page_table,
                              T* __restrict__ out, int q_stride, int k_stride, int v_stride, int out_stride,
                              int sequences, int num_kv_heads, int group, int page_shift,
@@ -53,6 +55,7 @@ __global__ void __launch_bounds__(kGroups* kGroupThreads, kHeadDim == 64 && kGro
     constexpr int kRows = kGroups * kGroupRows;
     constexpr int kChunks = kHeadDim / 8;
     constexpr int kRest = kHeadDim - 64;
+    using Piece = Eight<T, C>;
     using Queries = Panels<kHeadDim, kRows>;
     using Keys = Panels<kHeadDim, kKeys>;
     constexpr int kStageBytes = 2 * Keys::kBytes;  // k, then v
@@ -110,7 +113,11 @@ __global__ void __launch_bounds__(kGroups* kGroupThreads, kHeadDim == 64 && kGro
                 const int key = tile * kKeys + row_of(i);
                 const bool wanted = key < block.past;
                 const long long offset = rows.offset(wanted ? key : 0) + chunk_of(i) * 8;
-                if (is_piece(i)) {
+                if (!is_piece(i)) continue;
+                if constexpr (Piece::kRounds) {
+                    copy_async_8(target + places[i], k_cache + offset, wanted);
+                    copy_async_8(target + Keys::kBytes + places[i], v_cache + offset, wanted);
+                } else {
                     copy_async_16(target + places[i], k_cache + offset, wanted);
                     copy_async_16(target + Keys::kBytes + places[i], v_cache + offset, wanted);
                 }
@@ -143,6 +150,15 @@ __global__ void __launch_bounds__(kGroups* kGroupThreads, kHeadDim == 64 && kGro
 
     for (int tile = 0, stage = 0; tile < tiles; ++tile, stage = stage == kStages - 1 ? 0 : stage + 1) {
         copy_async_wait<1>();
+        if constexpr (Piece::kRounds) {
+            unsigned char* const k_area = shared + Queries::kBytes + stage * kStageBytes;
+#pragma unroll
+            for (int i = 0; i < kCopies; ++i) {
+                if (!is_piece(i)) continue;
+                round_piece<T>(k_area + places[i], tile < past_tiles);
+                round_piece<T>(k_area + Keys::kBytes + places[i], tile < past_tiles);
+            }
+        }
         fence_for_wgmma();
         __syncthreads();  // this tile has landed for everyone, and everyone is done with the one before
         fetch(tile + 2, stage == 0 ? kStages - 1 : stage - 1);
@@ -159,10 +175,11 @@ __global__ void __launch_bounds__(kGroups* kGroupThreads, kHeadDim == 64 && kGro
             for (int i = 0; i < kCopies; ++i) {
                 if (!is_piece(i) || first_key + row_of(i) >= end_row) continue;
                 const long long offset = rows.offset(block.past + first_key + row_of(i)) + chunk_of(i) * 8;
-                *reinterpret_cast<uint4*>(k_cache + offset) =
-                    *reinterpret_cast<const uint4*>(source + places[i]);
-                *reinterpret_cast<uint4*>(v_cache + offset) =
-                    *reinterpret_cast<const uint4*>(source + Keys::kBytes + places[i]);
+                using Stored = typename Piece::Stored;
+                *reinterpret_cast<Stored*>(k_cache + offset) =
+                    Piece::store(*reinterpret_cast<const uint4*>(source + places[i]));
+                *reinterpret_cast<Stored*>(v_cache + offset) =
+                    Piece::store(*reinterpret_cast<const uint4*>(source + Keys::kBytes + places[i]));
             }
         }
         if (!computes) continue;

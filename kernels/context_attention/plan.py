@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import KernelContractError
 from ..launch import LaunchShape
 from ..nvrtc import KernelSource
-from ..paged import HEAD_DIMS
+from ..paged import FP8_ELEMENT, HEAD_DIMS
 
 FOLDER = Path(__file__).parent
 SIGNATURE = "PPPPPPPPPiiiiiiiiifi"
@@ -48,13 +48,15 @@ class ContextPlan:
     accumulation: str
     hopper: bool
 
-    def source(self, element: str) -> KernelSource:
+    def source(self, element: str, *, fp8_cache: bool = False) -> KernelSource:
         """The file and its one entry for CUDA type `element`."""
+        cache = f", {FP8_ELEMENT}" if fp8_cache else ""
         if self.hopper:
-            entry = f"trtc::context_attention_hopper<{element}, {self.head_dim}, {self.rows // 64}>"
+            entry = f"trtc::context_attention_hopper<{element}, {self.head_dim}, {self.rows // 64}{cache}>"
             return KernelSource(FOLDER / "hopper.cu", (entry,))
         half = str(self.accumulation == "float16").lower()
-        entry = f"trtc::context_attention<{element}, {self.head_dim}, {self.rows // 64}, {self.keys}, {half}>"
+        sizes = f"{self.head_dim}, {self.rows // 64}, {self.keys}, {half}{cache}"
+        entry = f"trtc::context_attention<{element}, {sizes}>"
         return KernelSource(FOLDER / "context_attention.cu", (entry,))
 
     @property
@@ -95,7 +97,7 @@ def choose_plan(
 
 
 def sources(
-    element: str, head_dims: tuple[int, ...] = HEAD_DIMS, capability: int = 90
+    element: str, head_dims: tuple[int, ...] = HEAD_DIMS, capability: int = 90, *, fp8_cache: bool = False
 ) -> tuple[KernelSource, ...]:
     """The files with every kernel that `choose_plan` can ask for, for CUDA type `element`."""
     batches = ((1, 1), (1 << 20, 1), (1 << 20, 1 << 20))  # few rows, long sequences, short ones
@@ -107,6 +109,6 @@ def sources(
     ]
     by_file: dict[Path, dict[str, None]] = {}
     for plan in plans:
-        source = plan.source(element)
+        source = plan.source(element, fp8_cache=fp8_cache)
         by_file.setdefault(source.path, {})[source.entries[0]] = None
     return tuple(KernelSource(path, tuple(entries)) for path, entries in by_file.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..paged import causal_attention, gather_pages
+from ..paged import as_stored, causal_attention, gather_pages
 
 
 def context_attention(
@@ -28,7 +28,9 @@ def context_attention(
     for i, length in enumerate(kv_length.tolist()):
         new = slice(starts[i], starts[i + 1])
         past = length - (new.stop - new.start)
-        keys = torch.cat([gather_pages(k_cache, page_table[i], past), k[new]])
-        values = torch.cat([gather_pages(v_cache, page_table[i], past), v[new]])
+        keys, values = (
+            torch.cat([gather_pages(cache, page_table[i], past), as_stored(rows[new], cache)])
+            for cache, rows in ((k_cache, k), (v_cache, v))
+        )
         out[new] = causal_attention(q[new], keys, values, scale)
     return out

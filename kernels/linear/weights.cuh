@@ -14,6 +14,7 @@
 // Integers become floating point by their bits: behind the right exponent they are a number with an offset, which one
 // subtraction takes off. What is said of integers here goes for e4m3 numbers (fp8) as well.
 #pragma once
+#include "common/fp8.cuh"
 #include "common/types.cuh"
 
 namespace trtc {
@@ -29,18 +30,11 @@ struct FloatWeight {
     static __device__ __forceinline__ uint4 piece(const uint4& stored, int) { return stored; }
 };
 
-// a - b, a * b and a * b + c of pairs, all given by their bits.
+// a - b and a * b + c of pairs, all given by their bits.
 template <typename T>
 __device__ __forceinline__ uint32 subtract_pairs(uint32 a, uint32 b) {
     using Pair = typename PairOf<T>::type;
     const Pair result = __hsub2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
-    return reinterpret_cast<const uint32&>(result);
-}
-
-template <typename T>
-__device__ __forceinline__ uint32 multiply_pairs(uint32 a, uint32 b) {
-    using Pair = typename PairOf<T>::type;
-    const Pair result = __hmul2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
     return reinterpret_cast<const uint32&>(result);
 }
 
@@ -78,38 +72,6 @@ struct IntegerPair<__nv_bfloat16> {
         // off from 128 (0x4300) into 256 (0x4380).
         const uint32 wide = __byte_perm(word, 0x43434343u, kUpper ? 0x4342 : 0x4140);
         return subtract_pairs<__nv_bfloat16>(wide & 0xff7fff7fu, wide & 0xff80ff80u);
-    }
-};
-
-// The same of e4m3 numbers. Sign, four bits of exponent and three of mantissa, moved to where T has them, are the number but for
-// the bias of the exponent, which a power of two makes up for; also of the smallest ones, which have no exponent in T either.
-template <int kShift, uint32 kMask, bool kUpper>
-__device__ __forceinline__ uint32 e4m3_moved(uint32 word) {
-    const uint32 wide = __byte_perm(word, 0, kUpper ? 0x3424 : 0x1404);
-    return ((wide >> kShift) & kMask) | (wide & 0x80008000u);
-}
-
-template <typename T>
-struct Fp8Pair;
-template <>
-struct Fp8Pair<__half> {
-    template <bool kUpper>
-    static __device__ __forceinline__ uint32 of(uint32 word) {
-#if __CUDA_ARCH__ >= 890
-        const unsigned short pair = kUpper ? word >> 16 : word;
-        uint32 result;
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;\n" : "=r"(result) : "h"(pair));
-        return result;
-#else
-        return multiply_pairs<__half>(e4m3_moved<1, 0x3f803f80u, kUpper>(word), 0x5c005c00u);  // 2^8
-#endif
-    }
-};
-template <>
-struct Fp8Pair<__nv_bfloat16> {
-    template <bool kUpper>
-    static __device__ __forceinline__ uint32 of(uint32 word) {
-        return multiply_pairs<__nv_bfloat16>(e4m3_moved<4, 0x07f007f0u, kUpper>(word), 0x7b807b80u);  // 2^120
     }
 };
 

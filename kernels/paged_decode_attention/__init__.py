@@ -9,7 +9,7 @@ from ..errors import KernelContractError
 from ..launch import BoundKernel
 from ..library import KernelLibrary
 from ..nvrtc import KernelSource
-from ..paged import ELEMENTS, LOG2_E, check_cache, check_int32, check_rows, contract_key, page_shift
+from ..paged import ELEMENTS, LOG2_E, check_cache, check_int32, check_rows, contract_key, is_fp8, page_shift
 from .plan import SIGNATURE, SOURCE, DecodePlan, choose_plan, entry, sources
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class PagedDecodeAttention:
         """`choose_plan` for this GPU; its `workspace_bytes` say what `__call__` needs."""
         _, _, num_kv_heads, head_dim = k_cache.shape
         return choose_plan(
-            num_seqs, num_heads, num_kv_heads, head_dim, max_kv_length,
+            num_seqs, num_heads, num_kv_heads, head_dim, max_kv_length, fp8_cache=is_fp8(k_cache),
             capability=self._library.capability, multiprocessors=self._library.multiprocessors,
             shared_limit=self._library.shared_limit,
         )  # fmt: skip
@@ -57,7 +57,8 @@ class PagedDecodeAttention:
 
         q, out:           [num_seqs, num_heads, head_dim]                  rows may lie apart (a fused qkv buffer)
         k, v:             [num_seqs, num_kv_heads, head_dim]               the new token's; dtype of q
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]   dtype of q; the new row is written
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]   dtype of q, or float8_e4m3fn; the new row is written,
+                          and seen as the cache holds it
         page_table:       [num_seqs, pages_per_seq] int32                  -1 where unused
         kv_length:        [num_seqs] int32   the new token included; 0 marks an unused row, whose output becomes 0
         plan:      from `plan`, for a bound on kv_length. Lengths are read on the device: a captured launch serves any.
@@ -109,15 +110,18 @@ def check(
 
     num_seqs, num_heads = q.shape[:2]
     num_kv_heads, head_dim = k_cache.shape[2:]
-    check_cache(OP, k_cache, v_cache, num_heads)
+    check_cache(OP, k_cache, v_cache, num_heads, q)
     new_rows = {"num_seqs": num_seqs, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     rows = {"num_seqs": num_seqs, "num_heads": num_heads, "head_dim": head_dim}
     for name, tensor, sizes in (("q", q, rows), ("k", k, new_rows), ("v", v, new_rows), ("out", out, rows)):
-        check_rows(OP, name, tensor, k_cache, sizes)
+        check_rows(OP, name, tensor, k_cache, q, sizes)
     check_int32(
         OP, "page_table", page_table, q, {"num_seqs": num_seqs, "pages_per_seq": page_table.shape[-1]}
     )
     check_int32(OP, "kv_length", kv_length, q, {"num_seqs": num_seqs})
+    if plan.fp8_cache != is_fp8(k_cache):
+        made_for = "float8_e4m3fn" if plan.fp8_cache else "16-bit"
+        raise KernelContractError(f"{OP}: the plan is for a {made_for} cache, this one is {k_cache.dtype}")
     planned = (plan.num_seqs, plan.num_kv_heads, plan.head_dim)
     if planned != (num_seqs, num_kv_heads, head_dim):
         raise KernelContractError(

@@ -10,6 +10,8 @@
 //   shared memory
 //             (sm_90 and later, at most 8 splits); false: they combine through `partial` in global memory,
 //             the last one to arrive doing the work
+//   C         what the cache holds: T, or E4m3: k and v are rounded to it, the new token's as well, and become T again on
+//             the way from shared memory to the tensor cores
 //
 // Grid (kv heads x blocks of 8 query heads, sequences, splits). Tiles of 16 tokens are dealt in turn to the
 // warps of all splits, so that a warp can look up the pages of its tiles before it knows the length. Tensor
@@ -19,6 +21,7 @@
 
 #include "common/async.cuh"
 #include "common/cluster.cuh"
+#include "common/fp8.cuh"
 #include "common/softmax_tiles.cuh"
 
 namespace trtc {
@@ -28,17 +31,24 @@ constexpr int kHeads = 8;              // query heads a block handles: columns o
 constexpr float kRescaleSlack = 8.0f;  // log2: sums may grow 2^8-fold before they are rescaled
 
 // Shared memory of one warp: stages of a tile of k, then a tile of v.
-template <int kHeadDim>
+template <int kHeadDim, typename C>
 struct Layout {
     static_assert(kHeadDim % 16 == 0 && kHeadDim <= 128,
                   "a lane copies at most one 16-byte piece of a new row");
-    static constexpr int kChunks = kHeadDim / 8;  // 16-byte pieces of a row of k or v
+    static constexpr bool kPacked = sizeof(C) == 1;
+    static constexpr int kPiece = 16 / sizeof(C);       // elements of 16 bytes
+    static constexpr int kChunks = kHeadDim / kPiece;   // 16-byte pieces of a row of k or v
+    static constexpr int kNewChunks = kHeadDim / 8;     // pieces of a new row, whose elements have 16 bits
     static constexpr int kRowBytes =
         (kChunks | 1) * 16;  // an odd number of pieces: ldmatrix meets no bank twice
     static constexpr int kTileBytes = kTile * kRowBytes;
     static constexpr int kStageBytes = 2 * kTileBytes;
-    static constexpr int kCopies = kTile * kChunks / 32;  // 16-byte copies per lane for one tile of k
-    static constexpr int kSteps = kHeadDim / 16;          // mma steps along head_dim
+    static constexpr int kCopies = (kTile * kChunks + 31) / 32;  // 16-byte copies per lane for one tile of k
+    static constexpr int kSteps = kHeadDim / 16;                 // mma steps along head_dim
+    // A step's 16 dims in the order in which fragments hold them: of k and q the first pair of a lane is at kPair * (lane % 4),
+    // the other kHalf further; of the output, the first row of a lane is at kRow * (lane / 4), the other kOther further.
+    static constexpr int kPair = kPacked ? 4 : 2, kHalf = kPacked ? 2 : 8;
+    static constexpr int kRow = kPacked ? 2 : 1, kOther = kPacked ? 1 : 8;
 };
 
 // Over the 8 lanes that hold the same query heads (lane % 4 is equal).
@@ -60,16 +70,47 @@ __device__ __forceinline__ float weight_of(float maximum, float reference) {
     return maximum == -kInfinity ? 0.0f : exp2_approximate(maximum - reference);
 }
 
+// Fragments of 16 tokens by the 16 dims of mma steps `step` and `step + 1`, if there is that, from a tile of e4m3 numbers: a 16-byte
+// piece of a row has the dims of one step. `row` points to the piece of step 0, or 1, of the lane's token: lanes 16... have the latter.
+// ldmatrix takes two numbers for one of 16 bits, so that a lane gets four neighbouring dims of a token; transposed, two
+// neighbouring dims of two neighbouring tokens.
+template <typename T, int kSteps, bool kTransposed, typename Use>
+__device__ __forceinline__ void packed_fragments(uint32 row, Use use) {
+#pragma unroll
+    for (int step = 0; step < kSteps; step += 2) {
+        uint32 raw[4];
+        if (step + 1 < kSteps) {
+            kTransposed ? load_matrices_transposed(raw, row + step * 16) : load_matrices(raw, row + step * 16);
+        } else {
+            kTransposed ? load_two_matrices_transposed(raw, row + step * 16)
+                        : load_two_matrices(raw, row + step * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (step + i >= kSteps) break;
+            uint32 first = raw[2 * i], second = raw[2 * i + 1];  // tokens 0 to 7, 8 to 15
+            if (kTransposed) {  // bytes (token, dim): 00 01 10 11 -> 00 10 01 11
+                first = __byte_perm(first, 0, 0x3120);
+                second = __byte_perm(second, 0, 0x3120);
+            }
+            using Pair = Fp8Pair<T>;
+            const uint32 low[2] = {Pair::template of<false>(first), Pair::template of<false>(second)};
+            const uint32 high[2] = {Pair::template of<true>(first), Pair::template of<true>(second)};
+            use(step + i, low, high);
+        }
+    }
+}
+
 // Running softmax of one warp: for the query heads 2 * (lane % 4) and the next, in the mma's accumulator
 // layout.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename C>
 struct Accumulator {
-    static constexpr int kSteps = Layout<kHeadDim>::kSteps;
-    static constexpr int kRowBytes = Layout<kHeadDim>::kRowBytes;
+    static constexpr int kSteps = Layout<kHeadDim, C>::kSteps;
+    static constexpr int kRowBytes = Layout<kHeadDim, C>::kRowBytes;
 
     float maximum[2] = {-kInfinity, -kInfinity};  // of scale * log2(e) * q.k
     float sum[2] = {0.0f, 0.0f};                  // this lane's tokens only, summed over lanes at the end
-    float output[kSteps][4] = {};                 // dims lane / 4 and lane / 4 + 8 of each 16, two heads each
+    float output[kSteps][4] = {};                 // two dims of each 16 (see Layout), two heads each
 
     __device__ __forceinline__ void rescale(const float (&candidate)[2]) {
 #pragma unroll
@@ -92,12 +133,18 @@ struct Accumulator {
                                              int lane) {
         float score[2][4] = {};  // two chains of dependent mma instead of one
         const uint32 k_row = k_tile + (lane & 15) * kRowBytes + (lane >> 4) * 16;
+        if constexpr (Layout<kHeadDim, C>::kPacked) {
+            packed_fragments<T, kSteps, false>(k_row, [&](int step, const uint32(&low)[2], const uint32(&high)[2]) {
+                mma_16x8x16<T>(score[step & 1], low[0], low[1], high[0], high[1], query[step][0], query[step][1]);
+            });
+        } else {
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-            uint32 keys[4];
-            load_matrices(keys, k_row + step * 32);
-            mma_16x8x16<T>(score[step & 1], keys[0], keys[1], keys[2], keys[3], query[step][0],
-                           query[step][1]);
+            for (int step = 0; step < kSteps; ++step) {
+                uint32 keys[4];
+                load_matrices(keys, k_row + step * 32);
+                mma_16x8x16<T>(score[step & 1], keys[0], keys[1], keys[2], keys[3], query[step][0],
+                               query[step][1]);
+            }
         }
         const int token = lane >> 2;
         float p[4];  // token, token + 8; two heads each
@@ -115,12 +162,19 @@ struct Accumulator {
         }
         const uint32 first = transpose_matrix(pack_pair<T>(p[0], p[1]));
         const uint32 second = transpose_matrix(pack_pair<T>(p[2], p[3]));
-        const uint32 v_row = v_tile + ((lane & 7) + (lane >> 4) * 8) * kRowBytes + ((lane >> 3) & 1) * 16;
+        if constexpr (Layout<kHeadDim, C>::kPacked) {
+            const uint32 v_row = v_tile + (lane & 15) * kRowBytes + (lane >> 4) * 16;
+            packed_fragments<T, kSteps, true>(v_row, [&](int step, const uint32(&low)[2], const uint32(&high)[2]) {
+                mma_16x8x16<T>(output[step], low[0], high[0], low[1], high[1], first, second);
+            });
+        } else {
+            const uint32 v_row = v_tile + ((lane & 7) + (lane >> 4) * 8) * kRowBytes + ((lane >> 3) & 1) * 16;
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-            uint32 values[4];
-            load_matrices_transposed(values, v_row + step * 32);
-            mma_16x8x16<T>(output[step], values[0], values[1], values[2], values[3], first, second);
+            for (int step = 0; step < kSteps; ++step) {
+                uint32 values[4];
+                load_matrices_transposed(values, v_row + step * 32);
+                mma_16x8x16<T>(output[step], values[0], values[1], values[2], values[3], first, second);
+            }
         }
     }
 };
@@ -156,15 +210,16 @@ __device__ __forceinline__ void combine(int parts, int heads, int head, int dim,
 // splits, part_floats(heads)], counters: [grid x * grid y], zero before the first launch and after each; both
 // only used without kCluster and with splits > 1. early: kv_length, page_table and the cached rows of earlier
 // tokens are read before waiting for the preceding grid.
-template <typename T, int kHeadDim, int kWarps, int kStages, bool kCluster>
+template <typename T, int kHeadDim, int kWarps, int kStages, bool kCluster, typename C = T>
 __global__ void __launch_bounds__(kWarps * 32)
     paged_decode_attention(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                           T* k_cache, T* v_cache, const int* __restrict__ page_table,
+                           C* k_cache, C* v_cache, const int* __restrict__ page_table,
                            const int* __restrict__ kv_length, T* __restrict__ out, float* partial,
                            unsigned* counters, int q_stride, int k_stride, int v_stride, int out_stride,
                            int num_kv_heads, int group, int page_shift, int pages_per_sequence,
                            float scale_log2, int early) {
-    using L = Layout<kHeadDim>;
+    using L = Layout<kHeadDim, C>;
+    using NewPiece = Eight<T, C>;
     constexpr int kThreads = kWarps * 32;
     extern __shared__ __align__(16) unsigned char shared[];
     const int lane = threadIdx.x & 31;
@@ -217,9 +272,10 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
             for (int i = 0; i < L::kCopies; ++i) {
                 const int piece = lane + 32 * i;
+                if (kTile * L::kChunks % 32 != 0 && piece >= kTile * L::kChunks) break;
                 const int token = piece / L::kChunks;
                 const int chunk = piece % L::kChunks;
-                const long long source = offset + token * token_stride + chunk * 8;
+                const long long source = offset + token * token_stride + chunk * L::kPiece;
                 const uint32 target = stage + token * L::kRowBytes + chunk * 16;
                 // Whole lines: a row that ends inside one shares it with the next head's block.
                 stream_async_16(target, k_cache + source, token < cached);
@@ -236,44 +292,45 @@ __global__ void __launch_bounds__(kWarps * 32)
     {
         const int head = lane >> 2;
         const T* const row =
-            q + static_cast<long long>(sequence) * q_stride + (first_head + head) * kHeadDim + (lane & 3) * 2;
+            q + static_cast<long long>(sequence) * q_stride + (first_head + head) * kHeadDim + (lane & 3) * L::kPair;
 #pragma unroll
         for (int step = 0; step < L::kSteps; ++step)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 query[step][half] =
-                    head < heads ? __ldcg(reinterpret_cast<const uint32*>(row + step * 16 + half * 8)) : 0u;
+                    head < heads ? __ldcg(reinterpret_cast<const uint32*>(row + step * 16 + half * L::kHalf)) : 0u;
     }
     // The warp of the last tile adds the new token to it: lanes 0... hold its k, lanes 16... its v.
     const bool has_new = own_tiles > 0 && tile_at(own_tiles - 1) == tiles - 1;
-    uint4 fresh;
-    if (has_new && (lane & 15) < L::kChunks) {
+    typename NewPiece::Stored fresh;
+    if (has_new && (lane & 15) < L::kNewChunks) {
         const bool is_k = lane < 16;
         const int chunk = lane & 15;
         const T* const source = (is_k ? k + static_cast<long long>(sequence) * k_stride
                                       : v + static_cast<long long>(sequence) * v_stride) +
                                 kv_head * kHeadDim + chunk * 8;
-        fresh = __ldcg(reinterpret_cast<const uint4*>(source));
+        fresh = NewPiece::store(__ldcg(reinterpret_cast<const uint4*>(source)));
         if (first_in_group == 0) {
             const int position = length - 1;
             const long long page = pages[position >> page_shift];
             const long long slot = (page << page_shift) + (position & ((1 << page_shift) - 1));
-            T* const target =
+            C* const target =
                 (is_k ? k_cache : v_cache) + slot * token_stride + kv_head * kHeadDim + chunk * 8;
-            *reinterpret_cast<uint4*>(target) = fresh;
+            *reinterpret_cast<typename NewPiece::Stored*>(target) = fresh;
         }
     }
 
-    Accumulator<T, kHeadDim> accumulator;
+    Accumulator<T, kHeadDim, C> accumulator;
     for (int index = 0; index < own_tiles; ++index) {
         copy_async_wait<kStages - 1>();
         __syncwarp();  // every lane's copies of this tile have landed
         const int stage = (warp * kStages + index % kStages) * L::kStageBytes;
         const int visible = length - tile_at(index) * kTile;
         if (has_new && index == own_tiles - 1) {
-            if ((lane & 15) < L::kChunks) {
-                unsigned char* const row = shared + stage + (visible - 1) * L::kRowBytes + (lane & 15) * 16;
-                *reinterpret_cast<uint4*>(row + (lane >> 4) * L::kTileBytes) = fresh;
+            if ((lane & 15) < L::kNewChunks) {
+                unsigned char* const row =
+                    shared + stage + (visible - 1) * L::kRowBytes + (lane & 15) * sizeof(fresh);
+                *reinterpret_cast<typename NewPiece::Stored*>(row + (lane >> 4) * L::kTileBytes) = fresh;
             }
             __syncwarp();
         }
@@ -296,8 +353,9 @@ __global__ void __launch_bounds__(kWarps * 32)
             if (head < heads) {
 #pragma unroll
                 for (int step = 0; step < L::kSteps; ++step) {
-                    part[head * kHeadDim + step * 16 + (lane >> 2)] = accumulator.output[step][i];
-                    part[head * kHeadDim + step * 16 + (lane >> 2) + 8] = accumulator.output[step][i + 2];
+                    float* const dims = part + head * kHeadDim + step * 16 + (lane >> 2) * L::kRow;
+                    dims[0] = accumulator.output[step][i];
+                    dims[L::kOther] = accumulator.output[step][i + 2];
                 }
                 if (lane < 4) {
                     part[heads * kHeadDim + head] = accumulator.maximum[i];

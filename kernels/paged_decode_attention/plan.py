@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..launch import LaunchShape
 from ..nvrtc import KernelSource
-from ..paged import HEAD_DIMS
+from ..paged import FP8_ELEMENT, HEAD_DIMS
 
 SOURCE = Path(__file__).parent / "paged_decode_attention.cu"
 SIGNATURE = "PPPPPPPPPPiiiiiiiifi"
@@ -24,6 +24,8 @@ WARPS_PER_MULTIPROCESSOR = 8
 
 WARPS_AND_STAGES = ((4, 2), (4, 3))
 """What `choose_plan` picks from."""
+FP8_WARPS_AND_STAGES = ((4, 4), (4, 6))
+"""The same for caches of e4m3 numbers: as many bytes on their way."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class DecodePlan:
     head_blocks: blocks per kv head, each for up to 8 query heads; heads: query heads of the first (fullest) of them.
     splits:      parts into which each sequence's context is divided.
     cluster:     splits combine through distributed shared memory, else through the workspace.
+    fp8_cache:   the cache holds e4m3 numbers.
     """
 
     num_seqs: int
@@ -44,10 +47,11 @@ class DecodePlan:
     stages: int
     splits: int
     cluster: bool
+    fp8_cache: bool = False
 
     def entry(self, element: str) -> str:
         """Name expression of the kernel for CUDA type `element`."""
-        return entry(element, self.head_dim, self.warps, self.stages, self.cluster)
+        return entry(element, self.head_dim, self.warps, self.stages, self.cluster, fp8_cache=self.fp8_cache)
 
     @property
     def part_bytes(self) -> int:
@@ -57,7 +61,7 @@ class DecodePlan:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory per block."""
-        row_bytes = (self.head_dim // 8 | 1) * 16
+        row_bytes = (self.head_dim // (16 if self.fp8_cache else 8) | 1) * 16
         stages = self.warps * self.stages * 2 * TILE * row_bytes
         return stages + (self.splits * self.part_bytes if self.cluster else 0)
 
@@ -89,6 +93,7 @@ def choose_plan(
     head_dim: int,
     max_kv_length: int,
     *,
+    fp8_cache: bool = False,
     capability: int = 90,
     multiprocessors: int = 132,
     shared_limit: int = 232_448,
@@ -106,31 +111,37 @@ def choose_plan(
     # blocks would then not fit beside others, and where rows are not whole 128-byte lines.
     fills_partly = multiprocessors // 2 <= blocks < 4 * multiprocessors
     uneven_rows = head_dim % 64 != 0 and blocks >= multiprocessors // 2
-    warps, stages = WARPS_AND_STAGES[1] if fills_partly or uneven_rows else WARPS_AND_STAGES[0]
+    few, many = FP8_WARPS_AND_STAGES if fp8_cache else WARPS_AND_STAGES
+    warps, stages = many if fills_partly or uneven_rows else few
     wanted = max(1, min(WARPS_PER_MULTIPROCESSOR * multiprocessors // (warps * blocks), -(-tiles // warps)))
     # A cluster combines faster than the workspace, but with fewer splits: worth it unless most of the GPU stays idle.
     cluster = capability >= 90 and (wanted <= MAX_CLUSTER or 2 * blocks * MAX_CLUSTER >= multiprocessors)
     splits = min(wanted, MAX_CLUSTER) if cluster else wanted
     heads = min(group, HEADS_PER_BLOCK)
-    plan = DecodePlan(num_seqs, num_kv_heads, head_blocks, heads, head_dim, warps, stages, splits, cluster)
-    fewer_stages = replace(plan, stages=WARPS_AND_STAGES[0][1])
+    plan = DecodePlan(
+        num_seqs, num_kv_heads, head_blocks, heads, head_dim, warps, stages, splits, cluster, fp8_cache
+    )
+    fewer_stages = replace(plan, stages=few[1])
     without_cluster = replace(fewer_stages, cluster=False)
     return next(p for p in (plan, fewer_stages, without_cluster) if p.shared_bytes <= shared_limit)
 
 
-def entry(element: str, head_dim: int, warps: int, stages: int, cluster: bool) -> str:
+def entry(
+    element: str, head_dim: int, warps: int, stages: int, cluster: bool, *, fp8_cache: bool = False
+) -> str:
     """Name expression of one kernel."""
-    return f"trtc::paged_decode_attention<{element}, {head_dim}, {warps}, {stages}, {str(cluster).lower()}>"
+    sizes = f"{head_dim}, {warps}, {stages}, {str(cluster).lower()}"
+    return f"trtc::paged_decode_attention<{element}, {sizes}{f', {FP8_ELEMENT}' if fp8_cache else ''}>"
 
 
 def sources(
-    element: str, head_dims: tuple[int, ...] = HEAD_DIMS, capability: int = 90
+    element: str, head_dims: tuple[int, ...] = HEAD_DIMS, capability: int = 90, *, fp8_cache: bool = False
 ) -> tuple[KernelSource, ...]:
     """The file with every kernel that `choose_plan` can ask for, for CUDA type `element`."""
     entries = tuple(
-        entry(element, head_dim, warps, stages, cluster)
+        entry(element, head_dim, warps, stages, cluster, fp8_cache=fp8_cache)
         for head_dim in head_dims
-        for warps, stages in WARPS_AND_STAGES
+        for warps, stages in (FP8_WARPS_AND_STAGES if fp8_cache else WARPS_AND_STAGES)
         for cluster in ((True, False) if capability >= 90 else (False,))
     )
     return (KernelSource(SOURCE, entries),)

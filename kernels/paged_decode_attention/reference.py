@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..paged import causal_attention, gather_pages
+from ..paged import as_stored, causal_attention, gather_pages
 
 
 def paged_decode_attention(
@@ -22,7 +22,9 @@ def paged_decode_attention(
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     for i, length in enumerate(kv_length.tolist()):
         if length > 0:
-            keys = torch.cat([gather_pages(k_cache, page_table[i], length - 1), k[i : i + 1]])
-            values = torch.cat([gather_pages(v_cache, page_table[i], length - 1), v[i : i + 1]])
+            keys, values = (
+                torch.cat([gather_pages(cache, page_table[i], length - 1), as_stored(rows[i : i + 1], cache)])
+                for cache, rows in ((k_cache, k), (v_cache, v))
+            )
             out[i] = causal_attention(q[i : i + 1], keys, values, scale)[0]
     return out

@@ -22,11 +22,12 @@ def test_every_format_is_built_and_timed(tmp_path: Path, monkeypatch: pytest.Mon
     run = quantized_steps.run
     monkeypatch.setattr(quantized_steps, "run", lambda command: run(for_cpu(command)))
     args = argparse.Namespace(arch="sm_90", repeat=1, batch=[1, 2])
-    for name in ("float16", "int4"):
+    for name in ("float16", "fp8-kv8"):
         records = quantized_steps.measure("125m", name, tmp_path, args)
         assert [record["kind"] for record in records] == ["start", "setup", "batch", "batch"], records
         nodes = Engine.open(tmp_path / f"125m-{name}").ranks[0].graph.nodes
-        assert any(node.name.endswith(".scale") for node in nodes) == (name == "int4")
+        assert any(node.name.endswith(".scale") for node in nodes) == (name != "float16")
+        assert any("cache_dtype" in node.attrs for node in nodes) == name.endswith("kv8")
 
 
 def test_steps_stand_beside_those_of_float16() -> None:

@@ -47,6 +47,12 @@ def test_int8_keeps_the_perplexity(perplexity: Callable[..., float]) -> None:
     assert abs(perplexity("--use-weight-only") / perplexity() - 1) < 0.005
 
 
+@pytest.mark.parametrize("flag", [("--kv-cache-dtype", "fp8"), ("--fp8_kv_cache",)], ids=str)
+def test_an_fp8_cache_keeps_the_perplexity(flag: tuple[str, ...], perplexity: Callable[..., float]) -> None:
+    """By either of its names; it is rounded, so that the perplexity is another one."""
+    assert 0 < abs(perplexity(*flag) / perplexity() - 1) < 0.005
+
+
 def test_gptq_is_better_than_rounding_to_nearest(perplexity: Callable[..., float], calibration: Path) -> None:
     """At four bits, on articles that are not among those it was calibrated with. Measured with few of both: 0.58 of what
     rounding loses; bench/quantization.py takes more."""

@@ -17,6 +17,7 @@ from trtc.core.graph import Graph, GraphBuilder, Node
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext
 from trtc.core.ops.elementwise import ACTIVATIONS
+from trtc.core.passes.cache import cache_type
 from trtc.core.targets.base import CacheShape, get_target
 from trtc.core.targets.cpu import CpuProgram, allocate_cache
 from trtc.core.targets.cpu_attention import CompiledAttention, CpuAttention
@@ -45,12 +46,13 @@ class Pair:
         fill: float = float("nan"),
         *,
         compiled: bool = False,
+        cache_dtype: DType | None = None,
     ) -> None:
-        graph = toy_decoder(dtype)
+        graph = cache_type(toy_decoder(dtype), cache_dtype)
         weights = {name: value.to(to_torch(dtype)) for name, value in random_weights(graph).items()}
         self.sequences = PagedSequences(page_size, NUM_PAGES)
         self._graph, self._dtype = graph, dtype
-        cache = filled_cache(graph, page_size, NUM_PAGES, to_torch(dtype), fill)
+        cache = filled_cache(graph, page_size, NUM_PAGES, to_torch(cache_dtype or dtype), fill)
         limits = DecodeLimits(max_tokens=8, max_len=100) if compiled else None
         self._program = CpuProgram(graph, weights, cache, decode_limits=limits)
         assert self._program.decodes_greedily == compiled
@@ -114,6 +116,15 @@ def test_every_schedule_agrees_with_the_interpreter(schedule: str, page_size: in
 def test_16_bit_types_agree_within_their_tolerance(dtype: DType) -> None:
     pair = Pair(16, dtype)
     for work in schedules(16)["mixed"]:
+        pair.check(work)
+
+
+@pytest.mark.parametrize("schedule", list(schedules(16)))
+def test_a_cache_of_fp8_agrees_with_the_interpreter(schedule: str) -> None:
+    """Float32, so that what is rounded to eight bits is the same but for numbers next to the middle of two. Oracle: the
+    interpreter, whose cache holds the rounded numbers in float64."""
+    pair = Pair(16, cache_dtype=DType.FLOAT8_E4M3)
+    for work in schedules(16)[schedule]:
         pair.check(work)
 
 
@@ -533,6 +544,17 @@ def test_the_cache_has_the_shape_of_the_graph() -> None:
     for part in (tensor for layer in cache for tensor in layer):
         assert part.shape == (5, 32, KV_HEADS, HEAD_DIM) and part.dtype == torch.bfloat16
         assert not part.any()
+
+
+def test_a_cache_of_fp8_takes_half_the_memory() -> None:
+    half, fp8 = (
+        CacheShape.of(cache_type(toy_decoder(DType.FLOAT16), dtype), 32)
+        for dtype in (None, DType.FLOAT8_E4M3)
+    )
+    assert 2 * fp8.bytes_per_page == half.bytes_per_page
+    for part in allocate_cache(fp8, 5)[0]:
+        assert part.shape == (5, 32, KV_HEADS, HEAD_DIM) and part.dtype is torch.float8_e4m3fn
+        assert not part.view(torch.uint8).any()
 
 
 def test_options_of_the_target_are_refused() -> None:

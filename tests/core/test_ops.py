@@ -302,6 +302,28 @@ def test_attention_over_pages(kv_heads: int) -> None:
     assert int(written.sum()) == 8 + 10, "one slot for each token, and no other"
 
 
+@pytest.mark.parametrize("held", [torch.float64, torch.float8_e4m3fn])
+def test_attention_over_an_fp8_cache(held: torch.dtype) -> None:
+    """Oracle: attention over k and v that torch has rounded, of a prompt in two chunks and then a token; whatever steps they
+    came in, tokens see the same of each other. What is too large for e4m3 is cut off."""
+    rows, dim, page = 10, 6, 4
+    q, k, v = (values(rows, 2, dim, seed=i) for i in range(3))
+    k[1, 0, 0], v[2, 1, 3] = 1000.0, -1000.0
+    rounded = [torch.from_numpy(x).clamp(-448, 448).to(torch.float8_e4m3fn).double().numpy() for x in (k, v)]
+    assert not close(rounded[0], k)
+    table = np.array([[2, 0, 1]], np.int32)
+    for chunks in ((rows,), (4, 5, 1)):
+        cache = [tuple(torch.full((3, page, 2, dim), math.nan).to(held) for _ in range(2))]
+        stop, parts = 0, []
+        for size in chunks:
+            start, stop = stop, stop + size
+            place = (np.array([0, size], np.int32), np.array([stop], np.int32), table)
+            new = (x[start:stop] for x in (q, k, v))
+            attrs = {"layer": 0, "scale": 0.3, "cache_dtype": "float8_e4m3fn"}
+            parts.append(run("attention", *new, *place, context=ReferenceContext(cache), **attrs))
+        assert close(np.concatenate(parts), np_causal(q, *rounded, 0.3))
+
+
 def test_cost_of_attention() -> None:
     """Oracle: by hand. 5 queries of 4 heads of 6 see 7 keys: 2 flops for q.k and 2 for the sum of v. Two sequences read
     k and v of 7 tokens; q, k, v come in and the result goes out."""
@@ -309,6 +331,9 @@ def test_cost_of_attention() -> None:
     tables = (i32("B+1"), i32("B"), i32("B", "P"))
     moved = 2 * 7 * 2 * (2 * 6 * 4) + 4 * (2 * 5 * 4 * 6 + 2 * 5 * 2 * 6)
     assert cost("attention", q, k, k, *tables, layer=0, scale=1.0) == Cost(4 * 5 * 4 * 6 * 7, moved)
+    small = moved - 2 * 7 * 2 * (2 * 6 * 3)  # a byte instead of four
+    fp8 = cost("attention", q, k, k, *tables, layer=0, scale=1.0, cache_dtype="float8_e4m3fn")
+    assert fp8 == Cost(4 * 5 * 4 * 6 * 7, small)
 
 
 # ---- collectives -------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional
@@ -16,12 +18,14 @@ from trtc.kernels.nvrtc import CI_ARCHITECTURES, compile_kernel, compile_target
 from trtc.kernels.paged import HEAD_DIMS, gather_pages
 
 MODEL = Model(num_heads=4, num_kv_heads=2, head_dim=64, page_size=16, dtype=torch.float16)
+FP8_MODEL = dataclasses.replace(MODEL, cache_dtype=torch.float8_e4m3fn)
 CHUNKS, PAST = [5, 1, 40, 7], [0, 33, 17, 0]
 
 
-def test_reference_is_causal_attention_over_the_appended_cache() -> None:
+@pytest.mark.parametrize("model", [MODEL, FP8_MODEL], ids=str)
+def test_reference_is_causal_attention_over_the_appended_cache(model: Model) -> None:
     """Oracle: torch's scaled_dot_product_attention in float64, masked by hand, over append_kv's reference."""
-    batch = paged_batch(MODEL, CHUNKS, PAST, device="cpu", padding=2)
+    batch = paged_batch(model, CHUNKS, PAST, device="cpu", padding=2)
     tables = (batch.query_start, batch.kv_length, batch.page_table)
     out = context_attention(
         batch.q, batch.k, batch.v, batch.k_cache, batch.v_cache, *tables, scale=MODEL.scale
@@ -108,7 +112,7 @@ def test_compiles_without_spills(arch: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", attention_checks.MODELS, ids=str)
+@pytest.mark.parametrize("model", [*attention_checks.MODELS, *attention_checks.FP8_MODELS], ids=str)
 @pytest.mark.parametrize("accumulation", ["float32", "float16"])
 def test_kernel_chunks(model: Model, accumulation: str, library: KernelLibrary) -> None:
     """Oracle: the float64 reference; chunked prefill over page boundaries, appended cache, poisoned memory."""
@@ -119,7 +123,7 @@ def test_kernel_chunks(model: Model, accumulation: str, library: KernelLibrary) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", attention_checks.MODELS, ids=str)
+@pytest.mark.parametrize("model", [*attention_checks.MODELS, *attention_checks.FP8_MODELS], ids=str)
 def test_kernel_prompts(model: Model, library: KernelLibrary) -> None:
     """Oracle: the float64 reference; whole prompts."""
     attention_checks.check_context(library, model, [512, 127, 1, 700], [0, 0, 0, 0])

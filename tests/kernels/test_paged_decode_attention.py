@@ -24,14 +24,18 @@ SMALLEST_SHARED_LIMIT = 99 * 1024
 MODEL = Model(num_heads=6, num_kv_heads=2, head_dim=64, page_size=16, dtype=torch.float16)
 
 
+FP8_MODEL = dataclasses.replace(MODEL, cache_dtype=torch.float8_e4m3fn)
+
+
 def batch_of(lengths: list[int], model: Model = MODEL) -> PagedBatch:
     return paged_batch(model, [1] * len(lengths), [length - 1 for length in lengths], device="cpu")
 
 
-def test_reference_is_attention_over_the_appended_cache() -> None:
+@pytest.mark.parametrize("model", [MODEL, FP8_MODEL], ids=str)
+def test_reference_is_attention_over_the_appended_cache(model: Model) -> None:
     """Oracle: torch's scaled_dot_product_attention in float64 over the cache that append_kv's reference leaves."""
     lengths = [1, 16, 17, 40]
-    batch = batch_of(lengths)
+    batch = batch_of(lengths, model)
     tables = (batch.page_table, batch.kv_length)
     out = paged_decode_attention(
         batch.q, batch.k, batch.v, batch.k_cache, batch.v_cache, *tables, scale=MODEL.scale
@@ -117,6 +121,10 @@ def test_contract_accepts_slices_of_a_fused_buffer() -> None:
         ({"kv_length": torch.zeros(2, dtype=torch.int64)}, "kv_length is [2] int64"),
         ({"plan": choose_plan(3, 6, 2, 64, 20)}, "the plan is for num_seqs, num_kv_heads, head_dim = (3, 2, 64)"),
         (
+            {"plan": choose_plan(2, 6, 2, 64, 20, fp8_cache=True)},
+            "the plan is for a float8_e4m3fn cache, this one is torch.float16",
+        ),
+        (
             {"plan": dataclasses.replace(choose_plan(2, 6, 2, 64, 20), splits=2, cluster=False)},
             "workspace has 0 bytes; the plan needs",
         ),
@@ -139,6 +147,50 @@ def test_contract_names_accepted_sizes(shape: tuple[int, ...], message: str) -> 
         check(**{**arguments(), "k_cache": cache, "v_cache": cache})  # type: ignore[arg-type]
 
 
+def test_plan_of_an_fp8_cache_has_as_many_bytes_on_their_way() -> None:
+    """Oracle: the arithmetic: half the bytes a tile, twice the tiles; only the padding of rows differs."""
+    for batch in ((64, 32, 32, 128, 1024), (4, 12, 12, 80, 300)):
+        half, fp8 = choose_plan(*batch), choose_plan(*batch, fp8_cache=True)
+        assert fp8.stages == 2 * half.stages
+        assert fp8.splits == half.splits and fp8.entry("__half").endswith("trtc::E4m3>")
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_fragments_of_a_tile_of_bytes(head_dim: int) -> None:
+    """The layouts of packed_fragments, with the order of dims in which q is read and sums are written. Oracle: products.
+
+    ldmatrix gives a lane bytes 4 (lane % 4) ... of row lane / 4 of a matrix of 8 rows of 16 bytes; transposed, the pairs of
+    bytes lane / 4 of rows 2 (lane % 4) and the next. Fragments of mma are those of common/mma.cuh.
+    """
+    random = torch.Generator().manual_seed(3)
+    tile = torch.randn(16, head_dim, generator=random)
+    q, p = torch.randn(8, head_dim, generator=random), torch.randn(8, 16, generator=random)
+    scores, sums = torch.zeros(16, 8), torch.zeros(head_dim, 8)
+    for step in range(head_dim // 16):
+        piece = tile[:, 16 * step : 16 * step + 16]
+        keys, values = torch.zeros(16, 16), torch.zeros(16, 16)  # A: rows by k
+        query, weights = torch.zeros(16, 8), torch.zeros(16, 8)  # B: k by columns
+        order = torch.zeros(16, dtype=torch.long)
+        for lane in range(32):
+            group, member = lane // 4, lane % 4
+            pair, other = slice(2 * member, 2 * member + 2), slice(2 * member + 8, 2 * member + 10)
+            for half in range(2):
+                raw = piece[group + 8 * half, 4 * member : 4 * member + 4]
+                keys[group + 8 * half, pair], keys[group + 8 * half, other] = raw[:2], raw[2:]
+                tokens = piece[8 * half + 2 * member : 8 * half + 2 * member + 2, 2 * group : 2 * group + 2]
+                permuted = tokens.flatten()[[0, 2, 1, 3]]
+                values[group, (pair, other)[half]] = permuted[:2]
+                values[group + 8, (pair, other)[half]] = permuted[2:]
+            row = q[group, 16 * step + 4 * member :]
+            query[pair, group], query[other, group] = row[0:2], row[2:4]
+            weights[pair, group], weights[other, group] = p[group, pair], p[group, other]
+            order[group], order[group + 8] = 2 * group, 2 * group + 1
+        scores += keys @ query
+        sums[16 * step + order] = values @ weights
+    torch.testing.assert_close(scores, tile @ q.T)
+    torch.testing.assert_close(sums, tile.T @ p.T)
+
+
 @pytest.mark.parametrize("arch", CI_ARCHITECTURES)
 def test_compiles_without_spills(arch: str) -> None:
     """Oracle: NVRTC and the resource report of ptxas. The full set of head_dims and types is in test_compile."""
@@ -150,20 +202,22 @@ def test_compiles_without_spills(arch: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", attention_checks.MODELS, ids=str)
+@pytest.mark.parametrize("model", [*attention_checks.MODELS, *attention_checks.FP8_MODELS], ids=str)
 def test_kernel_ragged_batch(model: Model, library: KernelLibrary) -> None:
     """Oracle: the float64 reference; every way to split and combine, twice, with poisoned memory."""
     attention_checks.check_decode(library, model, [*attention_checks.RAGGED_LENGTHS, 0], all_plans=True)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("model", [attention_checks.MODELS[0], attention_checks.FP8_MODELS[0]], ids=str)
 @pytest.mark.parametrize("length", [1, 33, 640, 2048])
-def test_kernel_one_sequence(length: int, library: KernelLibrary) -> None:
+def test_kernel_one_sequence(length: int, model: Model, library: KernelLibrary) -> None:
     """Oracle: the float64 reference."""
-    attention_checks.check_decode(library, attention_checks.MODELS[0], [length], all_plans=True)
+    attention_checks.check_decode(library, model, [length], all_plans=True)
 
 
 @pytest.mark.gpu
-def test_kernel_in_a_replayed_graph(library: KernelLibrary) -> None:
+@pytest.mark.parametrize("model", [attention_checks.MODELS[0], attention_checks.FP8_MODELS[0]], ids=str)
+def test_kernel_in_a_replayed_graph(model: Model, library: KernelLibrary) -> None:
     """Oracle: the float64 reference at each of 20 steps of one captured graph, lengths advanced on the device."""
-    attention_checks.check_decode_loop(library, attention_checks.MODELS[0], [1, 31, 500, 1023], 20)
+    attention_checks.check_decode_loop(library, model, [1, 31, 500, 1023], 20)

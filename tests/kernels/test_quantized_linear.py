@@ -96,8 +96,9 @@ def test_bytes_become_elements_exactly(value: int) -> None:
 
 
 def test_e4m3_numbers_become_elements_exactly() -> None:
-    """Oracle: torch's conversion of all numbers but NaN. The steps are those of Fp8Pair in weights.cuh without the instruction
-    of newer GPUs; the power of two is applied in float64, as subnormal numbers of torch on the CPU may be flushed."""
+    """Oracle: torch's conversion of all numbers but NaN. The steps are those of Fp8Pair in common/fp8.cuh without the
+    instruction of newer GPUs; the power of two is applied in float64, as subnormal numbers of torch on the CPU may be
+    flushed."""
     numbers = torch.tensor([byte for byte in range(256) if byte & 127 != 127], dtype=torch.uint8)
     expected = numbers.view(torch.float8_e4m3fn).double().tolist()
     for byte, value in zip(numbers.tolist(), expected, strict=True):

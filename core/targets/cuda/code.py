@@ -70,12 +70,17 @@ def verify_buckets(max_batch_size: int) -> tuple[int, ...]:
     return decode_buckets(max(max_batch_size, VERIFY_ROWS))
 
 
-def check_supported(shape: CacheShape, num_heads: int) -> None:
-    """Raises BuildError when the attention kernels do not take the model or the page size."""
+def compute_dtype(graph: Graph) -> DType:
+    """Type of activations, k and v among them."""
+    return next(graph.specs[node.used[0]].dtype for node in graph.nodes if node.op == "attention")
+
+
+def check_supported(shape: CacheShape, num_heads: int, dtype: DType) -> None:
+    """Raises BuildError when the attention kernels do not take a model that computes in `dtype`, or the page size."""
     try:
         check_model(
             "attention",
-            dtype=shape.dtype.value,
+            dtype=dtype.value,
             head_dim=shape.head_dim,
             num_heads=num_heads,
             num_kv_heads=shape.num_kv_heads,
@@ -98,7 +103,8 @@ def kernel_sources(
     graph: Graph, shape: CacheShape, max_batch_size: int, arch: str, logits_dtype: str
 ) -> tuple[KernelSource, ...]:
     """Every kernel that `CudaProgram` can ask for when it runs `graph` on a GPU of `arch`."""
-    element = ELEMENT_TYPES[shape.dtype.value]
+    element = ELEMENT_TYPES[compute_dtype(graph).value]
+    fp8_cache = shape.dtype is DType.FLOAT8_E4M3
     capability = int(arch.removeprefix("sm_"))
     quantized = {weight for _, _, _, weight in linear_shapes(graph, 1)} - {linear.FLOAT}
     return (
@@ -106,9 +112,9 @@ def kernel_sources(
         *layer_norm.sources(element),
         *linear.sources(element, _linear_plans(graph, max_batch_size, arch, capability)),
         *dequantize_sources(element, quantized),
-        *paged_decode_attention.sources(element, (shape.head_dim,), capability),
-        append_kv.SOURCE,
-        *context_attention.sources(element, (shape.head_dim,)),
+        *paged_decode_attention.sources(element, (shape.head_dim,), capability, fp8_cache=fp8_cache),
+        append_kv.source(element, fp8_cache=fp8_cache),
+        *context_attention.sources(element, (shape.head_dim,), capability, fp8_cache=fp8_cache),
         *sampling.sources(ELEMENT_TYPES[logits_dtype]),
         *(source for ranks in _ranks(graph) for source in all_reduce.sources(element, ranks)),
     )

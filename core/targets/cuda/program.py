@@ -25,7 +25,7 @@ from ..program import Kernel, KernelFactory, Program
 from .variants import decode_graph, prefill_graph, sum_on_first_rank
 
 Pages = tuple[torch.Tensor, torch.Tensor]
-"""k and v of one layer, each [num_pages, page_size, num_kv_heads, head_dim]."""
+"""k and v of one layer, each [num_pages, page_size, num_kv_heads, head_dim], in the model's dtype or float8_e4m3fn."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +266,7 @@ class CudaProgram:
 
     def _attention_kernel(self, node: Node) -> Kernel:
         layer, scale = node.attrs["layer"], node.attrs["scale"]
+        unfused = partial(get_op("attention").reference, ReferenceContext(self._cache), node.attrs)
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -274,7 +275,11 @@ class CudaProgram:
                 count = self._decode_rows.count
                 self._decode(layer, scale, q[:count], k[:count], v[:count], out[:count], self._decode_rows)
             if self._context_rows is not None:
-                self._context(layer, scale, q[count:], k[count:], v[count:], out[count:], self._context_rows)
+                rows, context = self._context_rows, (q[count:], k[count:], v[count:])
+                if self._accumulation == "unfused":
+                    out[count:] = unfused(*context, rows.query_start, rows.kv_length, rows.page_table)
+                else:
+                    self._context(layer, scale, *context, out[count:], rows)
             return out
 
         return run
@@ -320,10 +325,6 @@ class CudaProgram:
     ) -> None:
         keys, values = self._cache[layer]
         starts = (rows.query_start, rows.kv_length, rows.page_table)
-        if self._accumulation == "unfused":
-            attrs = {"layer": layer, "scale": scale}
-            out.copy_(get_op("attention").reference(ReferenceContext(self._cache), attrs, q, k, v, *starts))
-            return
         self._context_attention(
             q, k, v, keys, values, *starts, out=out, scale=scale, accumulation=self._accumulation
         )

@@ -6,14 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...config import BuildConfig
+from ...config import KV_CACHE_DTYPES, BuildConfig
 from ...dtypes import DType
 from ...errors import BuildError, ConfigError
 from ...graph import Graph
 from ...ops import op_names
 from ...passes.fuse import ACTIVATION, AFFINE, DEQUANTIZE, POSITIONS, SIBLINGS
 from ..base import CacheShape, Capabilities
-from .code import ARCHITECTURES, MAX_DECODE_BUCKET, check_sizes, check_supported, kernel_sources, write_code
+from .code import (
+    ARCHITECTURES,
+    MAX_DECODE_BUCKET,
+    check_sizes,
+    check_supported,
+    compute_dtype,
+    kernel_sources,
+    write_code,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +48,7 @@ class CudaTarget:
             dtypes=frozenset({DType.FLOAT16, DType.BFLOAT16}),
             tensor_parallel=True,
             quantized=frozenset({"int8", "int4", "fp8"}),
+            kv_cache_dtypes=frozenset(KV_CACHE_DTYPES),
         )
 
     def compile(
@@ -55,11 +64,12 @@ class CudaTarget:
         heads = {graph.specs[node.used[0]].shape[1] for node in graph.nodes if node.op == "attention"}
         (num_heads,) = heads
         assert isinstance(num_heads, int)
-        check_supported(shape, num_heads)
+        dtype = compute_dtype(graph)
+        check_supported(shape, num_heads, dtype)
         check_sizes(graph)
-        if ACCUMULATIONS[options["context_fmha"]] == "float16" and shape.dtype != DType.FLOAT16:
+        if ACCUMULATIONS[options["context_fmha"]] == "float16" and dtype is not DType.FLOAT16:
             raise BuildError(
-                f"target cuda: context_fmha enable sums in float16, which {shape.dtype} cannot; accepted: fp32_acc, disable"
+                f"target cuda: context_fmha enable sums in float16, which {dtype} cannot; accepted: fp32_acc, disable"
             )
         code = {}
         for arch in options["architectures"]:
