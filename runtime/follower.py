@@ -18,7 +18,7 @@ from ..core.errors import TargetError
 from .cpu_executor import CpuExecutor
 from .distributed import RankGroup, join
 from .engine_limits import EngineLimits
-from .executor import DecodeLoop, PageCopier
+from .executor import DecodeLoop, GreedyChooser, PageCopier
 from .gpus import choose_device
 from .placement import Placement
 from .stage_executor import StageExecutor
@@ -49,8 +49,16 @@ def pack(step: StepInput) -> Int32Array:
     )
 
 
+def pack_choose(step: StepInput) -> Int32Array:
+    """For `GreedyChooser.choose`: as `pack`, but for -T."""
+    message = pack(step)
+    message[0] = -message[0]
+    return message
+
+
 class Local(Protocol):
-    """What runs the part of one rank. It may be a `PageCopier` too; a `DecodeLoop` chooses the same tokens on every rank."""
+    """What runs the part of one rank. It may be a `PageCopier` too; one that is a `DecodeLoop` is a `GreedyChooser` as well,
+    and chooses the same tokens on every rank."""
 
     num_pages: int
 
@@ -85,12 +93,13 @@ def pack_rest(rows: Sequence[int]) -> Int32Array:
 def length(header: Int32Array) -> int:
     """Of a whole message, from its first `HEADER` entries."""
     tokens, rows, pages, wanted = header.tolist()
-    return int(HEADER + tokens + rows * (2 + pages) + wanted)
+    return int(HEADER + abs(tokens) + rows * (2 + pages) + wanted)
 
 
 def unpack(message: Int32Array) -> StepInput | None:
     """The step that was packed; None where none was."""
     tokens, rows, pages, wanted = message[:HEADER].tolist()
+    tokens = abs(tokens)
     if tokens == 0:
         return None
     sizes = [tokens, rows, rows, rows * pages, wanted]
@@ -184,8 +193,18 @@ class LeadingCopier(LeadingExecutor):
 
 
 class LeadingLoop(LeadingCopier):
-    """A `LeadingCopier` whose ranks are `DecodeLoop`s: one message starts a burst of steps, and none of their results
-    travels to the host of another rank."""
+    """A `LeadingCopier` whose ranks are `DecodeLoop`s and `GreedyChooser`s: one message starts a burst of steps, or a step
+    with guesses to verify, and none of their results travels to the host of another rank."""
+
+    @property
+    def max_draft_tokens(self) -> int | None:
+        """See `GreedyChooser.max_draft_tokens`."""
+        return self._chooser.max_draft_tokens
+
+    def choose(self, step: StepInput) -> Int32Array:
+        """See `GreedyChooser.choose`; rank 0 has chosen the tokens itself."""
+        with self._in_step_with(pack_choose(step)):
+            return self._chooser.choose(step)
 
     def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
         """See `DecodeLoop.loop_load`."""
@@ -205,6 +224,11 @@ class LeadingLoop(LeadingCopier):
     def loop_collect(self, ticket: Any) -> Int32Array:
         """See `DecodeLoop.loop_collect`; rank 0 has chosen the tokens itself."""
         return self._loop.loop_collect(ticket)
+
+    @property
+    def _chooser(self) -> GreedyChooser:
+        assert isinstance(self._local, GreedyChooser)
+        return self._local
 
     @property
     def _loop(self) -> DecodeLoop:
@@ -228,6 +252,10 @@ def follow(local: Local, group: RankGroup) -> NoReturn:
 def _obey(local: Local, message: Int32Array) -> None:
     """Does what a message other than `STOP` says."""
     step = unpack(message)
+    if step is not None and message[0] < 0:
+        assert isinstance(local, GreedyChooser)
+        local.choose(step)
+        return
     if step is not None:
         local.execute(step)
         return

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from trtc.runtime.executor import DecodeLoop, Executor
+from trtc.runtime.executor import DecodeLoop, Executor, GreedyChooser
 from trtc.runtime.llm import LLM
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import StepInput
@@ -27,23 +28,35 @@ LIMIT_S = 80
 GREEDY = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
 
 
-def logits(executor: Executor) -> torch.Tensor:
-    """[tokens, vocab] of TOKENS, in CHUNKS."""
+def steps_of(executor: Executor) -> Iterator[StepInput]:
+    """TOKENS, in CHUNKS."""
     sequence = PagedSequences(executor.page_size, executor.num_pages)
-    rows, start = [], 0
+    start = 0
     for size in CHUNKS:
         inputs = sequence.step({"a": TOKENS[start : start + size]})
-        step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
-        rows.append(executor.execute(step).float().cpu())
+        yield StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
         start += size
-    return torch.cat(rows)
+
+
+def logits(executor: Executor) -> torch.Tensor:
+    """[tokens, vocab] of TOKENS, in CHUNKS."""
+    return torch.cat([executor.execute(step).float().cpu() for step in steps_of(executor)])
+
+
+def chosen(executor: GreedyChooser, steps: Iterable[StepInput]) -> list[int]:
+    """What the device chooses where guesses are verified: the token behind each of TOKENS."""
+    return [token for step in steps for token in executor.choose(step).tolist()]
 
 
 def compute(engine_dir: str | Path) -> dict[str, object]:
     """The logits of TOKENS, the greedy tokens of PROMPTS together (run ahead of the host), and those of the first alone."""
     with LLM(engine_dir, enable_prefix_cache=False) as llm:
-        assert isinstance(llm.core.executor, DecodeLoop)
-        found: dict[str, object] = {"logits": logits(llm.core.executor)}
+        executor = llm.core.executor
+        assert isinstance(executor, DecodeLoop) and isinstance(executor, GreedyChooser)
+        found: dict[str, object] = {
+            "logits": logits(executor),
+            "chosen": chosen(executor, steps_of(executor)),
+        }
         found["together"] = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, GREEDY)]
         found["alone"] = list(llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0].token_ids)
     return found

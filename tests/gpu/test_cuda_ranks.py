@@ -98,6 +98,7 @@ def test_two_ranks_compute_what_transformers_does(
     found = results[str(engines[case])]
     reference = hf_logits(case.variant, TOKENS)
     assert max_error(found["logits"], reference) <= logits_tolerance(case.dtype, reference)
+    assert found["chosen"] == found["logits"].argmax(-1).tolist()  # by every rank, on its device
     agreed = 0
     for prompt, new in zip(PROMPTS, found["together"], strict=True):
         logits = hf_logits(case.variant, prompt + new)[len(prompt) - 1 : -1]

@@ -15,7 +15,7 @@ from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
 from trtc.core.errors import TargetError
 from trtc.runtime.distributed import RankGroup
-from trtc.runtime.executor import DecodeLoop, PageCopier
+from trtc.runtime.executor import DecodeLoop, GreedyChooser, PageCopier
 from trtc.runtime.follower import FIRST, LeadingCopier, LeadingExecutor, LeadingLoop, follow
 from trtc.runtime.step_input import StepInput
 
@@ -65,6 +65,12 @@ class Recorder:
 
 
 class LoopRecorder(Recorder):
+    max_draft_tokens = 32
+
+    def choose(self, step: StepInput) -> Any:
+        self.calls.append(("choose", {name: value.tolist() for name, value in vars(step).items()}))
+        return np.full(len(step.logits_index), 6, np.int32)
+
     def loop_load(self, token_ids: Any, kv_length: Any, page_table: Any) -> None:
         self.calls.append(("load", token_ids.tolist(), kv_length.tolist(), page_table.tolist()))
 
@@ -105,8 +111,10 @@ def test_followers_do_what_rank_0_does(engine: Engine) -> None:
     first, second = LoopRecorder(lead.events), LoopRecorder(behind.events)
     executor = LeadingLoop(engine, 8, first, cast(RankGroup, lead))
     assert isinstance(executor, DecodeLoop) and isinstance(executor, PageCopier)
+    assert executor.max_draft_tokens == 32
 
     assert executor.execute(STEP).shape == (2, 3)
+    assert executor.choose(STEP).tolist() == [6, 6]
     executor.loop_load(array(9, 8), array(41, 3), np.array([[4, 2], [1, -1]], np.int32))
     tickets = [executor.loop_enqueue(8), executor.loop_enqueue(1)]
     executor.loop_rest([1])
@@ -123,6 +131,7 @@ def test_followers_do_what_rank_0_does(engine: Engine) -> None:
     assert second.calls == first.calls
     assert [call[0] for call in second.calls] == [
         "execute",
+        "choose",
         "load",
         "enqueue",
         "enqueue",
@@ -138,6 +147,7 @@ def test_an_executor_offers_what_its_ranks_do(engine: Engine) -> None:
     for kind, (copies, loops) in offers.items():
         executor = kind(engine, 8, LoopRecorder(wire.events), cast(RankGroup, wire))
         assert (isinstance(executor, PageCopier), isinstance(executor, DecodeLoop)) == (copies, loops)
+        assert isinstance(executor, GreedyChooser) == loops
         executor.close()
 
 
