@@ -56,21 +56,22 @@ class Ticket:
 
 
 class EngineKernels(KernelLibrary):
-    """Machine code of an engine, for the GPU that it is on."""
+    """Machine code of a stage of an engine, for the GPU that it is on."""
 
-    def __init__(self, engine: Engine, device: int) -> None:
+    def __init__(self, engine: Engine, device: int, stage: int = 0) -> None:
         try:
             arch = architecture(device)
         except DeviceError as error:
             raise TargetError(
                 f"{engine.path}: built for target cuda: {error}; build with --target cpu instead"
             ) from None
-        code: Mapping[str, Any] = engine.ranks[0].artifacts["code"]  # which all ranks run
+        first = engine.ranks[stage * engine.build.tp_size]  # what all ranks of the stage run
+        code: Mapping[str, Any] = first.artifacts["code"]
         if arch not in code:
             raise TargetError(
                 f"{engine.path}: built for {', '.join(code)}, this GPU is {arch}; build it with --cuda-arch {arch}"
             )
-        super().__init__(device, precompiled=read_code(code[arch], arch, engine.path))
+        super().__init__(device, precompiled=read_code(code[arch], arch, engine.path, stage))
         # Launch plans are those the engine was built with, whatever size of GPU this is.
         planned, found = MULTIPROCESSORS[arch], self.multiprocessors
         self.multiprocessors = max((n for n in planned if n <= found), default=planned[0])
@@ -80,7 +81,10 @@ class CudaExecutor(EngineLimits):
     """An `Executor` on one GPU that can also choose tokens (`GreedyChooser`) and run ahead of its host (`DecodeLoop`).
 
     group: the ranks of the job, for an engine of several; all load their parts and run the same steps in the same order.
+    Of a pipeline this is what its stages have in common: see `cuda_stage`.
     """
+
+    _gives_logits = True
 
     def __init__(
         self,
@@ -97,7 +101,8 @@ class CudaExecutor(EngineLimits):
                 f"{engine.path}: its kernels were compiled by trtc {engine.trtc_version}, this is {__version__}; "
                 f"build the engine again"
             )
-        library = EngineKernels(engine, device)
+        stage = 0 if group is None else group.rank // engine.build.tp_size
+        library = EngineKernels(engine, device, stage)
         if not torch.cuda.is_available():
             raise TargetError(
                 f"{engine.path}: torch {torch.__version__} has no CUDA; install a CUDA build of torch"
@@ -143,15 +148,14 @@ class CudaExecutor(EngineLimits):
             max_kv_length=engine.build.max_seq_len,
             kernels=plugins().kernels("cuda"),
             communicator=communicator,
-            rank=rank,
+            rank=0 if group is None else group.member,
+            gives_logits=self._gives_logits,
         )
-        self._loop = _DecodeLoop(
-            self._program,
-            Sampling(library),
-            self._device,
-            engine.build.max_batch_size,
-            pages_for(engine.build.max_seq_len, engine.build.page_size),
-        )
+        most = pages_for(engine.build.max_seq_len, engine.build.page_size)
+        self._loop = self._make_loop(Sampling(library), engine.build.max_batch_size, most)
+
+    def _make_loop(self, sampling: Sampling, max_batch_size: int, pages: int) -> GraphLoop:
+        return GraphLoop(self._program, sampling, self._device, max_batch_size, pages)
 
     def _allocate(self, shape: CacheShape) -> list[Pages]:
         size = (self.num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
@@ -191,7 +195,8 @@ class CudaExecutor(EngineLimits):
             self._loop.load(step.token_ids, step.positions + 1, step.page_table[owner], verify=True)
         return True
 
-    def _prefill(self, step: StepInput) -> torch.Tensor:
+    def _prefill(self, step: StepInput, **received: torch.Tensor) -> torch.Tensor:
+        """received: what a stage of a pipeline takes beyond a step."""
         counts = np.diff(step.query_start)
         decodes = int(np.argmax(counts > 1)) if (counts > 1).any() else len(counts)
         first = int(step.query_start[decodes])
@@ -207,7 +212,7 @@ class CudaExecutor(EngineLimits):
         )
         token_ids, positions, logits_index, decode_length, decode_pages, *context = sent
         decode = DecodeRows(decode_length, decode_pages, early=False) if decodes else None
-        inputs = {"token_ids": token_ids, "positions": positions, "logits_index": logits_index}
+        inputs = {"token_ids": token_ids, "positions": positions, "logits_index": logits_index, **received}
         rest = ContextRows(*context) if decodes < step.num_sequences else None
         return self._program.prefill(inputs, decode, rest)
 
@@ -246,8 +251,7 @@ class CudaExecutor(EngineLimits):
         with self._watched():
             if self._load_step(step):
                 return self._loop.collect(self._loop.enqueue(1)).reshape(-1)
-            best, chosen = self._prefill(step).max(-1)
-            found: Int32Array = chosen.where(best.isfinite(), -1).int().cpu().numpy()
+            found: Int32Array = greedy_tokens(self._prefill(step)).cpu().numpy()
             return found
 
     # ---- DecodeLoop
@@ -279,7 +283,13 @@ class CudaExecutor(EngineLimits):
         torch.cuda.empty_cache()
 
 
-class _DecodeLoop:
+def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """[R] int32: of each row the token with the largest logit, -1 where that is not finite."""
+    best, chosen = logits.max(-1)
+    return chosen.where(best.isfinite(), -1).int()
+
+
+class GraphLoop:
     """Decode steps as CUDA graphs, one for each bucket of batch sizes, captured when first needed.
 
     Steps that verify guesses, whose rows may be tokens of one sequence, have graphs and buckets of their own.
@@ -337,6 +347,10 @@ class _DecodeLoop:
         graph, _ = self._graph()
         for _ in range(count):
             graph.replay()
+        return self._ticket(count)
+
+    def _ticket(self, count: int) -> Ticket:
+        """Of the `count` steps that were started last."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         ticket = Ticket(event, self._host_length, count)
@@ -377,7 +391,7 @@ class _DecodeLoop:
         """Captures the step of `bucket` rows. State is left as it was: capturing runs nothing, and warming up runs on
         unused rows of its own."""
         decode = self._program.decoder(bucket)
-        inputs = {"token_ids": self._token_ids[:bucket], "positions": self._positions[:bucket]}
+        inputs = self._inputs(bucket)
         row_start = self._row_start[: bucket + 1] if verify else None
         rows = DecodeRows(self._kv_length[:bucket], self._page_table[:bucket], not verify, row_start)
         idle = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
@@ -385,19 +399,28 @@ class _DecodeLoop:
         unused = DecodeRows(torch.zeros_like(rows.kv_length), rows.page_table, False, nowhere)
         # Loads modules, binds launches and lets cuBLAS allocate its workspace, which capturing must not.
         decode(idle, unused)
-        state = LoopState(
-            next_token=self._next_token[:bucket],
-            token_ids=inputs["token_ids"],
-            positions=inputs["positions"],
-            kv_length=rows.kv_length,
-            history=self._history[:bucket],
-        )
-        scratch = LoopState(next_token=torch.zeros_like(state.next_token))
-        self._sampling.greedy(decode(idle, unused), scratch)
+        state = self._state(bucket)
+        self._choose(decode(idle, unused), LoopState(next_token=torch.zeros_like(state.next_token)))
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         # Other threads, NCCL's among them, may call CUDA meanwhile: what they do is not in the graph and does not spoil it.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = decode(inputs, rows)
-            self._sampling.greedy(logits, state)
+            self._choose(logits, state)
         return graph, logits
+
+    def _inputs(self, bucket: int) -> dict[str, torch.Tensor]:
+        return {"token_ids": self._token_ids[:bucket], "positions": self._positions[:bucket]}
+
+    def _state(self, bucket: int) -> LoopState:
+        return LoopState(
+            next_token=self._next_token[:bucket],
+            token_ids=self._token_ids[:bucket],
+            positions=self._positions[:bucket],
+            kv_length=self._kv_length[:bucket],
+            history=self._history[:bucket],
+        )
+
+    def _choose(self, logits: torch.Tensor, state: LoopState) -> None:
+        """The end of a step: chooses tokens, by which it advances `state`."""
+        self._sampling.greedy(logits, state)

@@ -63,28 +63,38 @@ class RankGroup:
             timeout=_UNLIMITED,
         )
         self._peers = self._pipeline = dist.new_group(backend="gloo", timeout=timedelta(seconds=STALL_S))
-        self._num_peers = self.size
+        self.num_peers, self.member = self.size, self.rank
         self._gpus: dist.ProcessGroup | None = None
+        self._gpu_pipeline: dist.ProcessGroup | None = None
         self._sends: list[tuple[Any, torch.Tensor]] = []
 
     def divide(self, tp_size: int) -> None:
-        """From now on each `tp_size` ranks in a row are the stage of a pipeline, and sums and gathers are theirs alone.
-        Every rank calls it."""
+        """From now on each `tp_size` ranks in a row are the stage of a pipeline, and sums and gathers are theirs alone: of its
+        `num_peers` ranks this is number `member`. Every rank calls it, before `connect_gpus`."""
         if tp_size == self.size:
             return
-        stages = [range(first, first + tp_size) for first in range(0, self.size, tp_size)]
+        self.num_peers, self.member = tp_size, self.rank % tp_size
         limit = timedelta(seconds=STALL_S)
-        groups = [dist.new_group(list(stage), backend="gloo", timeout=limit) for stage in stages]
-        self._peers, self._num_peers = groups[self.rank // tp_size], tp_size
+        groups = [dist.new_group(stage, backend="gloo", timeout=limit) for stage in self._stages()]
+        self._peers = groups[self.rank // tp_size]
         self._pipeline = dist.new_group(backend="gloo", timeout=timedelta(seconds=PIPELINE_S))
 
     def connect_gpus(self, device: torch.device) -> None:
         """From now on tensors on `device`, this rank's, are exchanged too: by NCCL, on the current stream, where a CUDA graph
-        may capture it. Every rank calls it; all ranks are one stage."""
+        may capture it. Every rank calls it."""
         set_defaults()
+
+        def communicator(ranks: list[int] | None = None) -> dist.ProcessGroup:
+            # Made here and now (device_id), not within the first exchange, which may be captured.
+            made: dist.ProcessGroup = dist.new_group(
+                ranks, backend="nccl", timeout=_UNLIMITED, device_id=device
+            )
+            return made
+
         with self._exchange():
-            # The communicator is made here and now (device_id), not within the first exchange, which may be captured.
-            self._gpus = dist.new_group(backend="nccl", timeout=_UNLIMITED, device_id=device)
+            self._gpu_pipeline = self._gpus = communicator()
+            if 1 < self.num_peers < self.size:
+                self._gpus = [communicator(stage) for stage in self._stages()][self.rank // self.num_peers]
 
     def nccl_communicator(self) -> int:
         """Address of the `ncclComm_t` of this rank's stage; after `connect_gpus`."""
@@ -93,9 +103,13 @@ class RankGroup:
 
     @property
     def gpus(self) -> dist.ProcessGroup:
-        """torch's group of the ranks' GPUs; after `connect_gpus`."""
+        """torch's group of the GPUs of this rank's stage; after `connect_gpus`."""
         assert self._gpus is not None, "no communicator before connect_gpus"
         return self._gpus
+
+    def _stages(self) -> list[list[int]]:
+        count = self.num_peers
+        return [list(range(first, first + count)) for first in range(0, self.size, count)]
 
     def least(self, value: int) -> int:
         """The smallest of what the ranks bring."""
@@ -136,7 +150,7 @@ class RankGroup:
     def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """The parts of all ranks of a stage, in rank order along `axis`. Raises TargetError when a rank does not come."""
         part = x.contiguous()
-        parts = part.new_empty(self._num_peers, *part.shape)
+        parts = part.new_empty(self.num_peers, *part.shape)
         if part.numel():
             with self._exchange():
                 _all_gather(parts.view(-1), part.view(-1), group=self._group(x))
@@ -152,15 +166,26 @@ class RankGroup:
         with self._exchange():
             dist.broadcast(x, src=0)
 
+    def spread(self, x: torch.Tensor, rank: int) -> None:
+        """Fills `x` on every rank, of all stages, with what it holds on `rank`."""
+        with self._exchange():
+            dist.broadcast(x, src=rank, group=self._between(x))
+
+    def _between(self, x: torch.Tensor) -> dist.ProcessGroup:
+        """What carries tensors from stage to stage."""
+        group = self._pipeline if x.device.type == "cpu" else self._gpu_pipeline
+        assert group is not None, "no communicator before connect_gpus"
+        return group
+
     def start_send(self, x: torch.Tensor, rank: int) -> None:
         """Begins to give `x`, which must not change, to a rank of another stage, which calls `receive`. What a rank is sent
-        arrives in order."""
+        arrives in order. Between GPUs all of it is work on a stream, in the order of these calls on each rank."""
         x = x.contiguous()
         with self._blaming():
-            self._sends.append((dist.isend(x, rank, group=self._pipeline), x))
+            self._sends.append((dist.isend(x, rank, group=self._between(x)), x))
 
     def finish_sends(self) -> None:
-        """Waits until all is received. Raises TargetError when a rank does not come."""
+        """Waits until all is received; between GPUs, the current stream does. Raises TargetError when a rank does not come."""
         for work, _ in self._sends:
             with self._waiting():
                 work.wait()
@@ -169,7 +194,7 @@ class RankGroup:
     def receive(self, x: torch.Tensor, rank: int) -> None:
         """Fills `x` with what `rank` sends. Raises TargetError when nothing comes."""
         with self._waiting():
-            dist.recv(x, rank, group=self._pipeline)
+            dist.recv(x, rank, group=self._between(x))
 
     @contextmanager
     def device_work(self) -> Iterator[None]:

@@ -218,6 +218,8 @@ class LeadingLoop(LeadingCopier):
 
     def loop_rest(self, rows: Sequence[int]) -> None:
         """See `DecodeLoop.loop_rest`."""
+        if not rows:  # what would be said then is `STOP`
+            return
         with self._in_step_with(pack_rest(rows)):
             self._loop.loop_rest(rows)
 
@@ -321,9 +323,12 @@ def _cuda(
     engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None, group: RankGroup
 ) -> Local:
     from .cuda_executor import CudaExecutor
+    from .cuda_stage import CudaStageExecutor
 
     device = choose_device(group.rank, group.local_rank, torch.cuda.device_count())
-    return CudaExecutor(
+    group.divide(engine.build.tp_size)
+    executor = CudaStageExecutor if engine.build.pp_size > 1 else CudaExecutor
+    return executor(
         engine,
         num_pages=num_pages,
         kv_cache_memory_bytes=kv_cache_memory_bytes,

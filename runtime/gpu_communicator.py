@@ -21,23 +21,24 @@ def largest_small_sum(ranks: int) -> int:
 
 
 class GpuCommunicator:
-    """A `Communicator` of one rank for tensors on its GPU, on torch's current stream; CUDA graphs may capture it.
+    """A `Communicator` of one rank, within its stage, for tensors on its GPU, on torch's current stream; CUDA graphs may
+    capture it.
 
     Every rank makes one, with `library` for its GPU.
     """
 
     def __init__(self, group: RankGroup, device: torch.device, library: KernelLibrary) -> None:
         group.connect_gpus(device)
-        self._group = group
+        self._group, ranks = group, group.num_peers
         self.small: AllReduce | None = None
         """None where the GPUs cannot write each other's memory."""
-        if group.size > MAX_RANKS:
+        if not 1 < ranks <= MAX_RANKS:
             return
-        limit = largest_small_sum(group.size)
-        self._memory = lend_memory(group, device, memory_bytes(limit, group.size))
+        limit = largest_small_sum(ranks)
+        self._memory = lend_memory(group, device, memory_bytes(limit, ranks))
         if self._memory is not None:
             state = torch.zeros(2, dtype=torch.int32, device=device)
-            self.small = AllReduce(library, self._memory.addresses, group.rank, limit, state)
+            self.small = AllReduce(library, self._memory.addresses, group.member, limit, state)
 
     def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
         """The sum over the ranks, the same bits on every rank; see `RankGroup.all_reduce`."""

@@ -8,9 +8,13 @@ from collections.abc import Mapping, MutableMapping
 
 from ..core.errors import TargetError
 
-DEFAULTS: Mapping[str, str] = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+DEFAULTS: Mapping[str, str] = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "0",
+}
 """NVLink multicast stays off: where programs share the GPUs of a host, one that uses it can put all of them out of service.
-Whoever sets these variables decides."""
+What stages of a pipeline send each other is meant to be in order. Whoever sets these variables decides."""
 
 
 def set_defaults(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -22,11 +22,11 @@ class PeerMemory:
     """[bytes] uint8, what this rank lends."""
     handle: object
     addresses: tuple[int, ...]
-    """For each rank, where on this GPU its memory is."""
+    """For each rank of the stage, where on this GPU its memory is."""
 
 
 def lend_memory(group: RankGroup, device: torch.device, size: int) -> PeerMemory | None:
-    """`size` bytes of every rank for all. Every rank calls it, after `group.connect_gpus`.
+    """`size` bytes of every rank for its stage. Every rank calls it, after `group.connect_gpus`.
 
     None on every rank when the GPUs cannot write each other's memory: not all on one host, no way between two of them,
     refused by the system or unknown to this torch, which the rank that finds it says in a line of its own; or when `SWITCH`
@@ -56,5 +56,5 @@ def _rendezvous(group: RankGroup, device: torch.device, size: int) -> PeerMemory
     handle = _symmetric_memory.rendezvous(own, group.gpus)
     own.zero_()
     torch.cuda.synchronize(device)
-    offset = own.data_ptr() - int(handle.buffer_ptrs[group.rank])
+    offset = own.data_ptr() - int(handle.buffer_ptrs[group.member])
     return PeerMemory(own, handle, tuple(int(address) + offset for address in handle.buffer_ptrs))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from trtc.runtime import cuda_stage
 from trtc.runtime.executor import DecodeLoop, Executor, GreedyChooser
 from trtc.runtime.llm import LLM
 from trtc.runtime.sampling_params import SamplingParams
@@ -23,6 +24,9 @@ CHUNKS = (9, 20, *[1] * (len(TOKENS) - 29))
 """A prompt, a chunk of it, then token by token: prefill, prefill on a cache, CUDA graphs."""
 PROMPTS = [list(range(3, 3 + size)) for size in (9, 1, 33, 16, 2, 57)]
 """More than a batch of the engines, so that prefill and decode mix in one step."""
+cuda_stage.MICRO_STEP_TOKENS = (
+    8  # so that steps of these short prompts are split over the stages of a pipeline
+)
 LIMIT_S = 80
 """A rank that is not done then says where it is and ends."""
 GREEDY = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""Tensor parallel on two GPUs with real processes. Oracles: transformers in float32 on the CPU, and one rank on one GPU.
+"""Tensor and pipeline parallel on two GPUs with real processes. Oracles: transformers in float32, and one rank on one GPU.
 
 For failures: the promise that all ranks are gone within ten seconds, with a line that names rank and host.
 """
@@ -37,6 +37,7 @@ class Case(NamedTuple):
     tp_size: int = 2
     dim: int | None = None
     dtype: DType = DType.FLOAT16
+    pp_size: int = 1
 
 
 CASES = [
@@ -45,6 +46,8 @@ CASES = [
     Case("cuda_post_norm_projected", dim=0),
     Case("cuda_post_norm_projected", dim=1),
     Case("cuda_head_dim_80_odd_vocabulary", dim=0),
+    Case("cuda_pre_norm", tp_size=1, pp_size=2),
+    Case("cuda_post_norm_projected", tp_size=1, dtype=DType.BFLOAT16, pp_size=2),
 ]
 
 
@@ -61,9 +64,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Path]:
     for case in [*CASES, CASES[0]._replace(tp_size=1)]:
         source = checkpoints[case.variant]
         model = dataclasses.replace(source.config, dtype=case.dtype)
-        sharding = ShardingOptions(case.tp_size, case.dim is not None, case.dim or 0)
+        sharding = ShardingOptions(case.tp_size, case.dim is not None, case.dim or 0, case.pp_size)
         made[case] = folder / "-".join(map(str, case))
-        build = dataclasses.replace(BUILD, tp_size=case.tp_size, **options)
+        build = dataclasses.replace(BUILD, tp_size=case.tp_size, pp_size=case.pp_size, **options)
         build_engine(source.family, model, source.weights(case.dtype, sharding), build, made[case])
     return made
 

@@ -117,6 +117,7 @@ def test_followers_do_what_rank_0_does(engine: Engine) -> None:
     assert executor.choose(STEP).tolist() == [6, 6]
     executor.loop_load(array(9, 8), array(41, 3), np.array([[4, 2], [1, -1]], np.int32))
     tickets = [executor.loop_enqueue(8), executor.loop_enqueue(1)]
+    executor.loop_rest([])
     executor.loop_rest([1])
     executor.copy_pages([3, 5], [7, 6])
     many = FIRST  # a table that does not fit the first message

@@ -20,10 +20,11 @@ CPU = torch.device("cpu")
 class Group:
     """Rank 1 of several; the others say `others` where all must agree."""
 
-    rank, name = 1, "rank 1 on here (process 7)"
+    rank, member, name = 1, 1, "rank 1 on here (process 7)"
 
     def __init__(self, size: int = 2, *, one_host: bool = True, others: Sequence[int] = (1, 1)) -> None:
         self.size, self.one_host, self._others = size, one_host, list(others)
+        self.num_peers = size
         self.calls: list[Any] = []
 
     def connect_gpus(self, device: torch.device) -> None:

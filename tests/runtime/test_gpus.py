@@ -6,7 +6,7 @@ import socket
 
 import pytest
 from trtc.core.errors import TargetError
-from trtc.runtime.gpus import choose_device, set_defaults
+from trtc.runtime.gpus import DEFAULTS, choose_device, set_defaults
 
 
 def test_every_rank_of_a_host_has_a_gpu_of_its_own() -> None:
@@ -34,4 +34,5 @@ def test_too_few_gpus(count: int, environ: dict[str, str], says: str) -> None:
 def test_multicast_stays_off_unless_the_user_says_otherwise() -> None:
     environ = {"NCCL_NVLS_ENABLE": "1"}
     set_defaults(environ)
-    assert environ == {"NCCL_NVLS_ENABLE": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    assert environ == {**DEFAULTS, "NCCL_NVLS_ENABLE": "1"}
+    assert DEFAULTS["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1" and DEFAULTS["NCCL_NVLS_ENABLE"] == "0"

@@ -165,18 +165,20 @@ def _format(graph: Graph, node: Node) -> str:
     return int4_name(columns // groups)
 
 
-def code_file(arch: str) -> str:
-    """Name of the file of an engine with the machine code for `arch`."""
-    return f"kernels.{arch}.cubins"
+def code_file(arch: str, stage: int = 0) -> str:
+    """Name of the file of an engine with the machine code for `arch` that all ranks of a stage run."""
+    return f"kernels.{f'stage{stage}.' if stage else ''}{arch}.cubins"
 
 
-def write_code(sources: Sequence[KernelSource], arch: str, directory: Path) -> list[dict[str, Any]]:
-    """Compiles `sources` for `arch` into one file; returns its table of contents.
+def write_code(
+    sources: Sequence[KernelSource], arch: str, directory: Path, stage: int = 0
+) -> list[dict[str, Any]]:
+    """Compiles `sources` for `arch` into the file of a stage; returns its table of contents.
 
     Raises BuildError when the compiler is missing or refuses a kernel.
     """
     contents: list[dict[str, Any]] = []
-    with (directory / code_file(arch)).open("wb") as file:
+    with (directory / code_file(arch, stage)).open("wb") as file:
         for source in sources:
             try:
                 compiled = compile_kernel(source, arch=compile_target(arch))
@@ -197,14 +199,15 @@ def write_code(sources: Sequence[KernelSource], arch: str, directory: Path) -> l
 
 
 def read_code(
-    contents: Iterable[Mapping[str, Any]], arch: str, directory: Path
+    contents: Iterable[Mapping[str, Any]], arch: str, directory: Path, stage: int = 0
 ) -> Iterator[tuple[KernelSource, Defines, CompiledKernel]]:
     """What `KernelLibrary` takes as precompiled. Raises EngineError when the file does not fit its table of contents."""
-    data = (directory / code_file(arch)).read_bytes()
+    path = directory / code_file(arch, stage)
+    data = path.read_bytes()
     for item in contents:
         cubin = data[item["offset"] : item["offset"] + item["bytes"]]
         if len(cubin) != item["bytes"]:
-            raise EngineError(f"{directory / code_file(arch)}: shorter than engine.json says")
+            raise EngineError(f"{path}: shorter than engine.json says")
         source = KernelSource(KERNELS_ROOT / item["source"], tuple(item["entries"]))
         resources = {name: ResourceUsage(**usage) for name, usage in item["resources"].items()}
         yield (

@@ -66,8 +66,9 @@ class CudaProgram:
     weights: on the GPU; cache: one pair of page tensors a layer, on the GPU.
     accumulation: of prefill attention: float32, float16, or unfused (torch, one sequence at a time).
     max_kv_length: longest sequence, for which the work of decode attention is divided.
-    communicator: between the GPUs of all ranks, on torch's current stream, capturable. Needed where there are several.
+    communicator: between the GPUs of a stage's ranks, on torch's current stream, capturable. Needed where there are several.
     rank: of this GPU among them.
+    gives_logits: False for a stage of a pipeline whose output the next one takes, as it is.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class CudaProgram:
         kernels: Mapping[str, KernelFactory] | None = None,
         communicator: Communicator | None = None,
         rank: int = 0,
+        gives_logits: bool = True,
     ) -> None:
+        self._gives_logits = gives_logits
         self._communicator, self._rank = communicator, rank
         self._graph, self._cache, self._library = graph, cache, library
         self._weights, self._scratch = _quantized_for_kernels(graph, weights)
@@ -104,7 +107,8 @@ class CudaProgram:
     def prefill(
         self, inputs: Mapping[str, torch.Tensor], decode: DecodeRows | None, context: ContextRows | None
     ) -> torch.Tensor:
-        """A step with prompts in it. inputs: token_ids, positions [T], logits_index [R]. Returns logits [R, vocab]."""
+        """A step with prompts in it. inputs: token_ids, positions [T], logits_index [R], and what a stage takes. Returns
+        logits [R, vocab], or what the next stage takes."""
         self._decode_rows, self._context_rows = decode, context
         return self._prefill.run(inputs)
 
@@ -114,7 +118,9 @@ class CudaProgram:
         The logits are those the head computes, before the graph widens them. Capturable in a CUDA graph after one run.
         """
         graph = decode_graph(self._graph, fuse_norms=rows <= MAX_STREAM_ROWS)
-        program = self._program(narrow_logits(graph), library_products=False)
+        if self._gives_logits:
+            graph = narrow_logits(graph)
+        program = self._program(graph, library_products=False)
 
         def run(inputs: Mapping[str, torch.Tensor], decode: DecodeRows) -> torch.Tensor:
             self._decode_rows, self._context_rows = decode, None

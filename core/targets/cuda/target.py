@@ -47,6 +47,7 @@ class CudaTarget:
             fusions=frozenset({SIBLINGS, ACTIVATION, POSITIONS, AFFINE, DEQUANTIZE}),
             dtypes=frozenset({DType.FLOAT16, DType.BFLOAT16}),
             tensor_parallel=True,
+            pipeline_parallel=True,
             quantized=frozenset({"int8", "int4", "fp8"}),
             kv_cache_dtypes=frozenset(KV_CACHE_DTYPES),
         )
@@ -72,10 +73,11 @@ class CudaTarget:
                 f"target cuda: context_fmha enable sums in float16, which {dtype} cannot; accepted: fp32_acc, disable"
             )
         code = {}
+        stage, member = divmod(rank, build.tp_size)
         for arch in options["architectures"]:
             sources = kernel_sources(graph, shape, build.max_batch_size, arch, logits_dtype(graph).value)
-            # All ranks of an engine run the same kernels.
-            code[arch] = write_code(sources, arch, directory) if rank == 0 else []
+            # All ranks of a stage run the same kernels.
+            code[arch] = write_code(sources, arch, directory, stage) if member == 0 else []
         return {"code": code, "context_fmha": options["context_fmha"]}
 
 

@@ -12,10 +12,11 @@ import torch
 from trtc.core.build import build_engine, plan
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
-from trtc.core.errors import BuildError, ConfigError, EngineError
+from trtc.core.errors import BuildError, EngineError
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext, get_op, op_names
+from trtc.core.passes.stage import STAGE_INPUT
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import nearest
 from trtc.core.sharding import ShardingOptions
@@ -25,6 +26,7 @@ from trtc.core.targets.cuda.program import CudaProgram
 from trtc.core.targets.cuda.target import TARGET
 from trtc.core.targets.cuda.variants import decode_graph, prefill_graph, sum_on_first_rank
 from trtc.kernels.library import KernelLibrary
+from trtc.kernels.sampling import ADVANCE_ENTRY
 from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import PagedSequences, filled_cache
 from trtc.tests.thread_group import RankCommunicator, run_ranks
@@ -55,14 +57,17 @@ def planned(
 ) -> Rank:
     """The graph that the engine of a rank would have, and its weights in float64, or as integers with scales in float64."""
     model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
-    build = dataclasses.replace(BUILD, tp_size=sharding.tp_size, **CUDA)
+    build = dataclasses.replace(BUILD, tp_size=sharding.tp_size, pp_size=sharding.pp_size, **CUDA)
     if how is None:
         parts = plan(source.family, model, source.weights(DType.FLOAT16, sharding), build, rank)
         exact = source.weights(sharding=sharding)
     else:
         exact = nearest(QuantizeOptions(how))(source.weights(DType.FLOAT16, sharding))
         parts = plan(source.family, model, exact, build, rank)
-    raw = {name: exact.read(rank, name) for name in exact.names(rank)}
+    member = sharding.place(rank)[1]
+    graphs = (parts.graph, *parts.recipes.values())  # a last stage reads the tied head itself
+    read = {node.name for graph in graphs for node in graph.weights} - parts.recipes.keys()
+    raw = {name: exact.read(member, name) for name in {*exact.names(member), *read}}
     raw = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in raw.items()}
     made = {name: interpret(recipe, raw) for name, recipe in parts.recipes.items()}
     return parts.graph, raw | made
@@ -204,12 +209,45 @@ def test_a_split_that_the_kernels_do_not_take_is_refused(checkpoint, tmp_path: P
         TARGET.compile(graph, build, tmp_path, 0, {})
 
 
-def test_a_pipeline_is_refused(checkpoint, tmp_path: Path) -> None:
-    source = checkpoint("cuda_pre_norm")
+def test_every_stage_of_a_pipeline_has_the_kernels_of_its_layers(checkpoint, tmp_path: Path) -> None:
+    """The head is in the last stage alone, the lookup in the first; ranks of a stage share a file."""
+    source = checkpoint("cuda_post_norm_projected")
     model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
-    build = dataclasses.replace(BUILD, pp_size=2, **CUDA)
-    weights = source.weights(DType.FLOAT16, ShardingOptions(pp_size=2))
-    with pytest.raises(
-        ConfigError, match="target cuda does not run pipeline parallel yet; build with pp_size 1"
+    build = dataclasses.replace(BUILD, tp_size=2, pp_size=2, **CUDA)
+    weights = source.weights(DType.FLOAT16, ShardingOptions(2, pp_size=2))
+    folder = tmp_path / "engine"
+    build_engine(source.family, model, weights, build, folder)
+    engine = Engine.open(folder)
+    assert {code_file("sm_90"), code_file("sm_90", 1)} == {n for n in engine.files if n.startswith("kernels")}
+    for rank, part in enumerate(engine.ranks):
+        stage = rank // 2
+        contents = engine.ranks[2 * stage].artifacts["code"]["sm_90"]
+        carried = {
+            entry for one, _, _ in read_code(contents, "sm_90", folder, stage) for entry in one.entries
+        }
+        shape = CacheShape.of(part.graph, build.page_size)
+        wanted = kernel_sources(part.graph, shape, build.max_batch_size, "sm_90", "float16")
+        assert {entry for one in wanted for entry in one.entries} <= carried
+        assert ADVANCE_ENTRY in carried and shape.layers == 1
+        assert (STAGE_INPUT in part.graph.specs) == (stage == 1)
+
+
+@pytest.mark.parametrize("variant", ["cuda_pre_norm", "cuda_post_norm_projected"])
+def test_stages_compute_what_one_rank_does(variant: str, checkpoint) -> None:
+    """Prefill and decode graphs as each of two stages rewrites them, one after the other, in float64."""
+    source = checkpoint(variant)
+    sharding = ShardingOptions(pp_size=2)
+    parts = [planned(source, sharding, rank) for rank in range(2)]
+    caches = [filled_cache(graph, 16, 32, torch.float64) for graph, _ in parts]
+    sequences = PagedSequences(16, 32)
+    found = []
+    for step, rewrite in (
+        (PROMPT, prefill_graph),
+        (TOKEN, partial(decode_graph, fuse_norms=True)),
     ):
-        build_engine(source.family, model, weights, build, tmp_path / "engine")
+        inputs = sequences.step(step)
+        for (graph, weights), cache in zip(parts, caches, strict=True):
+            x = interpret(rewrite(graph), weights | inputs, ReferenceContext(cache))
+            inputs = inputs | {STAGE_INPUT: x}
+        found.append(x)
+    assert max_error(torch.cat(found), torch.cat(expected_logits(source))) <= FLOAT64_ABS
