@@ -67,6 +67,13 @@ class EngineFiles:
     def __fspath__(self) -> str:
         return str(self.folder)
 
+    def weight_files(self, rank: int) -> list[Path]:
+        """The files with the weights of `rank`, as far as engine.json says so."""
+        try:
+            return [self.folder / name for name in self.description["ranks"][rank]["weights"]]
+        except (LookupError, TypeError):
+            return []
+
     @property
     def target(self) -> object:
         """The target that the engine was built for, if engine.json says it where it should."""

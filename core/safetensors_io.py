@@ -4,7 +4,7 @@ Format (https://github.com/huggingface/safetensors): 8 bytes little-endian heade
 `{name: {dtype, shape, data_offsets}}`, the data without holes. The official library reads what we write. Ours
 exists because conversion needs what it does not offer: reads that do not go through a memory map (mapped
 pages would count as resident memory) and a writer that knows the header in advance and is filled tensor by
-tensor from many threads.
+tensor from many threads. Header and bytes need no torch, which is imported where tensors are made.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .dtypes import DType, from_torch, to_torch
 from .errors import CheckpointError
 from .strict_json import parse_object
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the official library."""
@@ -145,6 +146,8 @@ def read_at(fd: int, offset: int, dtype: DType, shape: tuple[int, ...], where: s
     """A fresh tensor filled from `offset` of an open file. Raises CheckpointError when the file ends
     early.
     """
+    import torch
+
     tensor = torch.empty(shape, dtype=to_torch(dtype))
     _fill(fd, offset, _bytes_of(tensor), where)
     return tensor
@@ -171,6 +174,8 @@ def _write_at(fd: int, offset: int, tensor: torch.Tensor) -> None:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
+    import torch
+
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -238,6 +243,8 @@ class SafetensorsFile:
 
     def _map_file(self) -> torch.Tensor:
         """The whole file as bytes, mapped at the first call."""
+        import torch
+
         with self._lock:
             if self._mapped is None:
                 mapped = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)

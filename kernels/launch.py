@@ -106,6 +106,7 @@ def multiprocessor_count(device: int = 0) -> int:
     return int(check(cuda.cuDeviceGetAttribute(attribute, handle), "multiprocessor count"))
 
 
+@functools.cache
 def primary_context(device: int = 0) -> Any:
     """The context of `device` that torch uses too. The first call of a process makes it, which takes the driver a while.
 

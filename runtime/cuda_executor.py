@@ -37,7 +37,7 @@ from .engine_limits import EngineLimits
 from .gpu_communicator import GpuCommunicator
 from .kv_cache import pages_for
 from .step_input import Int32Array, StepInput
-from .weight_loading import loading_to_gpu
+from .weight_loading import EarlyWeights, weights_on_gpu
 
 CACHE_FRACTION = 0.9
 """Share of the GPU memory left after the weights that the KV cache takes when nothing else is said, at most."""
@@ -81,6 +81,7 @@ class CudaExecutor(EngineLimits):
     """An `Executor` on one GPU that can also choose tokens (`GreedyChooser`) and run ahead of its host (`DecodeLoop`).
 
     group: the ranks of the job, for an engine of several; all load their parts and run the same steps in the same order.
+    early: the weights, on their way to this GPU already.
     Of a pipeline this is what its stages have in common: see `cuda_stage`.
     """
 
@@ -94,6 +95,7 @@ class CudaExecutor(EngineLimits):
         kv_cache_memory_bytes: int | None = None,
         device: int = 0,
         group: RankGroup | None = None,
+        early: EarlyWeights | None = None,
     ) -> None:
         assert len(engine.ranks) == 1 or group is not None, "ranks that cannot talk to each other"
         if engine.trtc_version != __version__:
@@ -112,7 +114,7 @@ class CudaExecutor(EngineLimits):
         if group is not None:
             torch.cuda.set_device(self._device)  # whose current stream the kernels are launched on
         try:
-            self._load(engine, library, num_pages, kv_cache_memory_bytes)
+            self._load(engine, library, num_pages, kv_cache_memory_bytes, early)
         except torch.OutOfMemoryError:
             total = torch.cuda.mem_get_info(device)[1]
             raise TargetError(
@@ -121,14 +123,19 @@ class CudaExecutor(EngineLimits):
             ) from None
 
     def _load(
-        self, engine: Engine, library: EngineKernels, num_pages: int | None, kv_cache_memory_bytes: int | None
+        self,
+        engine: Engine,
+        library: EngineKernels,
+        num_pages: int | None,
+        kv_cache_memory_bytes: int | None,
+        early: EarlyWeights | None,
     ) -> None:
         group = self._group
         rank = 0 if group is None else group.rank
         communicator = None if group is None else GpuCommunicator(group, self._device, library)
         part = engine.ranks[rank]
         shape = CacheShape.of(part.graph, engine.build.page_size)
-        with engine.weight_files(rank) as files, loading_to_gpu(files, self._device) as weights:
+        with engine.weight_files(rank) as files, weights_on_gpu(files, self._device, early) as weights:
             if num_pages is None and kv_cache_memory_bytes is None:
                 kv_cache_memory_bytes = int(torch.cuda.mem_get_info(self._device)[0] * CACHE_FRACTION)
                 whole = pages_for(engine.build.max_seq_len, engine.build.page_size)

@@ -134,11 +134,25 @@ class CudaStageExecutor(CudaExecutor):
     alike.
     """
 
-    def __init__(self, engine: Engine, *, device: int, group: RankGroup, **cache: int | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        num_pages: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        device: int,
+        group: RankGroup,
+    ) -> None:
         self._stage = Stage(engine, group, torch.device("cuda", device))
         self._gives_logits = self._stage.last
         self._most_parts = MICRO_STEPS_PER_STAGE * engine.build.pp_size
-        super().__init__(engine, device=device, group=group, **cache)
+        super().__init__(
+            engine,
+            num_pages=num_pages,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            device=device,
+            group=group,
+        )
 
     def _make_loop(self, sampling: Sampling, max_batch_size: int, pages: int) -> GraphLoop:
         return StageLoop(self._stage, self._program, sampling, self._device, max_batch_size, pages)

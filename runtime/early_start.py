@@ -4,36 +4,36 @@ from __future__ import annotations
 
 from contextlib import suppress
 from os import PathLike
-from threading import Thread
 
 from ..core.engine_files import EngineFiles
 from ..kernels import launch
 from ..kernels.errors import DeviceError
 from .placement import placement
+from .weight_loading import EarlyWeights
+
+
+class BegunEngine(EngineFiles):
+    """An engine directory of which one process runs all: files are being compared and, for target cuda, weights are on their
+    way to the GPU, in threads."""
+
+    def __init__(self, folder: str | PathLike[str], *, verify: bool = True) -> None:
+        super().__init__(folder, verify=verify)
+        self.weights = self._early_weights()
+
+    def _early_weights(self) -> EarlyWeights | None:
+        paths = self.weight_files(0)
+        if self.target != "cuda" or not paths:
+            return None
+        with suppress(DeviceError):  # the executor says what is missing
+            launch.bindings()  # here, not in a thread: torch imports from this package too
+            return EarlyWeights(paths)
+        return None
 
 
 def begin_loading(engine_dir: str | PathLike[str], *, verify: bool = True) -> str | PathLike[str]:
-    """What to give `LLM` or `load_executor` as their engine directory: in threads, its files are being compared and the GPU
-    is being opened.
+    """What to give `LLM` or `load_executor` as their engine directory: a `BegunEngine`.
 
     In a job of several ranks it is `engine_dir` itself: which GPU is whose is known when all ranks have met.
     Raises EngineError when the directory is none of an engine, or files are missing or of another size.
     """
-    if placement().size > 1:
-        return engine_dir
-    files = EngineFiles(engine_dir, verify=verify)
-    if files.target == "cuda":
-        _open_gpu()
-    return files
-
-
-def _open_gpu() -> None:
-    """Makes the driver's context for the GPU in a thread. The driver lets other threads import modules meanwhile."""
-    with suppress(DeviceError):  # the executor asks again, and says what is wrong
-        launch.bindings()  # here, not there: torch imports from this package too
-        Thread(target=_make_context, name="open-gpu").start()
-
-
-def _make_context() -> None:
-    with suppress(DeviceError):
-        launch.primary_context()
+    return engine_dir if placement().size > 1 else BegunEngine(engine_dir, verify=verify)

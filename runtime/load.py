@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from ..core.engine import Engine
 from ..core.errors import TargetError
 from ..core.plugin_registry import plugins
+from .early_start import BegunEngine
 from .executor import Executor
 from .placement import placement
 
 if TYPE_CHECKING:
     from .distributed import RankGroup
     from .tensorrt_executor import PackedTensorRTExecutor, TensorRTExecutor
+    from .weight_loading import EarlyWeights
 
 
 def load_executor(
@@ -41,7 +43,11 @@ def load_executor(
         from .follower import load_ranks
 
         return load_ranks(place, Path(engine_dir), num_pages, kv_cache_memory_bytes, verify)
-    return executor_of(Engine.open(engine_dir, verify=verify), num_pages, kv_cache_memory_bytes)
+    engine = Engine.open(engine_dir, verify=verify)
+    early = engine_dir.weights if isinstance(engine_dir, BegunEngine) else None
+    if early is not None and len(engine.ranks) == 1:
+        return _cuda(engine, num_pages, kv_cache_memory_bytes, early)
+    return executor_of(engine, num_pages, kv_cache_memory_bytes)
 
 
 def executor_of(
@@ -63,10 +69,15 @@ def _cpu(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | Non
     return cpu_executor(engine, num_pages, kv_cache_memory_bytes)
 
 
-def _cuda(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:
+def _cuda(
+    engine: Engine,
+    num_pages: int | None,
+    kv_cache_memory_bytes: int | None,
+    early: EarlyWeights | None = None,
+) -> Executor:
     from .cuda_executor import CudaExecutor
 
-    return CudaExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)
+    return CudaExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, early=early)
 
 
 def tensorrt_executor(

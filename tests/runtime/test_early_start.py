@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from trtc.core.engine_files import EngineFiles
 from trtc.core.errors import EngineError
 from trtc.kernels import launch
 from trtc.kernels.errors import DeviceError
-from trtc.runtime import early_start
-from trtc.runtime.early_start import begin_loading
+from trtc.runtime import early_start, load
+from trtc.runtime.early_start import BegunEngine, begin_loading
 from trtc.tests.opt_models import OptCheckpoint, save_hf
 
 UNWANTED = (
@@ -66,34 +64,41 @@ def test_ranks_of_a_job_begin_when_they_have_met(built: Path, monkeypatch: pytes
     assert begin_loading(built) == built
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_the_gpu_is_opened_meanwhile(built: Path, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
-    """In a thread, for target cuda only; what is wrong with it is left to the executor to say."""
-    opened: list[threading.Thread] = []
+def test_weights_start_on_their_way_for_target_cuda_only(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[Path]] = []
 
-    def context() -> None:
-        opened.append(threading.current_thread())
-        if broken:
-            raise DeviceError("no GPU")
+    class Early:
+        def __init__(self, paths: list[Path]) -> None:
+            started.append(paths)
 
-    monkeypatch.setattr(launch, "primary_context", context)
+    monkeypatch.setattr(early_start, "EarlyWeights", Early)
     monkeypatch.setattr(launch, "bindings", lambda: None)
-    begin_loading(built)
-    assert not opened
-    monkeypatch.setattr(EngineFiles, "target", "cuda")
-    begin_loading(built)
-    for thread in threading.enumerate():
-        if thread.name == "open-gpu":
-            thread.join()
-    (thread,) = opened
-    assert thread is not threading.main_thread()
+    assert begin_loading(built).weights is None
+    assert not started
+    monkeypatch.setattr(BegunEngine, "target", "cuda")
+    assert isinstance(begin_loading(built).weights, Early)
+    assert started == [[built / "rank0-0.safetensors"]]
 
 
-def test_without_cuda_python_there_is_nothing_to_open(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_executor_takes_the_weights_that_are_on_their_way(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the executor of target cuda, which needs a GPU."""
+    taken: list[object] = []
+    monkeypatch.setattr(early_start, "EarlyWeights", lambda paths: "on their way")
+    monkeypatch.setattr(launch, "bindings", lambda: None)
+    monkeypatch.setattr(BegunEngine, "target", "cuda")
+    monkeypatch.setattr(load, "_cuda", lambda *args: taken.append(args[3]))
+    load.load_executor(begin_loading(built))
+    assert taken == ["on their way"]
+
+
+def test_without_cuda_python_nothing_starts(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise DeviceError("cuda-python is not installed")
 
     monkeypatch.setattr(launch, "bindings", missing)
-    monkeypatch.setattr(EngineFiles, "target", "cuda")
-    begin_loading(built)
-    assert not [thread for thread in threading.enumerate() if thread.name == "open-gpu"]
+    monkeypatch.setattr(BegunEngine, "target", "cuda")
+    assert begin_loading(built).weights is None
