@@ -11,6 +11,7 @@ import torch
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
 from trtc.runtime.drafting import StepCosts
+from trtc.runtime.early_start import BegunEngine, begin_loading
 from trtc.runtime.executor import DecodeLoop, GreedyChooser
 from trtc.runtime.llm import LLM
 from trtc.runtime.load import load_executor
@@ -59,6 +60,30 @@ def test_weights_arrive_as_they_are_in_the_files(threads: int, chunk_bytes: int,
         assert torch.equal(
             loaded[name].view(-1).view(torch.uint8), tensor.to(device).view(-1).view(torch.uint8)
         ), name
+
+
+def test_weights_that_come_while_torch_is_imported_are_those_of_the_files(tmp_path: Path) -> None:
+    """Oracles: torch's own copy of the mapped files, and the tokens of an engine that was loaded when it was opened."""
+    engine_dir = build("cuda_pre_norm", DType.FLOAT16, tmp_path)
+    begun = begin_loading(engine_dir)
+    assert isinstance(begun, BegunEngine) and begun.weights is not None
+    device = torch.device("cuda", 0)
+    loaded = begun.weights.tensors(device)
+    assert loaded is not None
+    mapped = Engine.open(begun).map_weights(0)
+    assert loaded.keys() == mapped.keys()
+    for name, tensor in mapped.items():
+        assert (loaded[name].dtype, loaded[name].shape, loaded[name].is_cuda) == (
+            tensor.dtype,
+            tensor.shape,
+            True,
+        )
+        assert torch.equal(loaded[name], tensor.to(device)), name
+    tokens = []
+    for directory in (engine_dir, begin_loading(engine_dir)):
+        with LLM(directory) as llm:
+            tokens.append([list(o.outputs[0].token_ids) for o in llm.generate([TOKENS[:20], [5]], GREEDY)])
+    assert tokens[0] == tokens[1]
 
 
 def logits_in_chunks(engine: Path, chunks: list[int]) -> torch.Tensor:
