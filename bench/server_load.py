@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, metavar="N", help="default: %(default)s")
     parser.add_argument("--connections", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"default: {RESULTS.relative_to(ROOT)}")
     server_rates.add_arguments(parser)
     args = parser.parse_args()
@@ -307,7 +308,7 @@ def main() -> None:
         finally:
             server.process.kill()
         record = {
-            "environment": environment(engine_dir),
+            "environment": environment(engine_dir, args.commit),
             "setup": {"requests": args.requests, "connections": args.connections, "seed": args.seed},
             "rows": [asdict(row) for row in rows],
             "memory_mib": tally.memory_mib,

@@ -52,17 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=math.inf, metavar="S",
         help="at a rate, only as many of the requests as come in about so many seconds (default: all)",
     )  # fmt: skip
+    group.add_argument(
+        "--paced", action="store_true", help="on executors that only take the time of a GPU: see paced.py"
+    )
     group.add_argument("--whole", action="store_true", help="ask for whole answers instead of streams")
 
 
 def run(engine_dir: Path, args: argparse.Namespace) -> None:
     """Prints a line for each rate and writes them, with every sample, to `args.json`."""
-    offline = offline_throughput(engine_dir, args.requests)
-    server = Server(engine_dir, "--max-queue", str(args.requests))
+    module = "trtc.bench.paced" if args.paced else "trtc.cli"
+    offline = offline_throughput(engine_dir, args.requests, module)
+    server = Server(engine_dir, "--max-queue", str(args.requests), module=module)
     try:
-        bodies = requests(server, engine_dir, args.requests, stream=not args.whole)
-        asyncio.run(drive(server, bodies[:64], math.inf, args.seed))  # warms up, as the offline side does
-        results = [measure(server, bodies, rate, args) for rate in args.rates]
+        # Every run has prompts of its own: the prefix cache knows none of them.
+        warm_up, *runs = (requests(server, engine_dir, args, number) for number in range(1 + len(args.rates)))
+        asyncio.run(drive(server, warm_up[:64], math.inf, args.seed))  # as the offline side does
+        results = [measure(server, bodies, rate, args) for bodies, rate in zip(runs, args.rates, strict=True)]
         server.terminate()
         code = server.wait()
     finally:
@@ -85,36 +90,45 @@ def run(engine_dir: Path, args: argparse.Namespace) -> None:
     print(f"LLM, all at once: {offline} output tok/s; the server ends with code {code}")
     if args.json is not None:
         setup = {"requests": args.requests, "stream": not args.whole, "seed": args.seed}
-        record = {"environment": environment(engine_dir), "setup": setup, "offline_output_tok_s": offline}
+        if args.paced:
+            setup["device"] = "a clock (paced.py)"
+        record = {
+            "environment": environment(engine_dir, args.commit),
+            "setup": setup,
+            "offline_output_tok_s": offline,
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record | {"rates": results}, indent=1) + "\n")
 
 
-def offline_throughput(engine_dir: Path, count: int) -> float:
+def offline_throughput(engine_dir: Path, count: int, module: str) -> float:
     """Output tokens per second of `LLM` with the same requests: the better of two runs."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "offline.json"
-        command = [sys.executable, "-m", "trtc.cli", "bench", "--engine-dir", str(engine_dir), "--batch"]
+        command = [sys.executable, "-m", module, "bench", "--engine-dir", str(engine_dir), "--batch"]
         subprocess.run([*command, "--mixed", str(count), "--json", str(out)], check=True, stdout=sys.stderr)
         return max(
             each["output_tok_s"] for each in json.loads(out.read_text()) if each["kind"] == "continuous"
         )
 
 
-def requests(server: Server, engine_dir: Path, count: int, *, stream: bool) -> list[dict[str, Any]]:
-    """Bodies of the mixed load: random token ids, greedy, of exactly the lengths that `trtc bench --mixed` has."""
+def requests(server: Server, engine_dir: Path, args: argparse.Namespace, run: int) -> list[dict[str, Any]]:
+    """Bodies of the mixed load: random token ids, greedy, of exactly the lengths that `trtc bench --mixed` has.
+
+    run: number of a run, for which the ids are drawn
+    """
     vocab_size = Engine.open(engine_dir, verify=False).model.vocab_size
     # Without a tokenizer there is no text, and a stream has nothing to send before its end.
     ids = {"return_token_ids": True} if not (engine_dir / "tokenizer.json").exists() else {}
-    rng = np.random.default_rng(1)
-    common = {"model": server.model, "temperature": 0, "ignore_eos": True, "stream": stream, **ids}
+    rng = np.random.default_rng([1, run])
+    common = {"model": server.model, "temperature": 0, "ignore_eos": True, "stream": not args.whole, **ids}
     return [
         {
             **common,
             "prompt": rng.integers(FIRST_TOKEN_ID, vocab_size, num_in).tolist(),
             "max_tokens": int(num_out),
         }
-        for num_in, num_out in zip(*mixed_lengths(count, 0), strict=True)
+        for num_in, num_out in zip(*mixed_lengths(args.requests, 0), strict=True)
     ]
 
 

@@ -44,13 +44,22 @@ def rates(data: dict[str, Any]) -> str:
     return _table(header, lines) + _setup(data)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"cpu-server-load": checks, "cpu-server-rates": rates}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cpu-server-load": checks,
+    "cpu-server-rates": rates,
+    "gpu-server": rates,
+}
+ON_A_GPU = "gpu-server"
+"""Measured when there is a GPU; its place in the page is empty until then."""
 
 
 def with_tables(page: str) -> str:
     """`page` with every table whose markers it has, `<!-- bench: NAME -->` and `<!-- /bench -->`, made anew."""
     for name, table in TABLES.items():
-        text = table(json.loads((RESULTS / f"{name}.json").read_text()))
+        results = RESULTS / f"{name}.json"
+        if name == ON_A_GPU and not results.exists():
+            continue
+        text = table(json.loads(results.read_text()))
         block = re.compile(rf"(<!-- bench: {name} -->\n).*?(<!-- /bench -->\n)", re.DOTALL)
         page, count = block.subn(lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}", page)
         assert count == 1, f"{PAGE} has {count} places for {name}"
@@ -68,9 +77,15 @@ def _setup(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     what = ", ".join(f"{name} {value}" for name, value in data["setup"].items())
     return (
-        f"\nThe tiny OPT, target {found['target']}, {found['dtype']}, {found['device']}, at most {found['max_batch_size']} "
+        f"\n{_model(found)}, target {found['target']}, {found['dtype']}, {found['device']}, at most {found['max_batch_size']} "
         f"sequences a step; {what}; commit {found['commit']}{dirty}, {found['date']}; torch {found['torch']}, {versions}.\n"
     )
+
+
+def _model(found: dict[str, Any]) -> str:
+    layers, hidden = found["layers"], found["hidden"]
+    known = {(4, 128): "The tiny OPT", (12, 768): "OPT-125M", (32, 4096): "OPT-6.7B"}
+    return known.get((layers, hidden), f"An engine of {layers} layers, hidden {hidden}")
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +33,10 @@ T = TypeVar("T")
 
 
 class Server:
-    """`trtc serve` on a free loopback port."""
+    """`trtc serve` on a free loopback port. module: whose command line has that command."""
 
-    def __init__(self, engine_dir: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "trtc.cli", "serve", "--engine-dir", str(engine_dir), "--port", "0"]
+    def __init__(self, engine_dir: Path, *options: str, module: str = "trtc.cli") -> None:
+        command = [sys.executable, "-m", module, "serve", "--engine-dir", str(engine_dir), "--port", "0"]
         self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
         self.log: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -125,19 +126,25 @@ def build_tiny_opt(folder: Path) -> Path:
     return engine_dir
 
 
-def environment(engine_dir: Path) -> dict[str, Any]:
-    """What the numbers depend on: commit, engine, device, versions."""
+def environment(engine_dir: Path, commit: str | None = None) -> dict[str, Any]:
+    """What the numbers depend on: commit, engine, device, versions. commit: where git cannot tell"""
     plugins()
     found = setup(Engine.open(engine_dir, verify=False))
     if found["target"] == "cpu":
         found["device"] = _cpu_name()
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "commit": (commit or _git("rev-parse", "--short=12", "HEAD"))[:12],
+        "dirty": commit is None and bool(_git("status", "--porcelain")),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         **found,
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": dict(_versions()),
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

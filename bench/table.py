@@ -19,6 +19,7 @@ from trtc.bench import (
     quantized_steps,
     rank_tokens,
     ranks_vs_vllm,
+    server_tables,
     tensor_parallel,
 )
 
@@ -181,6 +182,11 @@ TABLES = (
         (ROOT / "docs" / "parallel.md", module.RESULTS, module.markdown)
         for module in (all_reduce, tensor_parallel, ranks_vs_vllm, rank_tokens, gpu_rank_memory)
         if module.RESULTS.exists()  # measured when there are GPUs
+    ),
+    *(
+        (ROOT / "README.md", path, server_tables.rates)
+        for path in [RESULTS.parent / f"{server_tables.ON_A_GPU}.json"]
+        if path.exists()  # likewise
     ),
 )
 """Page, results, and what makes the table of them; a table is called as its results."""

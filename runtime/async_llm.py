@@ -11,10 +11,11 @@ from typing import Self
 
 from ..core.errors import RequestError
 from .engine_core import EngineCore
-from .engine_thread import EngineStats, EngineThread, OnFinished, OutputStream, Submission
+from .engine_thread import EngineStats, EngineThread, OnFinished, Submission
 from .executor import Executor
 from .llm import Prompt, _prompt_value, _token_ids
 from .load import load_executor
+from .output_stream import OutputStream
 from .outputs import RequestOutput
 from .prompt_lookup import PromptLookup
 from .request import check_line
@@ -118,10 +119,14 @@ class AsyncLLM:
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         check_line(priority, timeout_s)
-        text, token_ids = await asyncio.to_thread(self.tokenize, prompt)
+        if isinstance(_prompt_value(prompt), str):  # which may take a while
+            text, token_ids = await asyncio.to_thread(self.tokenize, prompt)
+        else:
+            text, token_ids = self.tokenize(prompt)
         self.check_request(token_ids, params)
         name = next(self._request_ids) if request_id is None else request_id
-        submission = Submission(name, token_ids, params, text, stream, OutputStream(), priority, timeout_s)
+        reader = OutputStream(name, text, token_ids, params.n)
+        submission = Submission(name, token_ids, params, text, stream, reader, priority, timeout_s)
         self._engine.submit(submission)
         try:
             while True:

@@ -115,8 +115,8 @@ class EngineCore:
         stream: bool = True,
         priority: int = 0,
         deadline: float | None = None,
-    ) -> None:
-        """Puts a request in line.
+    ) -> Group:
+        """Puts a request in line, and returns what is known of it.
 
         prompt:   the text the ids come from, given back in the outputs
         stream:   report every new token, unless only the best completions are wanted; otherwise only the finished request
@@ -142,12 +142,14 @@ class EngineCore:
         search = None
         if params.beam_width > 1:
             search = BeamSearch(first, first.num_tokens + self.scheduler.tokens_left(first))
-        self._groups[request_id] = Group(request_id, prompt, params, stream, first, sequences, search)
+        group = Group(request_id, prompt, params, stream, first, sequences, search)
+        self._groups[request_id] = group
         for sequence in sequences:
             self._sequences[sequence.request] = sequence
             self.scheduler.add(sequence.request)
         if deadline is not None:
             self._deadlines[request_id] = deadline
+        return group
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request and frees its pages; no output follows. False when it is not in the engine."""
@@ -160,14 +162,19 @@ class EngineCore:
         return True
 
     def step(self) -> list[RequestOutput]:
-        """Runs one engine step. Returns what changed: requests with a new token (`stream`) or finished ones.
+        """As `advance`, but returns outputs: of requests with a new token (`stream`) and of finished ones."""
+        changed = self.advance()
+        return [request_output(group, self.tokenizer) for group in changed if group.reports]
+
+    def advance(self) -> list[Group]:
+        """Runs one engine step. Returns what changed: requests with a new token or finished ones, each once.
 
         Where a deadline has passed, no step runs and those requests are what changed.
         When it raises, no token was taken: the step can be repeated, or its requests cancelled.
         """
         late = self._end_late()
         if late:
-            return self._report(self._groups_of(late))
+            return self._settled(self._groups_of(late))
         if self._ahead is not None and self._ahead.ready():
             return self._step_ahead(self._ahead)
         began = self._clock()
@@ -184,11 +191,11 @@ class EngineCore:
         for group in touched:
             if group.search is not None and group.search.ready:
                 self._advance(group, group.search)
-        outputs = self._report(touched)
+        self._settled(touched)
         if all(part.num_tokens == 1 for part in batch.scheduled):
             drafted = batch.num_tokens - len(batch.scheduled)
             self.scheduler.drafting.costs.measured(len(batch.scheduled), drafted, self._clock() - began)
-        return outputs
+        return touched
 
     def _run(self, batch: Batch) -> tuple[list[SampledToken | None], list[Verdict]]:
         """Runs a step. Returns the next tokens, None for a beam: its search has got the candidates; and what the drafts are
@@ -256,16 +263,16 @@ class EngineCore:
             self.scheduler.update(step, [token_id])
             self._detokenize(step, [SampledToken(token_id)])
 
-    def _step_ahead(self, ahead: DecodeAhead) -> list[RequestOutput]:
+    def _step_ahead(self, ahead: DecodeAhead) -> list[Group]:
         """Takes the tokens of steps that the device has finished while later ones run."""
-        changed: dict[str, RequestOutput] = {}
+        changed: dict[str, Group] = {}
         for requests, token_ids in ahead.steps():
             self.scheduler.advance(requests, token_ids)
             if self.tokenizer is not None:
                 for request, token_id in zip(requests, token_ids, strict=True):
                     self._extend_text(request, token_id)
-            for output in self._report(self._touched(requests)):
-                changed[output.request_id] = output
+            for group in self._settled(self._touched(requests)):
+                changed[group.request_id] = group
         return list(changed.values())
 
     def _end_late(self) -> list[Request]:
@@ -392,14 +399,12 @@ class EngineCore:
         touched = dict.fromkeys(self._sequences[request].group_id for request in requests)
         return [self._groups[group_id] for group_id in touched]
 
-    def _report(self, groups: Iterable[Group]) -> list[RequestOutput]:
-        outputs = []
+    def _settled(self, groups: list[Group]) -> list[Group]:
+        """The same groups; those that have ended are forgotten."""
         for group in groups:
-            if group.stream or group.finished:
-                outputs.append(request_output(group, self.tokenizer))
             if group.finished:
                 self._forget(group)
-        return outputs
+        return groups
 
     def _forget(self, group: Group) -> None:
         del self._groups[group.request_id]

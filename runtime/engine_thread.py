@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 
 from ..core.errors import EngineError, RequestError
 from .engine_core import EngineCore
+from .output_stream import Cutter, OutputStream, Update
 from .outputs import FinishReason, RequestOutput
 from .request import Request
 from .sampling_params import SamplingParams
@@ -78,37 +79,6 @@ class RequestStats:
 OnFinished: TypeAlias = Callable[[RequestStats], None]
 
 
-class OutputStream:
-    """Carries the outputs of one request to the event loop that reads them.
-
-    Outputs are cumulative, so only the newest is kept: a slow reader skips some and never makes memory grow.
-    """
-
-    def __init__(self) -> None:
-        """Belongs to the running event loop."""
-        self.loop = asyncio.get_running_loop()
-        self._changed = asyncio.Event()
-        self._newest: RequestOutput | None = None
-        self._error: str | None = None
-
-    def put(self, output: RequestOutput) -> None:
-        self._newest = output
-        self._changed.set()
-
-    def fail(self, reason: str) -> None:
-        self._error = reason
-        self._changed.set()
-
-    async def get(self) -> RequestOutput:
-        """Waits for an output that was not read yet. Raises EngineError when the engine has ended the request."""
-        await self._changed.wait()
-        self._changed.clear()
-        if self._error is not None:
-            raise EngineError(self._error)
-        assert self._newest is not None, "the stream was woken for nothing"
-        return self._newest
-
-
 @dataclass(eq=False)
 class Submission:
     """A request on its way through the engine thread, which alone fills the lower half.
@@ -127,7 +97,11 @@ class Submission:
     submitted: float = field(default_factory=time.perf_counter)
 
     requests: list[Request] = field(default_factory=list)
+    cutter: Cutter = field(init=False)
     first_token: float | None = None
+
+    def __post_init__(self) -> None:
+        self.cutter = Cutter(self.params.n)
 
     @property
     def has_token(self) -> bool:
@@ -138,12 +112,12 @@ class Submission:
         prompt = sum(min(r.num_computed_tokens, r.num_prompt_tokens) for r in self.requests)
         return prompt, sum(len(request.output_token_ids) for request in self.requests)
 
-    def stats(self, outcome: Outcome, output: RequestOutput | None = None) -> RequestStats:
-        """output: the finished one, where there is one; only it knows what became of beams."""
+    def stats(self, outcome: Outcome, update: Update | None = None) -> RequestStats:
+        """update: the last one, where there is one; only it knows what became of beams."""
         now = time.perf_counter()
         counts = [len(request.output_token_ids) for request in self.requests]
-        if output is not None and self.params.beam_width > 1:
-            counts = [len(completion.token_ids) for completion in output.outputs]
+        if isinstance(update, RequestOutput) and self.params.beam_width > 1:
+            counts = [len(completion.token_ids) for completion in update.outputs]
         if self.first_token is None and any(counts):  # it ended in the step of its first token
             self.first_token = now
         tpot_s = None
@@ -243,9 +217,8 @@ class EngineThread:
         return True
 
     def _add(self, submission: Submission) -> None:
-        name = submission.request_id
-        self._core.add_request(
-            name,
+        group = self._core.add_request(
+            submission.request_id,
             submission.prompt_token_ids,
             submission.params,
             prompt=submission.prompt,
@@ -253,8 +226,7 @@ class EngineThread:
             priority=submission.priority,
             deadline=None if submission.timeout_s is None else submission.submitted + submission.timeout_s,
         )
-        names = {name, *(f"{name}/{index}" for index in range(submission.params.num_sequences))}
-        submission.requests = [r for r in self._core.scheduler.waiting if r.request_id in names]
+        submission.requests = [sequence.request for sequence in group.sequences]
         self._awaiting_first_token.add(submission)
 
     def _cancel(self, submission: Submission) -> None:
@@ -263,28 +235,32 @@ class EngineThread:
             self._end(submission, "abort")
 
     def _step(self) -> None:
-        outputs = self._core.step()
+        changed = self._core.advance()
         now = time.perf_counter()
         for submission in [s for s in self._awaiting_first_token if s.has_token]:
             submission.first_token = now
             self._awaiting_first_token.remove(submission)
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Submission, RequestOutput]]] = {}
-        for output in outputs:
-            submission = self._submissions[output.request_id]
-            by_loop.setdefault(submission.stream.loop, []).append((submission, output))
-            if output.finished:
-                reason = output.outputs[-1].finish_reason
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Submission, Update]]] = {}
+        for group in changed:
+            submission = self._submissions[group.request_id]
+            if not group.reports:
+                continue
+            update = submission.cutter.update(group, self._core.tokenizer)
+            by_loop.setdefault(submission.stream.loop, []).append((submission, update))
+            if update.finished:
+                last = update.outputs if isinstance(update, RequestOutput) else update.pieces
+                reason = last[-1].finish_reason
                 assert reason is not None
-                self._end(submission, reason, output)
-        for loop, changed in by_loop.items():
-            if not _call(loop, partial(_put_all, changed)):
-                for submission, _ in changed:  # nobody can read them any more
+                self._end(submission, reason, update)
+        for loop, updates in by_loop.items():
+            if not _call(loop, partial(_put_all, updates)):
+                for submission, _ in updates:  # nobody can read them any more
                     self._cancel(submission)
 
-    def _end(self, submission: Submission, outcome: Outcome, output: RequestOutput | None = None) -> None:
+    def _end(self, submission: Submission, outcome: Outcome, update: Update | None = None) -> None:
         self._awaiting_first_token.discard(submission)
         if self._on_finished is not None:
-            self._on_finished(submission.stats(outcome, output))
+            self._on_finished(submission.stats(outcome, update))
         prompt, chosen = submission.token_counts()
         with self._idle:
             self._ended_tokens = (self._ended_tokens[0] + prompt, self._ended_tokens[1] + chosen)
@@ -301,9 +277,9 @@ class EngineThread:
             _call(submission.stream.loop, partial(submission.stream.fail, reason))
 
 
-def _put_all(changed: list[tuple[Submission, RequestOutput]]) -> None:
-    for submission, output in changed:
-        submission.stream.put(output)
+def _put_all(updates: list[tuple[Submission, Update]]) -> None:
+    for submission, update in updates:
+        submission.stream.put(update)
 
 
 def _call(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> bool:

@@ -44,6 +44,11 @@ class Group:
             return self.search.done
         return all(sequence.request.finished for sequence in self.sequences)
 
+    @property
+    def reports(self) -> bool:
+        """Whether somebody wants to know of a change."""
+        return self.stream or self.finished
+
 
 def request_output(group: Group, tokenizer: Tokenizer | None) -> RequestOutput:
     """What is known of a request so far."""

@@ -74,7 +74,8 @@ class Service:
 
     async def completions(self, request: Request) -> Response:
         wanted = parse_completion(await self._json(request), self.config, self.llm.executor.vocab_size)
-        prompt_ids = await asyncio.to_thread(self._encode, wanted)
+        has_text = any(isinstance(prompt, str) for prompt in wanted.prompts)  # which may take a while
+        prompt_ids = await asyncio.to_thread(self._encode, wanted) if has_text else self._encode(wanted)
         form = CompletionFormat(
             self.llm.tokenizer,
             [self._prompt_text(prompt) for prompt in wanted.prompts],

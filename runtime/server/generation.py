@@ -18,6 +18,8 @@ from .errors import ApiError
 from .protocol import GenerationRequest
 from .responses import Format, Sent, usage
 
+_json = json.JSONEncoder(ensure_ascii=False).encode
+
 
 @dataclass(eq=False)
 class Generation:
@@ -65,15 +67,17 @@ class Generation:
         """
         sent: dict[int, Sent] = {}
         last: dict[int, RequestOutput] = {}
+        begin, end = self._envelope()
         try:
             async with aclosing(self._outputs(stream=True)) as pairs:
                 async for index, output in pairs:
                     last[index] = output
-                    for piece in self._pieces(index, output, sent):
-                        yield self._event(choices=[piece])
+                    pieces = self._pieces(index, output, sent)
+                    if pieces:  # those of one step in one write
+                        yield "".join([begin + _json(piece) + end for piece in pieces])
             counts = self._count(list(last.values()))
             if self.request.include_usage:
-                yield self._event(choices=[], usage=counts)
+                yield _data(self._head(self.form.chunk_name) | {"choices": [], "usage": counts})
             yield "data: [DONE]\n\n"
         except EngineError as error:
             yield _data(ApiError(503, str(error), code="engine_failed").body())
@@ -114,11 +118,11 @@ class Generation:
         )
         return _without_output(pairs) if self.request.prompt_only else pairs
 
-    def _event(self, **fields: Any) -> str:
-        chunk = {**self._head(self.form.chunk_name), **fields}
-        if self.request.include_usage:
-            chunk.setdefault("usage", None)
-        return _data(chunk)
+    def _envelope(self) -> tuple[str, str]:
+        """What stands before and behind the one choice of every chunk."""
+        begin = _data(self._head(self.form.chunk_name)).removesuffix("}\n\n")
+        end = '], "usage": null}\n\n' if self.request.include_usage else "]}\n\n"
+        return begin + ', "choices": [', end
 
     def _head(self, object_name: str) -> dict[str, Any]:
         return {
@@ -189,4 +193,4 @@ async def _next(generator: AsyncGenerator[RequestOutput, None]) -> RequestOutput
 
 
 def _data(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {_json(value)}\n\n"

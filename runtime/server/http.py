@@ -8,12 +8,11 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .config import ServerConfig
@@ -144,33 +143,35 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(StreamingResponse):
+class EventStream(Response):
     """Server-sent events that end, and whose source is closed, as soon as the client is gone."""
+
+    media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[str, None], on_end: Callable[[], None]) -> None:
         """on_end: called however it ends, also when `events` was never started."""
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        self._events = _one_by_one(events)
-        super().__init__(self._events, media_type="text/event-stream", headers=headers)
-        self._on_end = on_end
+        self.status_code, self.background = 200, None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events, self._on_end = events, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnect(receive, self.stream_response(send))
+            await until_disconnect(receive, self._send_all(send))
         except ClientGoneError:
             scope["state"]["log_fields"]["client_gone"] = True
         finally:
             await self._events.aclose()
             self._on_end()
 
+    async def _send_all(self, send: Send) -> None:
+        """The events, with a turn of the event loop after each.
 
-async def _one_by_one(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """The events, with a turn of the event loop after each.
-
-    A loop learns that a connection is lost one turn after the write that found it so; what is written in between
-    goes nowhere, and asyncio logs a warning for it.
-    """
-    async with aclosing(events):
-        async for event in events:
-            yield event
+        A loop learns that a connection is lost one turn after the write that found it so; what is written in between
+        goes nowhere, and asyncio logs a warning for it.
+        """
+        body = "http.response.body"
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": body, "body": event.encode(), "more_body": True})
             await asyncio.sleep(0)
+        await send({"type": body, "body": b"", "more_body": False})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,9 @@ from .metrics import Metrics
 
 _LAST_ANSWERS_S = 5
 """For errors to reach clients after the drain timeout; then connections are cut."""
+_SWITCH_S = 0.0005
+"""A thread may keep the interpreter so long from another. The engine's thread gives it up at every launch of a kernel, and
+with Python's 5 ms the device would wait for the event loop each time."""
 
 
 def serve(
@@ -61,7 +66,11 @@ def serve(
         try:
             template = ChatTemplate.from_dir(engine_dir)
             service = Service(llm, template, config, metrics, history, _facts(engine_dir))
-            _Server(service, config).run(sockets=[listener])
+            server = _Server(service, config)
+            sys.setswitchinterval(_SWITCH_S)
+            gc.collect()
+            gc.freeze()  # modules and weights stay: nobody need look through them again and again
+            server.run(sockets=[listener])
         finally:
             llm.shutdown()
     log("stopped")
