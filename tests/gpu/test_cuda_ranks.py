@@ -73,9 +73,20 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Path]:
 
 @pytest.fixture(scope="module")
 def results(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What every engine of two ranks computes, in one job of mpirun."""
+    """What every engine of tensor parallel computes, in one job of mpirun."""
     path = tmp_path_factory.mktemp("results") / "results.pt"
-    words = [sys.executable, str(SCRIPT), str(path), *(str(engines[case]) for case in CASES)]
+    return computed([engines[case] for case in CASES if case.pp_size == 1], path)
+
+
+@pytest.fixture(scope="module")
+def pipelined(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """And every pipeline, in another."""
+    path = tmp_path_factory.mktemp("pipelines") / "results.pt"
+    return computed([engines[case] for case in CASES if case.pp_size > 1], path)
+
+
+def computed(engines: list[Path], path: Path) -> dict[str, Any]:
+    words = [sys.executable, str(SCRIPT), str(path), *map(str, engines)]
     code, out, err = finish(mpirun((2, words)), JOB_S)
     assert (code, out) == (0, ""), err
     assert "no memory shared between GPUs" not in err, err
@@ -94,10 +105,11 @@ def assert_same_up_to_ties(variant: str, prompt: list[int], found: list[int], ex
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_two_ranks_compute_what_transformers_does(
-    case: Case, engines: dict[Case, Path], results: dict[str, Any]
+    case: Case, engines: dict[Case, Path], request: pytest.FixtureRequest
 ) -> None:
     """Logits of prompts, chunks and CUDA graphs; and of greedy tokens, run ahead in graphs, each is the best by the float32
     logits for what came before it, or within the type's error of it."""
+    results = request.getfixturevalue("results" if case.pp_size == 1 else "pipelined")
     found = results[str(engines[case])]
     reference = hf_logits(case.variant, TOKENS)
     assert max_error(found["logits"], reference) <= logits_tolerance(case.dtype, reference)
