@@ -1,8 +1,8 @@
-"""Sums of 8 KB to 1 MB over the GPUs of this machine, in CUDA graphs: our kernel beside NCCL and torch's symmetric memory.
+"""Sums of 8 KB to 4 MB over the GPUs of this machine, in CUDA graphs: our kernels beside NCCL and torch's symmetric memory.
 
     python -m trtc.bench.all_reduce --nproc 2 --json out/all-reduce.json
 
-Checks come first: every way gives the float64 sum within the type's error; our kernel, also in sequences of different sizes,
+Checks come first: every way gives the float64 sum within the type's error; our kernels, also in sequences of different sizes,
 the float32 sum in the order of ranks, rounded once, bit for bit. torch's own kernels know no float16 and run in bfloat16, as
 many bytes. A time is that of one of LAUNCHES sums in a graph; the samples are replays of it. Rank 0 reports. A rank that is
 not done after LIMIT_S seconds says where it is and ends.
@@ -36,9 +36,10 @@ from ..runtime.placement import placement
 from .kernels.harness import environment, time_launches
 
 RESULTS = Path(__file__).parent / "results" / "gpus-all-reduce.json"
-SIZES = tuple(1 << power for power in range(13, 21))
-"""Bytes of one rank's part: 8 KB to 1 MB."""
-LIMIT_S = 55
+SIZES = tuple(1 << power for power in range(13, 23))
+"""Bytes of one rank's part: 8 KB to 4 MB."""
+OURS = ("trtc", "trtc two-shot")
+LIMIT_S = 75
 LAUNCHES = 40
 REPLAYS = 30
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -73,15 +74,22 @@ class Rank:
             "torch two-shot": (torch.bfloat16, self._torch_two_shot),
         }
         if self.kernel is not None:
-            self.ways = {"trtc": (torch.float16, self._ours), **self.ways}
+            ours = {
+                "trtc": (torch.float16, self._ours),
+                "trtc two-shot": (torch.float16, self._ours_two_shot),
+            }
+            self.ways = ours | self.ways
 
     def _kernel(self, ordinal: int) -> AllReduce | None:
-        memory = lend_memory(self.group, self.device, memory_bytes(SIZES[-1], self.group.size))
+        lent = memory_bytes(SIZES[-1], self.group.size, SIZES[-1])
+        memory = lend_memory(self.group, self.device, lent)
         if memory is None:
             return None
         self._memory = memory
         state = torch.zeros(2, dtype=torch.int32, device=self.device)
-        return AllReduce(KernelLibrary(ordinal), memory.addresses, self.group.rank, SIZES[-1], state)
+        return AllReduce(
+            KernelLibrary(ordinal), memory.addresses, self.group.rank, SIZES[-1], state, SIZES[-1]
+        )
 
     def parts(self, size: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
         """What all ranks bring; the same on every rank."""
@@ -92,6 +100,10 @@ class Rank:
     def _ours(self, x: torch.Tensor) -> torch.Tensor:
         assert self.kernel is not None
         return self.kernel(x, out=torch.empty_like(x))
+
+    def _ours_two_shot(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.kernel is not None
+        return self.kernel(x, out=torch.empty_like(x), two_shot=True)
 
     def _nccl(self, x: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(x, group=self.group.gpus)
@@ -124,12 +136,16 @@ class Rank:
         parts = self.parts(size, dtype, size)
         error = float((found.double() - reference(parts)).abs().max())
         assert error <= TOLERANCE[dtype] * self.group.size, f"{way}: {size} bytes: error {error}"
-        if way == "trtc":
+        if way in OURS:
             assert torch.equal(found, rounded_once(parts)), f"{way}: {size} bytes: other bits"
 
     def check_sequences(self) -> None:
-        """Our kernel, its sizes in turn, captured and replayed: whatever is left over from one sum must not disturb another."""
-        inputs = {size: self.input("trtc", size, size) for size in (SIZES[-1], SIZES[0], 16, SIZES[3])}
+        """Our kernels, sizes and ways in turn, captured and replayed, in place too: whatever is left over from one sum must
+        not disturb another."""
+        inputs = {
+            size: self.input("trtc", size, size)
+            for size in (SIZES[-1], SIZES[0], 16, SIZES[3], SIZES[3] + 48)
+        }
         order = [size for _ in range(5) for size in inputs] + [16, 16, SIZES[-1], 16]
         expected = {
             size: rounded_once(self.parts(size, torch.float16, size)).to(self.device) for size in inputs
@@ -137,8 +153,11 @@ class Rank:
         wrong = torch.zeros(1, dtype=torch.int64, device=self.device)
 
         def run() -> None:
-            for size in order:
-                wrong.add_((self._ours(inputs[size]) != expected[size]).sum())
+            for number, size in enumerate(order):
+                x = inputs[size].clone()
+                assert self.kernel is not None
+                found = self.kernel(x, out=x, two_shot=size > 16 and number % 3 != 0)
+                wrong.add_((found != expected[size]).sum())
 
         run()
         torch.cuda.synchronize()
@@ -190,8 +209,8 @@ def run_rank(path: Path | None, commit: str | None, checks_only: bool) -> None:
         if checks_only:
             assert rank.kernel is not None, "our kernel cannot be checked"
             for size in SIZES:
-                rank.check("trtc", size)
-                rank.check("nccl", size)
+                for way in (*OURS, "nccl"):
+                    rank.check(way, size)
             group.close()
             return
         rows: list[Row] = []
@@ -231,7 +250,7 @@ def markdown(data: dict[str, Any]) -> str:
         way for way in dict.fromkeys(way for way, _ in times) if any(times.get((way, size)) for size in SIZES)
     ]
     lines: list[tuple[str, ...]] = [("a rank's part", *ways, "NCCL / trtc"), ("---",) * (len(ways) + 2)]
-    for size in SIZES:
+    for size in sorted({size for _, size in times}):
         cells = [times.get((way, size)) for way in ways]
         ours, theirs = times.get(("trtc", size)), times.get(("nccl", size))
         ratio = f"{theirs / ours:.2f}" if ours and theirs else ""

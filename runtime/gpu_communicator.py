@@ -10,14 +10,21 @@ from .distributed import RankGroup
 from .peer_memory import lend_memory
 
 SENT_BYTES = 2 << 20
-"""What a GPU sends for one sum at most, in the kernel's packets: twice its part, to each other GPU. Above: NCCL, whose rings
+"""What a GPU sends for one sum at most, in the kernels' packets, twice as large as what they hold: in one step its part, to
+each other GPU; more GPUs than two make larger sums in two steps, in which they send less. Above: NCCL, whose rings
 send less. On two H100s a part of 1 MB, the largest that was measured, takes 9.4 us, with NCCL 23.7 us
 (`bench/results/gpus-all-reduce.json`); more GPUs were not measured."""
 
 
 def largest_small_sum(ranks: int) -> int:
-    """Bytes of the largest part that the kernel sums."""
+    """Bytes of the largest part that is summed in one step."""
     return SENT_BYTES // (2 * (ranks - 1)) // 16 * 16
+
+
+def largest_two_shot_sum(ranks: int) -> int:
+    """Bytes of the largest part that is summed in two steps, of which a GPU sends two pieces of it to each other GPU. Two
+    GPUs would send no less that way."""
+    return SENT_BYTES * ranks // (4 * (ranks - 1)) // 16 * 16 if ranks > 2 else 0
 
 
 class GpuCommunicator:
@@ -34,11 +41,11 @@ class GpuCommunicator:
         """None where the GPUs cannot write each other's memory."""
         if not 1 < ranks <= MAX_RANKS:
             return
-        limit = largest_small_sum(ranks)
-        self._memory = lend_memory(group, device, memory_bytes(limit, ranks))
+        limit, two_shot = largest_small_sum(ranks), largest_two_shot_sum(ranks)
+        self._memory = lend_memory(group, device, memory_bytes(limit, ranks, two_shot))
         if self._memory is not None:
             state = torch.zeros(2, dtype=torch.int32, device=device)
-            self.small = AllReduce(library, self._memory.addresses, group.member, limit, state)
+            self.small = AllReduce(library, self._memory.addresses, group.member, limit, state, two_shot)
 
     def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
         """The sum over the ranks, the same bits on every rank; see `RankGroup.all_reduce`."""

@@ -11,7 +11,7 @@ from trtc.kernels.all_reduce import AllReduce, memory_bytes
 from trtc.kernels.library import KernelLibrary
 from trtc.runtime import gpu_communicator, peer_memory
 from trtc.runtime.distributed import RankGroup
-from trtc.runtime.gpu_communicator import GpuCommunicator, largest_small_sum
+from trtc.runtime.gpu_communicator import GpuCommunicator, largest_small_sum, largest_two_shot_sum
 from trtc.runtime.peer_memory import PeerMemory, lend_memory
 
 CPU = torch.device("cpu")
@@ -44,7 +44,8 @@ class Group:
 
 
 def lent(group: RankGroup, device: torch.device, size: int) -> PeerMemory:
-    assert size == memory_bytes(largest_small_sum(group.size), group.size)
+    limits = largest_small_sum(group.size), largest_two_shot_sum(group.size)
+    assert size == memory_bytes(limits[0], group.size, limits[1])
     return PeerMemory(torch.zeros(1), None, tuple(range(256, 256 * (group.size + 1), 256)))
 
 
@@ -75,6 +76,14 @@ def test_more_gpus_send_no_more() -> None:
     sent = [2 * (ranks - 1) * largest_small_sum(ranks) for ranks in range(2, 9)]
     assert all(0.99 * gpu_communicator.SENT_BYTES < size <= gpu_communicator.SENT_BYTES for size in sent)
     assert all(largest_small_sum(ranks) % 16 == 0 for ranks in range(2, 9))
+    in_two = {ranks: largest_two_shot_sum(ranks) for ranks in range(3, 9)}
+    sent = [2 * 2 * (ranks - 1) * -(-size // ranks) for ranks, size in in_two.items()]
+    assert all(
+        0.99 * gpu_communicator.SENT_BYTES < size <= 1.01 * gpu_communicator.SENT_BYTES for size in sent
+    )
+    assert all(
+        size > largest_small_sum(ranks) for ranks, size in in_two.items()
+    ) and not largest_two_shot_sum(2)
 
 
 @pytest.mark.parametrize("size", [2, 9])
