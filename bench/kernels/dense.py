@@ -1,6 +1,6 @@
 """Embedding, norm and linear kernels on one GPU, beside torch: each checked against float64, then timed.
 
-    python -m trtc.bench.kernels.dense [--sizes 125M 6.7B] [--rows 1 8] [--sweep]
+    python -m trtc.bench.kernels.dense [--sizes 125M 6.7B] [--rows 1 8] [--sweep [KERNEL ...]]
 
 Writes $OUT/kernels-dense.json. Times are those of launches in a CUDA graph, dependent launch on, over more weights than
 L2 holds. `--sweep` times every plan that could serve a linear layer instead of the chosen one.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,16 @@ from ...kernels.layer_norm import LayerNorm
 from ...kernels.layer_norm.reference import norm as reference_norm
 from ...kernels.library import KernelLibrary
 from ...kernels.linear import Linear, Norm, Plan, choose_plan, weight_sums
-from ...kernels.linear.plan import BLOCK_BYTES, StreamPlan, TilePlan, plan_stream, plan_tile, plan_warpgroup
+from ...kernels.linear.multicast_plan import MulticastPlan, plan_multicast
+from ...kernels.linear.plan import (
+    BLOCK_BYTES,
+    SHARED_LIMITS,
+    StreamPlan,
+    TilePlan,
+    plan_stream,
+    plan_tile,
+    plan_warpgroup,
+)
 from ...kernels.linear.reference import linear as reference_linear
 from .harness import (
     Row,
@@ -44,6 +53,9 @@ ROWS = (1, 8, 16, 32, 64)
 TOLERANCE = 1e-3
 """Largest relative error in the 2-norm: one rounding to float16."""
 MIN_LAUNCHES = 60
+MULTICAST_RINGS = ((BLOCK_BYTES, 4), (BLOCK_BYTES, 8), (72 * 1024, 4), (2 * BLOCK_BYTES, 8))
+"""(bytes of a block, stages of x at least), for two, three or one block on a multiprocessor."""
+KINDS = ("stream", "tile", "warpgroup", "multicast")
 
 
 def layers(size: str) -> Iterator[tuple[str, int, int]]:
@@ -61,35 +73,67 @@ def label(plan: Plan) -> str:
     if isinstance(plan, StreamPlan):
         held = " held" * plan.held_x
         return f"stream blocks {plan.blocks} warps {plan.warps} tile {8 * plan.octets} stages {plan.stages}{held}"
+    if isinstance(plan, MulticastPlan):
+        stages = f"stages {plan.weight_stages}+{plan.row_stages}"
+        return (
+            f"multicast features {plan.features_per_block} copies {plan.copies} split {plan.split} {stages}"
+        )
     kind = "tile" if isinstance(plan, TilePlan) else "warpgroup"
     return f"{kind} features {plan.features_per_block} cluster {plan.cluster} stages {plan.stages}"
 
 
-def candidates(rows: int, features: int, columns: int) -> list[Plan]:
-    """The chosen plan and all others worth a try, without repetition."""
+def candidates(rows: int, features: int, columns: int, kinds: Collection[str]) -> list[Plan]:
+    """The chosen plan and all others of `kinds` that are worth a try, without repetition."""
+    makers = {
+        "stream": _stream_candidates,
+        "tile": _tile_candidates,
+        "warpgroup": _warpgroup_candidates,
+        "multicast": _multicast_candidates,
+    }
     plans: dict[Plan, None] = {choose_plan(rows, features, columns): None}
+    for kind in kinds:
+        plans.update(dict.fromkeys(makers[kind](rows, features, columns)))
+    return list(plans)
+
+
+def _stream_candidates(rows: int, features: int, columns: int) -> Iterator[Plan]:
     if rows <= 16:
         for blocks, warps, held in itertools.product((66, 96, 132, 264), (8, 12, 16), (True, False)):
-            plans[plan_stream(rows, features, columns, blocks=blocks, warps=warps, held=held)] = None
+            yield plan_stream(rows, features, columns, blocks=blocks, warps=warps, held=held)
+
+
+def _tile_candidates(rows: int, features: int, columns: int) -> Iterator[Plan]:
+    if rows >= 8:
+        for down, cluster in itertools.product((4, 8), (1, 4)):
+            yield plan_tile(rows, features, columns, cluster=cluster, feature_tiles=2, warps_down=down)
+
+
+def _warpgroup_candidates(rows: int, features: int, columns: int) -> Iterator[Plan]:
     if rows >= 8:
         for tiles, cluster, blocks, ring_bytes in itertools.product(
             (1, 2, 4), (1, 2, 3, 4, 6, 8), (132, 264), (BLOCK_BYTES - 4096, 2 * BLOCK_BYTES - 4096)
         ):
-            plan = plan_warpgroup(
-                rows,
-                features,
-                columns,
-                cluster=cluster,
-                feature_tiles=tiles,
-                blocks=blocks,
+            yield plan_warpgroup(
+                rows, features, columns, cluster=cluster, feature_tiles=tiles, blocks=blocks,
                 ring_bytes=ring_bytes,
-            )
-            plans[plan] = None
-        for down, cluster in itertools.product((4, 8), (1, 4)):
-            plans[plan_tile(rows, features, columns, cluster=cluster, feature_tiles=2, warps_down=down)] = (
-                None
-            )
-    return list(plans)
+            )  # fmt: skip
+
+
+def _multicast_candidates(rows: int, features: int, columns: int) -> Iterator[Plan]:
+    """Every width that makes one wave of at least half the multiprocessors, in clusters of up to 8 blocks."""
+    if rows < 8:
+        return
+    for split, copies in itertools.product((1, 2, 4), (1, 2, 4, 8)):
+        for width in (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128):
+            blocks = -(-features // width) * split
+            if copies * split <= 8 and 64 <= blocks <= 132:
+                for block_bytes, row_stages in MULTICAST_RINGS:
+                    plan = plan_multicast(
+                        rows, features, columns, features_per_block=width, copies=copies, split=split,
+                        block_bytes=block_bytes, row_stages=row_stages,
+                    )  # fmt: skip
+                    if plan.shared_bytes <= SHARED_LIMITS[90] - 1024:
+                        yield plan
 
 
 def median_us(launches: list[Callable[[], Any]]) -> float:
@@ -101,7 +145,9 @@ def take_turns(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     return list(itertools.islice(itertools.cycle(weights), max(MIN_LAUNCHES, len(weights))))
 
 
-def time_linear(library: KernelLibrary, pool: WeightPool, size: str, rows: int, sweep: bool) -> Iterator[Row]:
+def time_linear(
+    library: KernelLibrary, pool: WeightPool, size: str, rows: int, kinds: Collection[str]
+) -> Iterator[Row]:
     """Linear layers of an OPT size with bias, beside torch's (cuBLASLt), which also adds the bias."""
     linear = Linear(library)
     for name, features, columns in layers(size):
@@ -113,9 +159,8 @@ def time_linear(library: KernelLibrary, pool: WeightPool, size: str, rows: int, 
         moved = 2 * (features * columns + rows * (features + columns))
         baseline = median_us([partial(functional.linear, x, weight, bias) for weight in take_turns(weights)])
         expected = reference_linear(x, weights[1], bias)
-        plans = candidates(rows, features, columns) if sweep else [choose_plan(rows, features, columns)]
         found = []
-        for plan in plans:
+        for plan in candidates(rows, features, columns, kinds):
             run = partial(linear, x, bias=bias, out=out.fill_(float("nan")), plan=plan)
             error = relative_error(run(weights[1]), expected)
             assert error < TOLERANCE, (size, name, rows, plan, error)
@@ -191,16 +236,19 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=list(HIDDEN), choices=HIDDEN)
     parser.add_argument("--rows", type=int, nargs="*", default=list(ROWS))
     parser.add_argument(
-        "--sweep", action="store_true", help="time all plans of the linear layers, and nothing else"
-    )
+        "--sweep", nargs="*", choices=KINDS, metavar="KERNEL",
+        help=f"time all plans of the linear layers ({', '.join(KINDS)}; all without a name), and nothing else",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    sweep = arguments.sweep is not None
+    kinds = (arguments.sweep or KINDS) if sweep else ()
     library, pool = KernelLibrary(), WeightPool(torch.float16)
     rows: list[Row] = []
     for size, count in itertools.product(arguments.sizes, arguments.rows):
-        rows += time_linear(library, pool, size, count, arguments.sweep)
-        if count <= 8 and not arguments.sweep:
+        rows += time_linear(library, pool, size, count, kinds)
+        if count <= 8 and not sweep:
             rows += time_norm(library, pool, size, count)
-    if not arguments.sweep:
+    if not sweep:
         rows += [time_embedding(library, tokens) for tokens in (1, 64, 4096)]
     print_table(rows)
     write_json(out_dir() / "kernels-dense.json", rows, command=sys.argv[1:])

@@ -31,6 +31,18 @@ __device__ __forceinline__ void barrier_expect(uint32 barrier, uint32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// As barrier_arrive, on the barrier that lies at the same place in the block of rank `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_in_rank(uint32 barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
 // Waits until the phase of parity `parity` is complete.
 __device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
     asm volatile(
@@ -51,6 +63,17 @@ __device__ __forceinline__ void copy_tensor(uint32 destination, const TensorMap&
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\n" ::
             "r"(destination),
         "l"(&map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// As copy_tensor, to the same place in every block of the cluster whose rank is a bit of `ranks`; each one's own barrier
+// counts the bytes.
+__device__ __forceinline__ void multicast_tensor(uint32 destination, const TensorMap& map, int column, int row,
+                                                 uint32 barrier, int ranks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;\n" ::"r"(destination),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<unsigned short>(ranks))
         : "memory");
 }
 

@@ -35,11 +35,20 @@ __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.as
 // Registers of N columns in asm operand lists.
 #define TRTC_R4(v, i) "+f"(v[i]), "+f"(v[i + 1]), "+f"(v[i + 2]), "+f"(v[i + 3])
 #define TRTC_R8(v, i) TRTC_R4(v, i), TRTC_R4(v, i + 4)
+#define TRTC_R12(v, i) TRTC_R8(v, i), TRTC_R4(v, i + 8)
 #define TRTC_R16(v, i) TRTC_R8(v, i), TRTC_R8(v, i + 8)
+#define TRTC_R20(v, i) TRTC_R16(v, i), TRTC_R4(v, i + 16)
+#define TRTC_R24(v, i) TRTC_R16(v, i), TRTC_R8(v, i + 16)
+#define TRTC_R28(v, i) TRTC_R16(v, i), TRTC_R12(v, i + 16)
 #define TRTC_R32(v, i) TRTC_R16(v, i), TRTC_R16(v, i + 16)
-#define TRTC_P8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define TRTC_P16 TRTC_P8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define TRTC_P32 TRTC_P16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TRTC_P4 "%0, %1, %2, %3"
+#define TRTC_P8 TRTC_P4 ", %4, %5, %6, %7"
+#define TRTC_P12 TRTC_P8 ", %8, %9, %10, %11"
+#define TRTC_P16 TRTC_P12 ", %12, %13, %14, %15"
+#define TRTC_P20 TRTC_P16 ", %16, %17, %18, %19"
+#define TRTC_P24 TRTC_P20 ", %20, %21, %22, %23"
+#define TRTC_P28 TRTC_P24 ", %24, %25, %26, %27"
+#define TRTC_P32 TRTC_P28 ", %28, %29, %30, %31"
 
 template <typename T, int kColumns>
 struct Wgmma;
@@ -65,8 +74,13 @@ struct Wgmma;
         }                                                                                                            \
     };
 #define TRTC_WGMMA_WIDTHS(T, TYPE)                                            \
+    TRTC_WGMMA(T, TYPE, 8, TRTC_R4, TRTC_P4, "4", "5", "6", "7", "8")         \
     TRTC_WGMMA(T, TYPE, 16, TRTC_R8, TRTC_P8, "8", "9", "10", "11", "12")     \
+    TRTC_WGMMA(T, TYPE, 24, TRTC_R12, TRTC_P12, "12", "13", "14", "15", "16") \
     TRTC_WGMMA(T, TYPE, 32, TRTC_R16, TRTC_P16, "16", "17", "18", "19", "20") \
+    TRTC_WGMMA(T, TYPE, 40, TRTC_R20, TRTC_P20, "20", "21", "22", "23", "24") \
+    TRTC_WGMMA(T, TYPE, 48, TRTC_R24, TRTC_P24, "24", "25", "26", "27", "28") \
+    TRTC_WGMMA(T, TYPE, 56, TRTC_R28, TRTC_P28, "28", "29", "30", "31", "32") \
     TRTC_WGMMA(T, TYPE, 64, TRTC_R32, TRTC_P32, "32", "33", "34", "35", "36")
 
 TRTC_WGMMA_WIDTHS(__half, "f16")

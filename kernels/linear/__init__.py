@@ -10,6 +10,7 @@ from ..errors import KernelContractError
 from ..launch import BoundKernel, tensor_map
 from ..library import KernelLibrary
 from .formats import FLOAT
+from .multicast_plan import MULTICAST_SIGNATURE, MulticastPlan
 from .plan import (
     ACTIVATIONS,
     MAX_ROWS,
@@ -47,7 +48,12 @@ __all__ = [
 ]
 
 ELEMENTS = ("float16", "bfloat16")
-SIGNATURES = {StreamPlan: STREAM_SIGNATURE, TilePlan: TILE_SIGNATURE, WarpgroupPlan: WARPGROUP_SIGNATURE}
+SIGNATURES = {
+    StreamPlan: STREAM_SIGNATURE,
+    TilePlan: TILE_SIGNATURE,
+    WarpgroupPlan: WARPGROUP_SIGNATURE,
+    MulticastPlan: MULTICAST_SIGNATURE,
+}
 
 
 @dataclass(frozen=True)
@@ -119,20 +125,7 @@ class Linear:
             self._check(x, weight, bias, residual, out, activation, norm)
             found = self._bound[key] = self._bind(x, rows, features, columns, norm, dependent, plan)
         plan, kernel = found
-        code = ACTIVATIONS[activation]
-        if isinstance(plan, StreamPlan):
-            sums, epsilon = (norm.weight_sums, norm.epsilon) if norm else (None, 0.0)
-            addresses = map(pointer, (out, x, weight, None, bias, residual, sums))
-            kernel(*addresses, rows, features, columns, code, epsilon)
-            return out
-        sizes = (rows, features, columns, plan.features_per_block, plan.columns_per_block, code)
-        if isinstance(plan, TilePlan):
-            kernel(*map(pointer, (out, x, weight, None, bias, residual)), *sizes)
-        else:
-            dtype = str(x.dtype).removeprefix("torch.")
-            weight_map = tensor_map(weight.data_ptr(), dtype, features, columns, plan.features_per_block)
-            x_map = tensor_map(x.data_ptr(), dtype, rows, columns, plan.tokens)
-            kernel(*map(pointer, (out, bias, residual)), weight_map, x_map, *sizes, plan.stages)
+        kernel(*_arguments(plan, x, weight, bias, out, residual, ACTIVATIONS[activation], norm))
         return out
 
     def _bind(
@@ -166,6 +159,41 @@ class Linear:
         sizes = {"out_features": features, "in_features": columns}
         check_epilogue("linear", x, features, bias, residual, out, activation, norm)
         check_tensor("linear", "weight", weight, x.dtype, sizes, x)
+
+
+def _arguments(
+    plan: Plan,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    residual: torch.Tensor | None,
+    activation: int,
+    norm: Norm | None,
+) -> tuple[float | bytes, ...]:
+    """What the kernel of `plan` takes, in order."""
+    (rows, columns), features = x.shape, len(weight)
+    sums, epsilon = (norm.weight_sums, norm.epsilon) if norm else (None, 0.0)
+    if isinstance(plan, StreamPlan):
+        addresses = map(pointer, (out, x, weight, None, bias, residual, sums))
+        return (*addresses, rows, features, columns, activation, epsilon)
+    if isinstance(plan, TilePlan):
+        addresses = map(pointer, (out, x, weight, None, bias, residual))
+        share = (plan.features_per_block, plan.columns_per_block)
+        return (*addresses, rows, features, columns, *share, activation)
+    dtype = str(x.dtype).removeprefix("torch.")
+    weight_map = tensor_map(weight.data_ptr(), dtype, features, columns, plan.features_per_block)
+    if isinstance(plan, WarpgroupPlan):
+        x_map = tensor_map(x.data_ptr(), dtype, rows, columns, plan.tokens)
+        share = (plan.features_per_block, plan.columns_per_block)
+        addresses = map(pointer, (out, bias, residual))
+        return (*addresses, weight_map, x_map, rows, features, columns, *share, activation, plan.stages)
+    x_map = tensor_map(x.data_ptr(), dtype, rows, columns, plan.tile_rows // plan.copies)
+    addresses = map(pointer, (out, bias, residual, sums))
+    stages = (plan.tile_rows, plan.weight_stages, plan.row_stages)
+    return (
+        *addresses, weight_map, x_map, rows, features, columns, plan.columns_per_block, activation, epsilon, *stages
+    )  # fmt: skip
 
 
 def check_epilogue(

@@ -10,19 +10,18 @@ from ..errors import KernelContractError
 from ..launch import SWIZZLED_COLUMNS, LaunchShape
 from ..nvrtc import KernelSource
 from .formats import FLOAT, WEIGHTS, StoredWeight
+from .multicast_plan import MulticastPlan
+from .sizes import BLOCK_BYTES as BLOCK_BYTES
+from .sizes import FOLDER as FOLDER
+from .sizes import NORMS as NORMS
+from .sizes import SWIZZLED_ROW_BYTES, round_up
+from .sizes import ceil_div as ceil_div
 
-FOLDER = Path(__file__).parent
 LANE_COLUMNS = 8
 LANE_BYTES = 16
 
-NORMS = {"none": 0, "layer": 1, "rms": 2}
-"""Norm of the input fused into the product -> its number in stream.cu."""
-
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 """Activation -> its number in common/activation.cuh."""
-
-BLOCK_BYTES = 112 * 1024
-"""Most shared memory that a block needs: two then fit one SM."""
 
 RING_BYTES = 80 * 1024
 MIN_RING_BYTES = 48 * 1024
@@ -35,7 +34,6 @@ STREAM_SIGNATURE = "PPPPPPPiiiif"
 TILE_SIGNATURE = "PPPPPPiiiiii"
 LEAST_STAGE_COLUMNS = 64
 
-SWIZZLED_ROW_BYTES = 2 * SWIZZLED_COLUMNS
 MAX_WARPGROUP_STAGES = 16
 WARPGROUP_CAPABILITY = 90
 MAX_CLUSTER = 8
@@ -147,7 +145,7 @@ class TilePlan:
 
     @property
     def columns_per_block(self) -> int:
-        return _round_up(ceil_div(self.columns, self.cluster), self.stage_columns)
+        return round_up(ceil_div(self.columns, self.cluster), self.stage_columns)
 
     @property
     def shared_bytes(self) -> int:
@@ -192,7 +190,7 @@ class WarpgroupPlan:
 
     @property
     def columns_per_block(self) -> int:
-        return _round_up(ceil_div(self.columns, self.cluster), SWIZZLED_COLUMNS)
+        return round_up(ceil_div(self.columns, self.cluster), SWIZZLED_COLUMNS)
 
     @property
     def shared_bytes(self) -> int:
@@ -208,7 +206,7 @@ class WarpgroupPlan:
         return LaunchShape((blocks,), (threads,), self.shared_bytes, cluster, dependent=dependent)
 
 
-Plan = StreamPlan | TilePlan | WarpgroupPlan
+Plan = StreamPlan | TilePlan | WarpgroupPlan | MulticastPlan
 
 
 def plan_stream(
@@ -268,7 +266,7 @@ def plan_tile(
     tile = 16 * feature_tiles * warps_down
     ranges_per_wave = max(1, blocks // cluster)
     waves = ceil_div(features, tile * ranges_per_wave)
-    per_block = _round_up(ceil_div(features, ranges_per_wave * waves), 4)
+    per_block = round_up(ceil_div(features, ranges_per_wave * waves), 4)
     token_tiles = 2 if rows <= 16 else 4 if rows <= 32 else 8
     return TilePlan(
         rows, features, columns, token_tiles, feature_tiles, warps_down, stages, per_block, cluster, weight
@@ -291,7 +289,7 @@ def plan_warpgroup(
     """
     ranges_per_wave = max(1, blocks // cluster)
     waves = ceil_div(features, 64 * feature_tiles * ranges_per_wave)
-    per_block = min(64 * feature_tiles, _round_up(ceil_div(features, ranges_per_wave * waves), 8))
+    per_block = min(64 * feature_tiles, round_up(ceil_div(features, ranges_per_wave * waves), 8))
     tokens = 16 if rows <= 16 else 32 if rows <= 32 else 64
     needed = ceil_div(ceil_div(columns, cluster), SWIZZLED_COLUMNS)
     room = ring_bytes // SWIZZLED_ROW_BYTES - (64 * feature_tiles - per_block)
@@ -442,12 +440,4 @@ def _partial_bytes(rows: int, warps: int, octets: int) -> int:
 
 def _held_bytes(rows: int, columns: int, weight: str) -> int:
     """Bytes of x in shared memory; the stride is `held_stride` in stream.cu, or less."""
-    return rows * (_round_up(columns, max(64, WEIGHTS[weight].pad)) + 32) * 2
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _round_up(a: int, multiple: int) -> int:
-    return ceil_div(a, multiple) * multiple
+    return rows * (round_up(columns, max(64, WEIGHTS[weight].pad)) + 32) * 2

@@ -10,6 +10,7 @@ from torch.nn import functional
 from trtc.kernels.errors import KernelContractError
 from trtc.kernels.library import KernelLibrary
 from trtc.kernels.linear import Linear, Norm, Plan, choose_plan, weight_sums
+from trtc.kernels.linear.multicast_plan import TOKENS, MulticastPlan, plan_multicast
 from trtc.kernels.linear.plan import (
     SHARED_LIMITS,
     SMALLEST_SHARED_LIMIT,
@@ -94,6 +95,45 @@ def test_plans_cover_the_matrix_and_fit(capability: int, features: int, columns:
             assert plan.features_per_block <= 16 * plan.feature_tiles * plan.warps_down
 
 
+MULTICAST_PLANS = [
+    # features_per_block, copies, split, block_bytes: rings that hold all of K, and rings that turn.
+    (8, 1, 1, 112 * 1024),
+    (24, 4, 1, 112 * 1024),
+    (16, 8, 1, 40 * 1024),
+    (64, 2, 1, 72 * 1024),
+    (128, 4, 1, 112 * 1024),
+    (40, 2, 2, 60 * 1024),
+    (24, 4, 2, 112 * 1024),
+    (32, 2, 4, 48 * 1024),
+    (80, 1, 4, 112 * 1024),
+]
+
+
+def multicast_plans(rows: int, features: int, columns: int) -> list[MulticastPlan]:
+    return [
+        plan_multicast(
+            rows, features, columns, features_per_block=width, copies=copies, split=split, block_bytes=size
+        )
+        for width, copies, split, size in MULTICAST_PLANS
+    ]
+
+
+@pytest.mark.parametrize(("features", "columns"), SHAPES)
+def test_multicast_plans_cover_the_matrix_and_fit(features: int, columns: int) -> None:
+    """Oracle: the sizes of the matrix, the rules that multicast.cu states, the hardware's limits."""
+    for rows in (17, 24, 32, 33, 64):
+        for plan in multicast_plans(rows, features, columns):
+            shape = plan.launch_shape(dependent=True)
+            size = shape.cluster[0] if shape.cluster else 1
+            assert size == plan.copies * plan.split <= 8 and shape.grid[0] % size == 0
+            assert shape.grid[0] // plan.split * plan.features_per_block >= features
+            assert plan.split * plan.columns_per_block >= columns and plan.columns_per_block % 64 == 0
+            assert rows <= plan.tile_rows <= 64 and plan.tile_rows % (8 * plan.copies) == 0
+            assert 2 <= plan.weight_stages <= 32 and 1 <= plan.row_stages <= 16
+            read = (plan.row_stages - 1) * plan.tile_rows + TOKENS  # rows of 128 bytes, by the last wgmma
+            assert max(read * 128, 1) <= plan.shared_bytes <= SHARED_LIMITS[90] - 1024
+
+
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_norm_does_not_change_the_plan(rows: int) -> None:
     """Oracle: the plan without a norm; a norm must not cost its layer the better kernel."""
@@ -171,6 +211,7 @@ def plans(rows: int, features: int, columns: int) -> list[Plan]:
             plan_tile(rows, features, columns, cluster=cluster, feature_tiles=2, warps_down=down)
             for cluster, down in ((1, 4), (4, 8))
         ]
+        found += multicast_plans(rows, features, columns)
     return found
 
 
@@ -184,7 +225,9 @@ def plans(rows: int, features: int, columns: int) -> list[Plan]:
         (8, 3072, 768),
         (13, 1001, 520),
         (16, 256, 4096),
+        (17, 1001, 520),
         (33, 1001, 264),
+        (48, 300, 3072),
         (64, 520, 1024),
     ],
 )
@@ -215,6 +258,38 @@ def test_fused_norm(rows: int, kind: str, dtype: torch.dtype, library: KernelLib
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize(
+    ("rows", "width", "copies"), [(17, 24, 2), (33, 8, 4), (64, 48, 8), (64, 64, 1), (40, 96, 4)]
+)
+def test_fused_norm_of_many_rows(
+    rows: int, width: int, copies: int, kind: str, dtype: torch.dtype, library: KernelLibrary
+) -> None:
+    """Oracle: the float64 reference; x has a mean of ten deviations, in all of 840 columns, the last stage not full."""
+    given = tensors(rows, 1001, 840, dtype, "cuda")
+    given["x"] += 20.0
+    norm = Norm(weight_sums(given["weight"]) if kind == "layer" else None, kind)
+    expected = reference(
+        given["x"], given["weight"], given["bias"], norm=kind, residual=given["residual"], activation="gelu"
+    )
+    plan = plan_multicast(rows, 1001, 840, features_per_block=width, copies=copies, norm=kind)
+    out = Linear(library)(**given, norm=norm, activation="gelu", plan=plan)
+    assert relative_error(out, expected) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width_copies_split", [(8, 8, 1), (24, 4, 1), (32, 2, 4)], ids=str)
+def test_multicast_in_a_captured_chain(
+    width_copies_split: tuple[int, int, int], library: KernelLibrary
+) -> None:
+    """Oracle: the float64 reference, layer after layer, in place: a kernel that reads x early or ends early differs."""
+    width, copies, split = width_copies_split
+    plan = plan_multicast(64, 768, 768, features_per_block=width, copies=copies, split=split)
+    check_chain(library, 64, plan)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [8, 16, 64])
 def test_row_does_not_depend_on_the_others(rows: int, library: KernelLibrary) -> None:
     """Oracle: the same row among other rows, bit by bit."""
@@ -229,13 +304,18 @@ def test_row_does_not_depend_on_the_others(rows: int, library: KernelLibrary) ->
 @pytest.mark.parametrize("rows", [1, 64])
 def test_residual_in_place_in_a_captured_chain(rows: int, library: KernelLibrary) -> None:
     """Oracle: the float64 reference, layer after layer. Dependent launches in a graph must wait for each other."""
+    check_chain(library, rows, None)
+
+
+def check_chain(library: KernelLibrary, rows: int, plan: Plan | None) -> None:
+    """Twelve products in a graph, every second one adding to its residual in place."""
     linear, given = Linear(library), tensors(rows, 768, 768, torch.float16, "cuda")
     state, hidden = given["residual"].clone(), torch.empty_like(given["out"])
 
     def layers() -> None:
         for _ in range(6):
-            linear(state, given["weight"], given["bias"], out=hidden, activation="relu")
-            linear(hidden, given["weight"], out=state, residual=state)
+            linear(state, given["weight"], given["bias"], out=hidden, activation="relu", plan=plan)
+            linear(hidden, given["weight"], out=state, residual=state, plan=plan)
 
     layers()
     state.copy_(given["residual"])

@@ -1,0 +1,341 @@
+// Linear layer for 17 to 64 rows on Hopper, for weights that are read in a few microseconds:
+// y = act(norm(x) W^T + b) + residual.
+//
+// A block owns kFeatures rows of W ("features"). What costs is not W but x: every block needs all of it, and only once the
+// predecessor has ended. So neighbouring blocks form a cluster in which each asks the tensor copy engine for a share of
+// the rows of a stage (64 columns) of x and has it delivered to all; and W, which no predecessor writes, is on its way
+// into a ring of its own before the wait. Blocks of a cluster start at different columns than those of the others, so that not
+// all read the same lines of L2 at once.
+//
+// x is the 64-row operand of wgmma, the block's features are its columns: a thread ends with sums of its own rows and
+// pairs of features and writes them without any exchange. Where a block would have too few features for its x, kSplit
+// parts of the cluster share K; each part sends its sums to the part that finishes their rows, in one exchange.
+//
+// The norm is that of stream.cu: applied to the sums, with moments of the rows that four warps more take from the stages.
+#include "common/activation.cuh"
+#include "common/async.cuh"
+#include "common/cluster.cuh"
+#include "common/reduce.cuh"
+#include "common/tensor_copy.cuh"
+#include "common/types.cuh"
+#include "common/wgmma.cuh"
+
+namespace trtc {
+
+constexpr int kGroupThreads = 128;
+constexpr int kGroupWarps = kGroupThreads / kWarpSize;
+constexpr int kProductDepth = 16;
+constexpr int kTokens = 64;  // rows of a wgmma
+constexpr int kOctet = 8;    // features that lie together in the sums of a warp
+constexpr int kMaxWeightStages = 32;
+constexpr int kMaxRowStages = 16;
+
+constexpr int kNormNone = 0;
+constexpr int kNormLayer = 1;
+constexpr int kNormRms = 2;  // as kNormLayer with a mean of 0
+
+// Waits until at most the latest group of products is unfinished.
+__device__ __forceinline__ void wgmma_wait_but_one() {
+    asm volatile("wgmma.wait_group.sync.aligned 1;\n" ::: "memory");
+}
+
+// A place in a ring and the parity of its barriers' phase.
+struct Slot {
+    int index = 0;
+    int parity = 0;
+
+    __device__ __forceinline__ void advance(int stages) {
+        if (++index == stages) index = 0, parity ^= 1;
+    }
+};
+
+// Two neighbouring outputs of a row; those from `count` on do not exist.
+template <typename T>
+__device__ __forceinline__ typename PairOf<T>::type load_pair(const T* pointer, int count, bool aligned) {
+    typename PairOf<T>::type pair;
+    pair_from_float(pair, make_float2(0.f, 0.f));
+    if (aligned && count >= 2) {
+        *reinterpret_cast<uint32*>(&pair) = __ldcg(reinterpret_cast<const uint32*>(pointer));
+    } else {
+        if (count > 0) pair.x = __ldcg(pointer);
+        if (count > 1) pair.y = __ldcg(pointer + 1);
+    }
+    return pair;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_pair(T* pointer, float2 value, int count, bool aligned) {
+    using Pair = typename PairOf<T>::type;
+    Pair pair;
+    pair_from_float(pair, value);
+    if (aligned && count >= 2) {
+        *reinterpret_cast<Pair*>(pointer) = pair;
+    } else {
+        if (count > 0) pointer[0] = pair.x;
+        if (count > 1) pointer[1] = pair.y;
+    }
+}
+
+// y, residual: [rows, features]; bias: [features]; weight_sums: [features] float, the sums of W's rows, for kNormLayer.
+// bias and residual may be null; residual may be y.
+// weight_map: W [features, columns] in boxes of kFeatures rows of 64 columns; x_map: x [rows, columns] in boxes of
+// tile_rows * kSplit / cluster rows, a multiple of 8; both in 128-byte swizzle, zero beyond the matrix.
+// tile_rows: rows of x in a stage, at most 64; columns_per_block, a multiple of 64, is K / kSplit.
+template <typename T, int kFeatures, int kSplit, int kNorm>
+__global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNormNone ? 0 : kGroupThreads), kFeatures > (kNorm == kNormNone ? 64 : 48) ? 1 : 2)
+    linear_multicast(T* y, const T* bias, const T* residual, const float* weight_sums,
+                     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, int rows,
+                     int features, int columns, int columns_per_block, int activation, float epsilon, int tile_rows,
+                     int weight_stages, int row_stages) {
+    static_assert(kFeatures % (kFeatures > 64 ? 16 : 8) == 0 && kFeatures <= 128, "one or two wgmma wide");
+    static_assert(kNorm == kNormNone || kSplit == 1, "moments are of whole rows");
+    constexpr int kGroups = kFeatures > 64 ? 2 : 1;
+    constexpr int kWidth = kFeatures / kGroups;  // features of a warpgroup
+    constexpr int kConsumerWarps = kGroups * kGroupWarps;
+    constexpr int kReaderWarps = kConsumerWarps + (kNorm == kNormNone ? 0 : kGroupWarps);  // of x
+    constexpr int kOctets = kWidth / kOctet;
+    constexpr int kPartWarps = kGroupWarps / kSplit;             // warps of a group whose rows a part finishes
+    constexpr int kItems = (kOctets + kSplit - 1) / kSplit;      // of 16 rows of an octet, that a warp finishes
+    constexpr uint32 kWeightBytes = kFeatures * kSwizzledRowBytes;
+
+    extern __shared__ __align__(1024) unsigned char shared[];
+    __shared__ __align__(8) uint64 weight_full[kMaxWeightStages], weight_empty[kMaxWeightStages];
+    __shared__ __align__(8) uint64 rows_full[kMaxRowStages], rows_empty[kMaxRowStages];
+    allow_dependents();
+
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int cluster = cluster_size(), copies = cluster / kSplit;  // blocks that share their x
+    const int member = cluster_rank() % copies, part = cluster_rank() / copies;
+    const int first_feature = (blockIdx.x / cluster * copies + member) * kFeatures;
+    const int first_column = part * columns_per_block;
+    const int stages = max(0, (min(columns_per_block, columns - first_column) + kSwizzledColumns - 1) / kSwizzledColumns);
+    const int weight_ahead = min(stages, weight_stages), rows_ahead = min(stages, row_stages);
+    // The ring of x, that of W, and what the parts send, or the moments of the rows. A wgmma reads 64 rows of x, whatever
+    // lies behind those that there are.
+    const uint32 row_bytes = tile_rows * kSwizzledRowBytes;
+    const uint32 row_ring = shared_address(shared), weight_ring = row_ring + row_stages * row_bytes;
+    unsigned char* behind_rings = shared + row_stages * row_bytes + weight_stages * kWeightBytes;
+    float4* received = reinterpret_cast<float4*>(behind_rings);
+    float2* moments = reinterpret_cast<float2*>(behind_rings);  // [kTokens]: mean and inverse deviation
+
+    const bool copying = threadIdx.x == kReaderWarps * kWarpSize;
+    if (copying) {
+        prefetch_tensor_map(weight_map);
+        prefetch_tensor_map(x_map);
+        for (int slot = 0; slot < weight_ahead; ++slot) {
+            barrier_init(shared_address(weight_full + slot), 1);
+            barrier_init(shared_address(weight_empty + slot), kConsumerWarps);
+        }
+        for (int slot = 0; slot < rows_ahead; ++slot) {
+            barrier_init(shared_address(rows_full + slot), 1);
+            barrier_init(shared_address(rows_empty + slot), copies * kReaderWarps);
+        }
+        barrier_init_fence();
+    }
+    cluster_arrive();
+
+    const int turn = stages > 0 ? blockIdx.x / cluster % stages : 0;
+    auto column_of = [&](int stage) {
+        const int turned = stage + turn;
+        return first_column + (turned < stages ? turned : turned - stages) * kSwizzledColumns;
+    };
+    auto copy_weight = [&](int stage, int slot) {
+        const uint32 barrier = shared_address(weight_full + slot);
+        barrier_expect(barrier, kWeightBytes);
+        copy_tensor(weight_ring + slot * kWeightBytes, weight_map, column_of(stage), first_feature, barrier);
+    };
+    auto expect_rows = [&](int slot) { barrier_expect(shared_address(rows_full + slot), row_bytes); };
+    auto copy_rows = [&](int stage, int slot) {
+        const int first_row = tile_rows / copies * member;
+        const uint32 place = row_ring + slot * row_bytes + first_row * kSwizzledRowBytes;
+        const uint32 barrier = shared_address(rows_full + slot);
+        if (copies == 1) {
+            copy_tensor(place, x_map, column_of(stage), first_row, barrier);
+        } else {
+            multicast_tensor(place, x_map, column_of(stage), first_row, barrier, ((1 << copies) - 1) << part * copies);
+        }
+    };
+    if (copying) {
+        for (int stage = 0; stage < weight_ahead; ++stage) copy_weight(stage, stage);
+        for (int stage = 0; stage < rows_ahead; ++stage) expect_rows(stage);
+    }
+    cluster_wait();  // barriers of all blocks are there
+
+    // The outputs that this thread finishes: item i is rows (row, row + 8), features (feature, feature + 1).
+    const int group = warp / kGroupWarps, group_warp = warp % kGroupWarps;
+    const bool aligned = features % 2 == 0;
+    auto item_row = [&](int i) {
+        return 16 * (part * kPartWarps + (i * kGroupWarps + group_warp) % kPartWarps) + lane / 4;
+    };
+    auto item_octet = [&](int i) { return (i * kGroupWarps + group_warp) / kPartWarps; };
+    auto item_feature = [&](int i) { return first_feature + group * kWidth + item_octet(i) * kOctet + lane % 4 * 2; };
+    auto item_count = [&](int i) { return item_octet(i) < kOctets ? features - item_feature(i) : 0; };
+    auto item_place = [&](int i, int half) {
+        return static_cast<size_t>(item_row(i) + 8 * half) * features + item_feature(i);
+    };
+
+    if (warp == kReaderWarps) {
+        if (copying) {
+            wait_for_predecessors();
+            for (int stage = 0; stage < rows_ahead; ++stage) copy_rows(stage, stage);
+            Slot weight_slot, row_slot;
+            for (int stage = 0; stage + min(weight_ahead, rows_ahead) < stages; ++stage) {
+                if (stage + weight_ahead < stages) {
+                    barrier_wait(shared_address(weight_empty + weight_slot.index), weight_slot.parity);
+                    copy_weight(stage + weight_ahead, weight_slot.index);
+                    weight_slot.advance(weight_ahead);
+                }
+                if (stage + rows_ahead < stages) {
+                    barrier_wait(shared_address(rows_empty + row_slot.index), row_slot.parity);
+                    expect_rows(row_slot.index);
+                    copy_rows(stage + rows_ahead, row_slot.index);
+                    row_slot.advance(rows_ahead);
+                }
+            }
+        }
+        __syncwarp();
+    }
+
+    // A reader is done with x in a slot: every block of the cluster waits for that before it fills the slots again. Nobody
+    // may arrive at a block that has ended, so that what will not be filled again is not announced.
+    auto release_rows = [&](int stage, int slot) {
+        if (stage + rows_ahead < stages && lane < copies) {
+            barrier_arrive_in_rank(shared_address(rows_empty + slot), part * copies + lane);
+        }
+    };
+    float sum[kWidth / 2] = {};
+    typename PairOf<T>::type offset[kItems], addend[kItems][2];
+    float2 weight_sum[kNorm == kNormLayer ? kItems : 1];
+    if (warp < kConsumerWarps) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+            const int count = item_count(i);
+            offset[i] = load_pair(bias + item_feature(i), bias ? count : 0, true);
+            if constexpr (kNorm == kNormLayer) {
+                weight_sum[i].x = count > 0 ? weight_sums[item_feature(i)] : 0.f;
+                weight_sum[i].y = count > 1 ? weight_sums[item_feature(i) + 1] : 0.f;
+            }
+        }
+        wait_for_predecessors();  // what follows reads the residual and writes y
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const bool valid = residual && item_row(i) + 8 * half < rows;
+                addend[i][half] = load_pair(residual + item_place(i, half), valid ? item_count(i) : 0, aligned);
+            }
+        }
+        Slot weight_slot, row_slot, last_weight_slot, last_row_slot;
+        for (int stage = 0; stage < stages; ++stage) {
+            const uint32 a_place = row_ring + row_slot.index * row_bytes;
+            const uint32 b_place = weight_ring + weight_slot.index * kWeightBytes + group * kWidth * kSwizzledRowBytes;
+            barrier_wait(shared_address(weight_full + weight_slot.index), weight_slot.parity);
+            barrier_wait(shared_address(rows_full + row_slot.index), row_slot.parity);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kSwizzledColumns; k += kProductDepth) {
+                const uint64 a = matrix_descriptor<kSwizzledRowBytes>(a_place + 2 * k);
+                const uint64 b = matrix_descriptor<kSwizzledRowBytes>(b_place + 2 * k);
+                Wgmma<T, kWidth>::product_shared(sum, a, b, 1);
+            }
+            wgmma_commit();
+            wgmma_wait_but_one();  // the stage before this one has been read
+            if (stage > 0) {
+                if (lane == 0) barrier_arrive(shared_address(weight_empty + last_weight_slot.index));
+                release_rows(stage - 1, last_row_slot.index);
+            }
+            last_weight_slot = weight_slot, last_row_slot = row_slot;
+            weight_slot.advance(weight_ahead);
+            row_slot.advance(rows_ahead);
+        }
+        wgmma_wait();
+    } else if (kNorm != kNormNone && warp < kReaderWarps) {
+        // Two lanes a row, each half of its columns; the swizzle spreads the lanes' pieces over the banks.
+        const int row = (threadIdx.x - kConsumerWarps * kWarpSize) / 2, half = lane % 2;
+        float total = 0.f, square = 0.f;
+        Slot row_slot;
+        for (int stage = 0; stage < stages; ++stage) {
+            barrier_wait(shared_address(rows_full + row_slot.index), row_slot.parity);
+            if (row < tile_rows) {
+                const unsigned char* there = shared + row_slot.index * row_bytes;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float value[Vector<T>::kSize];
+                    unpack(load_vector(reinterpret_cast<const T*>(there + swizzled<kSwizzledRowBytes>(row, half * 4 + i))), value);
+#pragma unroll
+                    for (int j = 0; j < Vector<T>::kSize; ++j) {
+                        total += value[j];
+                        square += value[j] * value[j];
+                    }
+                }
+            }
+            __syncwarp();
+            release_rows(stage, row_slot.index);
+            row_slot.advance(rows_ahead);
+        }
+        total += __shfl_xor_sync(~0u, total, 1);
+        square += __shfl_xor_sync(~0u, square, 1);
+        const float mean = kNorm == kNormLayer ? total / columns : 0.f;
+        const float inverse = rsqrtf(fmaxf(square / columns - mean * mean, 0.f) + epsilon);
+        if (half == 0) moments[row] = make_float2(mean, inverse);
+    }
+    if constexpr (kNorm != kNormNone) __syncthreads();
+
+    float4 total[kItems];  // (row, feature), (row, feature + 1), (row + 8, feature), (row + 8, feature + 1)
+    if constexpr (kSplit == 1) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+            total[i] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+        }
+    } else {
+        // [kSplit][kGroups][kPartWarps][kOctets][32]: every part's sums of the rows that this one finishes.
+        auto received_place = [&](int from, int of_warp, int octet) {
+            return (((from * kGroups + group) * kPartWarps + of_warp) * kOctets + octet) * kWarpSize + lane;
+        };
+        if (warp < kConsumerWarps) {
+            float4* there = in_rank(received, group_warp / kPartWarps * copies + member);
+#pragma unroll
+            for (int octet = 0; octet < kOctets; ++octet) {
+                there[received_place(part, group_warp % kPartWarps, octet)] =
+                    make_float4(sum[4 * octet], sum[4 * octet + 1], sum[4 * octet + 2], sum[4 * octet + 3]);
+            }
+        }
+        cluster_sync();
+        if (warp < kConsumerWarps) {
+#pragma unroll
+            for (int i = 0; i < kItems; ++i) {
+                total[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+                if (item_octet(i) >= kOctets) continue;
+#pragma unroll
+                for (int from = 0; from < kSplit; ++from) {  // in a fixed order
+                    const float4 some = received[received_place(from, (i * kGroupWarps + group_warp) % kPartWarps, item_octet(i))];
+                    total[i].x += some.x, total[i].y += some.y, total[i].z += some.z, total[i].w += some.w;
+                }
+            }
+        }
+    }
+    if (warp >= kConsumerWarps) return;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = item_row(i) + 8 * half;
+            if (row >= rows) continue;
+            float2 value = half == 0 ? make_float2(total[i].x, total[i].y) : make_float2(total[i].z, total[i].w);
+            if constexpr (kNorm != kNormNone) {
+                const float2 moment = moments[row];
+                if constexpr (kNorm == kNormLayer) {
+                    value.x -= moment.x * weight_sum[i].x;
+                    value.y -= moment.x * weight_sum[i].y;
+                }
+                value.x *= moment.y, value.y *= moment.y;
+            }
+            const float2 shift = pair_to_float(offset[i]), more = pair_to_float(addend[i][half]);
+            value.x = activate(value.x + shift.x, activation) + more.x;
+            value.y = activate(value.y + shift.y, activation) + more.y;
+            store_pair(y + item_place(i, half), value, item_count(i), aligned);
+        }
+    }
+}
+
+}  // namespace trtc

@@ -1,0 +1,117 @@
+"""Launches of multicast.cu: how features, K and copies of x are divided among blocks. Plain arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..launch import SWIZZLED_COLUMNS, LaunchShape
+from ..nvrtc import KernelSource
+from .sizes import BLOCK_BYTES, FOLDER, NORMS, SWIZZLED_ROW_BYTES, ceil_div, round_up
+
+MULTICAST_SIGNATURE = "PPPPTTiiiiifiii"
+MAX_WEIGHT_STAGES = 32
+MAX_ROW_STAGES = 16
+TOKENS = 64
+"""Rows of a wgmma; what it reads behind the rows of x there are must be shared memory of the block."""
+
+LEAST_ROW_STAGES = 4
+"""Stages of x in flight before W gets the rest of a block's shared memory."""
+
+
+@dataclass(frozen=True)
+class MulticastPlan:
+    """A launch of `linear_multicast` (sm_90a): clusters of `copies` blocks that share x times `split` parts of K.
+
+    features_per_block:        a multiple of 8 up to 64, or of 16 up to 128.
+    copies:                    blocks that each load a share of the rows of x for all (1, 2, 4 or 8); times split at most 8.
+    split:                     parts of K (1, 2 or 4); 1 with a norm.
+    weight_stages, row_stages: of 64 columns, in the rings of W and x.
+    """
+
+    rows: int
+    features: int
+    columns: int
+    norm: str
+    features_per_block: int
+    copies: int
+    split: int
+    weight_stages: int
+    row_stages: int
+
+    @property
+    def source(self) -> KernelSource:
+        return KernelSource(FOLDER / "multicast.cu", ())
+
+    def entry(self, element: str) -> str:
+        """Name expression of the kernel for CUDA type `element`."""
+        parameters = f"{element}, {self.features_per_block}, {self.split}, {NORMS[self.norm]}"
+        return f"trtc::linear_multicast<{parameters}>"
+
+    @property
+    def columns_per_block(self) -> int:
+        return columns_per_block(self.columns, self.split)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of x in a stage: as many for each copy, in whole groups of 8."""
+        return round_up(self.rows, 8 * self.copies)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory; the layout is that at the top of `linear_multicast`."""
+        row_ring = self.row_stages * self.tile_rows * SWIZZLED_ROW_BYTES
+        weight_ring = self.weight_stages * self.features_per_block * SWIZZLED_ROW_BYTES
+        behind = behind_rings_bytes(self.features_per_block, self.split, self.norm)
+        read_beyond = (TOKENS - self.tile_rows) * SWIZZLED_ROW_BYTES
+        return row_ring + max(weight_ring + behind, read_beyond)
+
+    def launch_shape(self, dependent: bool) -> LaunchShape:
+        ranges = round_up(ceil_div(self.features, self.features_per_block), self.copies)
+        threads = (288 if self.features_per_block > 64 else 160) + (0 if self.norm == "none" else 128)
+        size = self.copies * self.split
+        cluster = (size,) if size > 1 else ()
+        return LaunchShape(
+            (ranges * self.split,), (threads,), self.shared_bytes, cluster, dependent=dependent
+        )
+
+
+def plan_multicast(
+    rows: int,
+    features: int,
+    columns: int,
+    *,
+    features_per_block: int,
+    copies: int,
+    split: int = 1,
+    norm: str = "none",
+    block_bytes: int = BLOCK_BYTES,
+    row_stages: int = LEAST_ROW_STAGES,
+) -> MulticastPlan:
+    """A launch with rings as large as fit `block_bytes`: x at least `row_stages` or all, then W, then x again.
+
+    copies is lowered where there are fewer rows than 8 for each.
+    """
+    copies = min(copies, 1 << (ceil_div(rows, 8).bit_length() - 1))
+    needed = ceil_div(columns_per_block(columns, split), SWIZZLED_COLUMNS)
+    row_bytes = round_up(rows, 8 * copies) * SWIZZLED_ROW_BYTES
+    weight_bytes = features_per_block * SWIZZLED_ROW_BYTES
+    room = block_bytes - behind_rings_bytes(features_per_block, split, norm)
+    row_stages = min(row_stages, needed, MAX_ROW_STAGES)
+    weight_stages = max(2, min(needed, MAX_WEIGHT_STAGES, (room - row_stages * row_bytes) // weight_bytes))
+    more = (room - weight_stages * weight_bytes) // row_bytes
+    row_stages = max(row_stages, min(needed, MAX_ROW_STAGES, more))
+    return MulticastPlan(
+        rows, features, columns, norm, features_per_block, copies, split, weight_stages, row_stages
+    )
+
+
+def columns_per_block(columns: int, split: int) -> int:
+    """Columns of K that a part takes, whole stages."""
+    return round_up(ceil_div(columns, split), SWIZZLED_COLUMNS)
+
+
+def behind_rings_bytes(features_per_block: int, split: int, norm: str) -> int:
+    """Shared memory for the sums that parts send each other, or for the moments of a norm."""
+    if split > 1:
+        return TOKENS * features_per_block * 4
+    return 0 if norm == "none" else TOKENS * 8
