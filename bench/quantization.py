@@ -47,6 +47,15 @@ CASES: dict[str, tuple[str, ...]] = {
     "bfloat16": ("--dtype", "bfloat16"),
     "int8": ("--dtype", "float16", "--use-weight-only", "--weight-only-precision", "int8"),
     "fp8": ("--dtype", "float16", "--use-weight-only", "--weight-only-precision", "fp8"),
+    "fp8, fp8 activations": ("--dtype", "float16", "--quantization", "fp8"),
+    "fp8, fp8 activations and KV cache": (
+        "--dtype",
+        "float16",
+        "--quantization",
+        "fp8",
+        "--kv-cache-dtype",
+        "fp8",
+    ),
     "float16, fp8 KV cache": ("--dtype", "float16", "--kv-cache-dtype", "fp8"),
     "fp8, fp8 KV cache": (
         "--dtype",

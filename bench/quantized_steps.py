@@ -27,9 +27,11 @@ FLOAT = "float16"
 FORMATS: dict[str, tuple[str, ...]] = {
     **{name: ("--use-weight-only", "--weight-only-precision", name) for name in ("int8", "fp8", "int4")},
     "float16-kv8": ("--kv-cache-dtype", "fp8"),
+    "w8a8": ("--quantization", "fp8"),
+    "w8a8-kv8": ("--quantization", "fp8", "--kv-cache-dtype", "fp8"),
     "fp8-kv8": ("--use-weight-only", "--weight-only-precision", "fp8", "--kv-cache-dtype", "fp8"),
 }
-"""Name -> options of `trtc build`; kv8: with a KV cache of fp8."""
+"""Name -> options of `trtc build`; w8a8: weights and activations in fp8; kv8: with a KV cache of fp8."""
 BUILD = ("--target", "cuda", "--dtype", FLOAT, "--dummy-weights", "--max-batch-size", "64", "--max-seq-len", "1024",
          "--max-num-tokens", "16384", "--workers", str(len(os.sched_getaffinity(0))))  # fmt: skip
 

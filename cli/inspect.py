@@ -123,4 +123,5 @@ def weight_precision(graph: Graph) -> str:
     """`float16`, or what the integers of a quantized engine are beside it."""
     weights = {node.outputs[0].dtype for node in graph.weights}
     names = {DType.INT8: "int8", DType.UINT8: "int4", DType.FLOAT8_E4M3: "fp8"}
-    return " and ".join(sorted(names.get(dtype, dtype.value) for dtype in weights))
+    activations = " with fp8 activations" if any("activations" in node.attrs for node in graph.nodes) else ""
+    return " and ".join(sorted(names.get(dtype, dtype.value) for dtype in weights)) + activations

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..core.config import ModelConfig
 from ..core.errors import ConfigError
-from ..core.quantize.scheme import GROUP_SIZES, PRECISIONS, QuantizeOptions, WeightFormat
+from ..core.quantize.scheme import FP8_ACTIVATIONS, GROUP_SIZES, PRECISIONS, QuantizeOptions, WeightFormat
 from .common import progress_bar
 
 if TYPE_CHECKING:
@@ -23,13 +23,16 @@ _GROUP_SIZE = 128
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
-    """By the names of TensorRT-LLM's convert_checkpoint."""
-    group = parser.add_argument_group("weight-only quantization")
+    """By the names of TensorRT-LLM's convert_checkpoint, and vLLM's `--quantization`."""
+    group = parser.add_argument_group("quantization")
     group.add_argument(
         "--use-weight-only", action="store_true", help="store the weights of linear layers as integers"
     )
     group.add_argument("--weight-only-precision", choices=PRECISIONS,
                        help="int8, fp8 (e4m3): a scale for every row; int4: one for every group (default: int8)")  # fmt: skip
+    group.add_argument("--quantization", choices=(FP8_ACTIVATIONS,),
+                       help="fp8: weights in e4m3, and activations in products of many rows, with a scale a row")  # fmt: skip
+    group.add_argument("--use-fp8-rowwise", action="store_true", help="as --quantization fp8")
     sizes = ", ".join(map(str, GROUP_SIZES))
     group.add_argument("--group-size", type=int, metavar="N",
                        help=f"int4: columns that share a scale, {sizes} (default: {_GROUP_SIZE})")  # fmt: skip
@@ -42,6 +45,8 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
 def quantize_options(args: argparse.Namespace) -> QuantizeOptions | None:
     """What `add_quantization`'s options ask for. Raises ConfigError for options that do not go together."""
     precision, group_size = args.weight_only_precision, args.group_size
+    if args.quantization is not None or args.use_fp8_rowwise:
+        return _fp8_options(args)
     if not args.use_weight_only:
         for option, unset in QUANTIZATION_OPTIONS.items():
             if getattr(args, option) != unset:
@@ -56,7 +61,18 @@ def quantize_options(args: argparse.Namespace) -> QuantizeOptions | None:
     return QuantizeOptions(WeightFormat(precision or "int8", group_size), args.quantize_lm_head)
 
 
+def _fp8_options(args: argparse.Namespace) -> QuantizeOptions:
+    """Weights and activations in e4m3."""
+    own = ("quantization", "use_fp8_rowwise", "quantize_lm_head")
+    for option, unset in QUANTIZATION_OPTIONS.items():
+        if option not in own and getattr(args, option) != unset:
+            raise ConfigError(f"--{option.replace('_', '-')} does not go with --quantization fp8")
+    return QuantizeOptions(WeightFormat("fp8"), args.quantize_lm_head, FP8_ACTIVATIONS)
+
+
 QUANTIZATION_OPTIONS = {
+    "quantization": None,
+    "use_fp8_rowwise": False,
     "use_weight_only": False,
     "weight_only_precision": None,
     "group_size": None,
@@ -81,7 +97,7 @@ def quantizer(
     if isinstance(source, PackedCheckpoint):
         if options is not None:
             raise ConfigError(
-                f"--use-weight-only: {source.path} is quantized already, by {source.scheme.method}; leave it out"
+                f"quantization: {source.path} is quantized already, by {source.scheme.method}; leave it out"
             )
         packed = source
         return lambda floats: import_packed(floats, packed)

@@ -53,9 +53,9 @@ def plan(
         raise ConfigError(f"target {target.name} does not run pipeline parallel yet; build with pp_size 1")
     assert (build.tp_size, build.pp_size) == (source.sharding.tp_size, source.sharding.pp_size), "other ranks"
     source.sharding.check_layers(model.num_layers)
-    if source.quantization is not None and source.quantization.format.kind not in can.quantized:
+    if source.quantization is not None and source.quantization.kind not in can.quantized:
         raise ConfigError(
-            f"target {target.name} does not run {source.quantization.format.kind} weights yet; "
+            f"target {target.name} does not run {source.quantization.kind} weights yet; "
             f"accepted: {', '.join(['float', *sorted(can.quantized)])}"
         )
     if build.kv_cache_dtype not in can.kv_cache_dtypes:

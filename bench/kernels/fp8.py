@@ -1,26 +1,42 @@
-"""Decode attention over a KV cache of e4m3 numbers beside one of float16, on one GPU: checked against float64, then timed.
+"""e4m3 numbers on one GPU, beside float16: decode attention over a KV cache, and products of many rows. Checked, then timed.
 
-    python -m trtc.bench.kernels.fp8 [--sequences 64] [--length 1024] [--sweep]
+    python -m trtc.bench.kernels.fp8 [--sequences 64] [--length 1024] [--rows 512 8192] [--sweep]
 
-Writes $OUT/kernels-fp8.json. Bytes are those of the cache and of q, k, v and the output; launches take turns over more layers
-than L2 holds. `--sweep` times other numbers of stages too.
+Writes $OUT/kernels-fp8.json. Of attention, bytes are those of the cache and of q, k, v and the output; launches take turns over
+more layers than L2 holds; `--sweep` times other numbers of stages too. Of products, times are those of rounding the rows, of
+the product, and of both, beside cuBLASLt's product in float16 and what dequantizes the weight before it; all have a bias.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 
 from ...kernels.library import KernelLibrary
+from ...kernels.linear.quantized import Dequantize
 from ...kernels.paged import as_bytes
 from ...kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
+from ...kernels.quantize_rows import QuantizeRows
+from ...kernels.quantize_rows.reference import quantize_rows as reference_rows
 from . import attention_checks
 from .attention_cases import Model, PagedBatch, paged_batch
-from .harness import ROTATION_BYTES, Row, median_row, out_dir, print_table, time_launches, write_json
+from .dense import layers
+from .harness import (
+    ROTATION_BYTES,
+    Row,
+    median_row,
+    out_dir,
+    print_table,
+    relative_error,
+    time_launches,
+    write_json,
+)
 
 LAYERS = {"1.3B": Model(32, 32, 64), "2.7B": Model(32, 32, 80), "6.7B": Model(32, 32, 128)}
 CACHES = {"float16": None, "fp8": torch.float8_e4m3fn}
@@ -70,8 +86,90 @@ def another_layer(batch: PagedBatch) -> PagedBatch:
     return dataclasses.replace(batch, k_cache=k_cache, v_cache=v_cache)
 
 
+@dataclass(frozen=True)
+class Product:
+    """Microseconds of one product and its parts; TFLOP/s of the rounding and product together, and of float16."""
+
+    case: str
+    rows: int
+    float16_us: float
+    dequantize_us: float
+    round_us: float
+    product_us: float
+    fast_product_us: float
+    both_us: float
+    tflops: float
+    float16_tflops: float
+    error: float
+
+
+def time_product(library: KernelLibrary, name: str, features: int, columns: int, rows: int) -> Product:
+    """x W^T + b of 6.7B's layer `name`, in float16."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    x, bias = random(rows, columns).half(), random(features).half()
+    integers = (random(features, columns) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = (torch.rand(features, device="cuda", generator=generator) + 0.5).half() * 2e-4
+    weight, row_scales = integers.half() * scale[:, None], scale.float()[None, :]
+    numbers = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device="cuda")
+    x_scale = torch.empty(rows, device="cuda")
+    quantize, dequantize = QuantizeRows(library), Dequantize(library)
+
+    def product(fast: bool = False) -> torch.Tensor:
+        return torch._scaled_mm(
+            numbers,
+            integers.t(),
+            x_scale[:, None],
+            row_scales,
+            bias=bias,
+            out_dtype=x.dtype,
+            use_fast_accum=fast,
+        )
+
+    def rounding() -> None:
+        quantize(x, out=numbers, scale=x_scale)
+
+    def both() -> None:
+        rounding()
+        product()
+
+    rounding()
+    exact, exact_scale = reference_rows(x[:64])
+    expected = (exact.double() * exact_scale.double()[:, None]) @ (
+        integers.double() * scale.double()[:, None]
+    ).T
+    error = relative_error(product()[:64], expected + bias.double())
+    launches = {
+        "float16": lambda: torch.addmm(bias, x, weight.t()),
+        "dequantize": lambda: dequantize(integers, scale, out=weight),
+        "round": rounding,
+        "product": product,
+        "fast": lambda: product(True),
+        "both": both,
+    }
+    us = {what: statistics.median(time_launches([run] * 6, replays=5)) for what, run in launches.items()}
+    flops = 2e-6 * rows * features * columns
+    return Product(
+        f"6.7B {name} {features}x{columns}", rows, us["float16"], us["dequantize"], us["round"], us["product"], us["fast"],
+        us["both"], flops / us["both"], flops / us["float16"], error,
+    )  # fmt: skip
+
+
+def print_products(products: list[Product]) -> None:
+    print(f"{'case':26} {'rows':>6} {'float16':>9} {'+dequant':>9} {'round':>8} {'product':>9} {'fast':>9} {'both us':>9} "
+          f"{'TFLOP/s':>8} {'float16':>8} {'ratio':>6} {'error':>8}")  # fmt: skip
+    for p in products:
+        print(f"{p.case:26} {p.rows:6} {p.float16_us:9.1f} {p.float16_us + p.dequantize_us:9.1f} {p.round_us:8.1f} "
+              f"{p.product_us:9.1f} {p.fast_product_us:9.1f} {p.both_us:9.1f} {p.tflops:8.0f} {p.float16_tflops:8.0f} "
+              f"{p.float16_us / p.both_us:6.2f} {p.error:8.1e}")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rows", type=int, nargs="*", default=[512, 8192])
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--sweep", action="store_true", help="other numbers of stages, too")
@@ -85,7 +183,13 @@ def main() -> None:
         for row in time_decode(library, size, cache, given.sequences, given.length, given.sweep)
     ]
     print_table(rows)
-    write_json(out_dir() / "kernels-fp8.json", rows)
+    products = [
+        time_product(library, name, features, columns, count)
+        for count in given.rows
+        for name, features, columns in list(layers("6.7B"))[:4]
+    ]
+    print_products(products)
+    write_json(out_dir() / "kernels-fp8.json", rows, products=[asdict(product) for product in products])
 
 
 if __name__ == "__main__":

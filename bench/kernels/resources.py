@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from ...kernels import all_reduce, append_kv, embedding, layer_norm, linear
+from ...kernels import all_reduce, append_kv, embedding, layer_norm, linear, quantize_rows
 from ...kernels.context_attention.plan import sources as context_attention_sources
 from ...kernels.contract import ELEMENT_TYPES
 from ...kernels.linear.quantized import dequantize_sources
@@ -89,6 +89,7 @@ def sources(arch: str) -> Iterator[KernelSource]:
         yield from layer_norm.sources(element)
         yield from linear.sources(element, itertools.chain(linear_plans(arch), quantized_plans(arch)))
         yield from dequantize_sources(element, INTEGERS)
+        yield from quantize_rows.sources(element)
         yield from sampling_sources(element)
         for fp8_cache in (False, True):
             yield append_kv.source(element, fp8_cache=fp8_cache)

@@ -9,8 +9,12 @@ import torch
 from ..dtypes import DType
 from ..quantize.integers import dequantize
 from ..spec import TensorSpec
-from .linear import check_linear, linear
-from .registry import Attrs, Op, ReferenceContext, Signature, register
+from .attention import FP8_MAX
+from .linear import NORMS, check_linear, linear
+from .registry import Attrs, Op, ReferenceContext, Signature, register, widen
+
+ACTIVATIONS = "activations"
+"""The attribute that says what rows of x are rounded to."""
 
 
 def _weight(sig: Signature, first: int) -> TensorSpec:
@@ -38,6 +42,8 @@ def _infer_dequantize(sig: Signature) -> tuple[TensorSpec, ...]:
 
 
 def _infer_linear(sig: Signature) -> tuple[TensorSpec, ...]:
+    if ACTIVATIONS in sig.attrs:
+        sig.attr(ACTIVATIONS, "fp8")
     return (check_linear(sig, _weight(sig, 1), bias=4, residual=5),)
 
 
@@ -61,7 +67,21 @@ def _linear_reference(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if ACTIVATIONS in attrs:
+        if "norm" in attrs:
+            x = NORMS[attrs["norm"]](x, None, None, attrs["eps"])
+            attrs = {name: value for name, value in attrs.items() if name != "norm"}
+        x = rounded_rows(x)
     return linear(attrs, x, dequantize(integers, scale, zero), bias, residual)
+
+
+def rounded_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` in its own dtype, every row rounded to e4m3 numbers with a scale of its own: its largest absolute value is 448."""
+    wide = widen(x)
+    largest = wide.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+    numbers = (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return (numbers.to(wide.dtype) * scale).to(x.dtype)
 
 
 def _linear_flops(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> int:
@@ -77,5 +97,7 @@ integers: int8 or float8_e4m3fn [out, in], or uint8 [out, in / 2] with two of fo
 zero: int8 of the shape of the scales. Never evaluated by the build: that would undo what quantization is for.
 """
 QUANTIZED_LINEAR = register(Op("quantized_linear", _infer_linear, _linear_reference, _linear_flops))
-"""`quantized_linear(x[..., in], integers, scale, zero?, bias[out]?, residual[..., out]?; activation?, norm?, eps?)` ->
-[..., out]: `linear` with the weight that `dequantize` gives. A pass makes it for targets that read integers in the product."""
+"""`quantized_linear(x[..., in], integers, scale, zero?, bias[out]?, residual[..., out]?; activation?, norm?, eps?,
+activations?)` -> [..., out]: `linear` with the weight that `dequantize` gives. A pass makes it for targets that read integers
+in the product. With activations fp8, the rows that are multiplied are rounded to e4m3 numbers with a scale each; a target may
+leave them as they are in steps where that is no slower."""

@@ -12,7 +12,7 @@ from ..sharding import ShardingOptions
 from . import fold, fuse, rows, simplify
 from .cache import cache_type
 from .fold import Partition, partition
-from .quantize import quantize
+from .quantize import quantize, round_activations
 from .rewrite import Rule, reading, remove_dead, rewrite
 from .shard import shard
 from .stage import stage
@@ -58,6 +58,8 @@ def pipeline(
     for fusion, rule in fuse.RULES.items():
         if fusion in fusions:
             yield Pass(f"fuse {fusion}", _rewriter(rule))
+    # Last: only now is it known which products read integers.
+    yield Pass("round activations", lambda graph: round_activations(graph, quantization))
 
 
 def _rewriter(rule: Rule) -> Callable[[Graph], Graph]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..dtypes import DType
 from ..graph import Graph, Node, make_node
+from ..ops.quantized import ACTIVATIONS
 from ..quantize.scheme import Quantization
 from .rewrite import reading
 
@@ -28,6 +31,19 @@ def quantize(graph: Graph, quantization: Quantization | None) -> Graph:
         else:
             nodes.append(reading(node, replaced))
     return Graph(tuple(nodes), graph.outputs)
+
+
+def round_activations(graph: Graph, quantization: Quantization | None) -> Graph:
+    """quantized_linear(x, ...) -> quantized_linear(rounded x, ...), where `quantization` says so: the other factor has the type
+    of the weight's numbers, so that the product is one of them."""
+    if quantization is None or quantization.activations is None:
+        return graph
+    attrs = {ACTIVATIONS: quantization.activations}
+    nodes = tuple(
+        replace(node, attrs={**node.attrs, **attrs}) if node.op == "quantized_linear" else node
+        for node in graph.nodes
+    )
+    return Graph(nodes, graph.outputs)
 
 
 def _stored(weight: Node, quantization: Quantization) -> list[Node]:

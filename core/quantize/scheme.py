@@ -15,7 +15,8 @@ PRECISIONS = ("int8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128)
 """Columns that share a scale. 32 is for imported checkpoints and small models; `trtc convert` offers the others as well."""
 
-KINDS = frozenset({"int8", "int4", "int4 with zero points", "fp8"})
+FP8_ACTIVATIONS = "fp8"
+KINDS = frozenset({"int8", "int4", "int4 with zero points", "fp8", "fp8 with fp8 activations"})
 SCALE, ZERO = ".scale", ".zero"
 """What the parts of a quantized weight are called: its integers keep the name of the weight."""
 
@@ -59,7 +60,7 @@ class WeightFormat:
 
     @property
     def kind(self) -> str:
-        """What a target must be able to run; one of `KINDS`."""
+        """What a target must be able to run; one of `KINDS` (see `Quantization.kind`)."""
         return f"{self.precision}{' with zero points' if self.zero_point else ''}"
 
     @property
@@ -115,26 +116,55 @@ class Quantization:
     """What is quantized in a set of weights, and how.
 
     weights: names, sorted. method: how the integers were found, for people: `nearest`, `gptq`, ...
+    activations: what the other factor of their products is rounded to, each row with a scale of its own: fp8, with fp8
+        weights, or None, nothing.
     """
 
     format: WeightFormat
     weights: tuple[str, ...]
     method: str = "nearest"
+    activations: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations is None:
+            return
+        if self.activations != FP8_ACTIVATIONS or self.format.precision != "fp8":
+            raise ConfigError(
+                f"{self.activations} activations do not go with {self.format.precision} weights; accepted: fp8 with fp8"
+            )
 
     def __str__(self) -> str:
-        return f"{self.format}, {self.method}"
+        activations = "" if self.activations is None else f" with {self.activations} activations"
+        return f"{self.format}{activations}, {self.method}"
+
+    @property
+    def kind(self) -> str:
+        """What a target must be able to run; one of `KINDS`."""
+        return (
+            self.format.kind
+            if self.activations is None
+            else f"{self.format.kind} with {self.activations} activations"
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        if self.activations is None:
+            del data["activations"]
+        return data
 
     @classmethod
     def from_json(cls, data: object, where: str) -> Quantization:
         """The inverse of `to_json`. Raises CheckpointError, naming `where`, on anything else."""
         try:
-            assert isinstance(data, Mapping) and data.keys() == {"format", "weights", "method"}
+            assert isinstance(data, Mapping) and data.keys() - {"activations"} == {
+                "format",
+                "weights",
+                "method",
+            }
             weights = data["weights"]
             assert isinstance(weights, list) and all(isinstance(name, str) for name in weights)
-            return cls(WeightFormat(**data["format"]), tuple(weights), str(data["method"]))
+            how = WeightFormat(**data["format"])
+            return cls(how, tuple(weights), str(data["method"]), data.get("activations"))
         except (AssertionError, TypeError):
             raise CheckpointError(
                 f"{where}: quantization must be an object with format, weights and method"
@@ -145,10 +175,12 @@ class Quantization:
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What a user asks for. lm_head: quantize the language-model head too, which then shares nothing with the embedding."""
+    """What a user asks for. lm_head: quantize the language-model head too, which then shares nothing with the embedding;
+    activations: see `Quantization`."""
 
     format: WeightFormat
     lm_head: bool = False
+    activations: str | None = None
 
     def choose(self, weights: Iterable[ResolvedWeight], method: str = "nearest") -> Quantization:
         """What is done to `weights`.
@@ -165,4 +197,4 @@ class QuantizeOptions:
             raise ConfigError(
                 "weight-only quantization: the model's weight table marks no weight as quantizable"
             )
-        return Quantization(self.format, tuple(chosen), method)
+        return Quantization(self.format, tuple(chosen), method, self.activations)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from ...kernels import cpu_step
 from ..graph import Node
 from ..ops.elementwise import ACTIVATIONS
+from ..ops.quantized import ACTIVATIONS as ROUNDED_ACTIVATIONS
+from ..ops.quantized import rounded_rows
 from ..passes.fuse import POSITIONS, RESIDUAL
 from ..quantize.integers import dequantize
 
@@ -85,6 +87,8 @@ def quantized_linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if ROUNDED_ACTIVATIONS in node.attrs:
+            x = rounded_rows(x)
         rows = weight.dtype is torch.int8 and scale.dim() == 1 and zero is None
         if kind is None or not rows or not cpu_step.has_int8():
             return plain(x, dequantize(weight, scale, zero), bias, residual)

@@ -285,7 +285,7 @@ class _Compiler:
         assert rows is not None and scale is not None
         if rows.dtype is not torch.int8 or scale.dim() != 1 or zero is not None or not rows.is_contiguous():
             raise Unsupported(f"quantized_linear '{node.name}': {rows.dtype}, scales {list(scale.shape)}")
-        if activation not in cpu_step.ACTIVATION_KINDS or "norm" in node.attrs:
+        if activation not in cpu_step.ACTIVATION_KINDS or node.attrs.keys() - {"activation"}:
             raise Unsupported(f"quantized_linear '{node.name}': {dict(node.attrs)}")
         residual = self._value(node, 5).pointer if len(node.inputs) > 5 and node.inputs[5] else None
         out = self._new(node)

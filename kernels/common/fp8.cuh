@@ -84,6 +84,22 @@ __device__ __forceinline__ uint32 to_e4m3_pair(uint32 pair) {
 #endif
 }
 
+// Eight floats as e4m3 numbers, in order.
+__device__ __forceinline__ uint2 to_e4m3_eight(const float (&value)[8]) {
+    uint32 pair[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#if __CUDA_ARCH__ >= 890
+        unsigned short two;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\n" : "=h"(two) : "f"(value[2 * i + 1]), "f"(value[2 * i]));
+        pair[i] = two;
+#else
+        pair[i] = to_e4m3(value[2 * i]) | to_e4m3(value[2 * i + 1]) << 8;
+#endif
+    }
+    return make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
+}
+
 // Eight neighbouring elements T of a row as a cache of C holds them: themselves, or e4m3 numbers.
 template <typename T, typename C>
 struct Eight {

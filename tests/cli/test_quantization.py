@@ -47,6 +47,26 @@ def test_int8_keeps_the_perplexity(perplexity: Callable[..., float]) -> None:
     assert abs(perplexity("--use-weight-only") / perplexity() - 1) < 0.005
 
 
+@pytest.mark.parametrize("flag", [("--quantization", "fp8"), ("--use_fp8_rowwise",)], ids=str)
+def test_fp8_activations_keep_the_perplexity(flag: tuple[str, ...], perplexity: Callable[..., float]) -> None:
+    """By either of their names; they are rounded, so that it is another one than with the weights alone."""
+    weights = perplexity("--use-weight-only", "--weight-only-precision", "fp8")
+    assert perplexity(*flag) != weights and abs(perplexity(*flag) / perplexity() - 1) < 0.005
+
+
+def test_fp8_activations_are_in_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `convert` was told, the engine that is built from it does, and `inspect` says."""
+    checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
+    options = ("--quantization", "fp8", "--quantize-lm-head")
+    assert main(["convert", "--model-dir", str(TINY_OPT), "--output-dir", str(checkpoint), *options]) == 0
+    assert "weights fp8 with fp8 activations, nearest" in capsys.readouterr().out
+    stored = TrtcCheckpoint.open(checkpoint).quantization
+    assert stored is not None and stored.activations == "fp8" and "lm_head.weight" in stored.weights
+    assert main(["build", "--checkpoint-dir", str(checkpoint), "--output-dir", str(engine)]) == 0
+    assert main(["inspect", str(engine)]) == 0
+    assert "float16 and fp8 with fp8 activations" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag", [("--kv-cache-dtype", "fp8"), ("--fp8_kv_cache",)], ids=str)
 def test_an_fp8_cache_keeps_the_perplexity(flag: tuple[str, ...], perplexity: Callable[..., float]) -> None:
     """By either of its names; it is rounded, so that the perplexity is another one."""

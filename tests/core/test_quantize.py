@@ -21,7 +21,7 @@ from trtc.core.engine import Engine
 from trtc.core.errors import CheckpointError, ConfigError
 from trtc.core.graph import Graph, GraphBuilder
 from trtc.core.interpreter import interpret
-from trtc.core.ops import ReferenceContext, op_names
+from trtc.core.ops import ReferenceContext, get_op, op_names
 from trtc.core.passes import Partition, fuse, optimize
 from trtc.core.passes.quantize import quantize
 from trtc.core.passes.rewrite import rewrite
@@ -39,7 +39,13 @@ from trtc.core.weights import IDENTITY, ResolvedWeight
 from trtc.tests.opt_models import BUILD, VARIANTS, OptCheckpoint
 from trtc.tests.packed_steps import Inputs, PagedSequences, filled_cache
 from trtc.tests.thread_group import RankCommunicator, run_ranks
-from trtc.tests.tolerances import FLOAT64_ABS, LOGITS_INT8_RELATIVE, logits_tolerance, max_error
+from trtc.tests.tolerances import (
+    FLOAT64_ABS,
+    LOGITS_INT8_RELATIVE,
+    OP_FLOAT64_ABS,
+    logits_tolerance,
+    max_error,
+)
 from trtc.tests.toy_decoder import random_weights, toy_decoder, weight_rows
 
 INT8, INT4 = WeightFormat("int8"), WeightFormat("int4", 32)
@@ -192,6 +198,61 @@ def test_quantization_travels_as_json() -> None:
             Quantization.from_json(bad, "x")
     with pytest.raises(CheckpointError, match="x: weight precision 'int2' is not known"):
         Quantization.from_json(data | {"format": {"precision": "int2"}}, "x")
+
+
+def test_rounded_activations_travel_as_json() -> None:
+    """Oracle: the object. What has none is written as it was before there were any."""
+    quantization = Quantization(FP8, ("a",), activations="fp8")
+    data = quantization.to_json() | {"weights": ["a"]}
+    assert Quantization.from_json(data, "x") == quantization
+    assert quantization.kind == "fp8 with fp8 activations" and quantization.kind in KINDS
+    assert str(quantization) == "fp8 with fp8 activations, nearest"
+    assert Quantization(FP8, ("a",)).to_json().keys() == {"format", "weights", "method"}
+    for bad in ("int8", 1):
+        with pytest.raises(
+            CheckpointError, match=r"x: .* activations do not go with fp8 weights; accepted: fp8 with fp8"
+        ):
+            Quantization.from_json(data | {"activations": bad}, "x")
+    with pytest.raises(ConfigError, match="fp8 activations do not go with int8 weights"):
+        Quantization(INT8, ("a",), activations="fp8")
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_rows_are_rounded_before_they_are_multiplied(norm: str | None) -> None:
+    """Oracle: by hand, in float64: a row's largest absolute value becomes 448, after a norm that is fused in. A row of zeros
+    stays one."""
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(3, 16, generator=generator, dtype=torch.float64) * torch.tensor([[1.0], [1e3], [1e-3]])
+    x[0, :2] = torch.tensor([448.0, 0.1])
+    if norm is None:
+        x[2] = 0
+    weight = round_to_nearest(torch.randn(4, 16, generator=generator), FP8, name="w")
+    attrs = {"activations": "fp8"} | ({} if norm is None else {"norm": norm, "eps": 1e-5})
+    scale = weight.scale.double()
+    found = get_op("quantized_linear").reference(ReferenceContext(), attrs, x, weight.integers, scale)
+    rows = x if norm is None else torch.nn.functional.layer_norm(x, (16,), eps=1e-5)
+    step = rows.abs().amax(1, keepdim=True) / 448
+    rounded = (rows / step.where(step > 0, 1)).to(torch.float8_e4m3fn).double() * step
+    assert max_error(rounded, rows) > 0
+    assert max_error(found, rounded @ by_definition(weight.integers, scale).T) <= OP_FLOAT64_ABS
+
+
+def test_the_pipeline_rounds_the_rows_of_quantized_products(
+    opt_checkpoint: Callable[[str], OptCheckpoint],
+) -> None:
+    """Oracle: the graph without, which differs in nothing else. The float head is left alone."""
+    checkpoint = opt_checkpoint("pre_norm")
+    composed = checkpoint.family.compose(checkpoint.config)
+    plain, rounding = (
+        pipeline(composed, nearest(QuantizeOptions(FP8, activations=activations))(checkpoint.weights())).graph
+        for activations in (None, "fp8")
+    )
+    for node, other in zip(rounding.nodes, plain.nodes, strict=True):
+        extra = {"activations": "fp8"} if node.op == "quantized_linear" else {}
+        assert dataclasses.replace(node, attrs=other.attrs) == other and dict(node.attrs) == {
+            **other.attrs,
+            **extra,
+        }
 
 
 def table() -> list[ResolvedWeight]:
@@ -572,7 +633,10 @@ def test_a_target_says_what_it_runs(opt_checkpoint: Callable[[str], OptCheckpoin
     model = dataclasses.replace(checkpoint.config, dtype=DType.FLOAT16)
     build = dataclasses.replace(BUILD, target="cuda")
     zeros = quantized(checkpoint, WeightFormat("int4", 32, True), DType.FLOAT16)
-    message = "target cuda does not run int4 with zero points weights yet; accepted: float, fp8, int4, int8"
+    message = (
+        "target cuda does not run int4 with zero points weights yet; accepted: float, fp8, fp8 with fp8 activations, "
+        "int4, int8"
+    )
     with pytest.raises(ConfigError, match=message):
         plan(checkpoint.family, model, zeros, build, 0)
 

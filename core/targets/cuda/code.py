@@ -16,6 +16,7 @@ from ....kernels import (
     layer_norm,
     linear,
     paged_decode_attention,
+    quantize_rows,
     sampling,
 )
 from ....kernels.contract import ELEMENT_TYPES
@@ -36,6 +37,7 @@ from ....kernels.paged import check_model
 from ...dtypes import DType
 from ...errors import BuildError, EngineError
 from ...graph import Graph, Node
+from ...ops.quantized import ACTIVATIONS
 from ...passes.fuse import PRODUCTS
 from ..base import CacheShape
 from .variants import decode_graph
@@ -112,12 +114,18 @@ def kernel_sources(
         *layer_norm.sources(element),
         *linear.sources(element, _linear_plans(graph, max_batch_size, arch, capability)),
         *dequantize_sources(element, quantized),
+        *(quantize_rows.sources(element) if any(map(rounds_rows, graph.nodes)) else ()),
         *paged_decode_attention.sources(element, (shape.head_dim,), capability, fp8_cache=fp8_cache),
         append_kv.source(element, fp8_cache=fp8_cache),
         *context_attention.sources(element, (shape.head_dim,), capability, fp8_cache=fp8_cache),
         *sampling.sources(ELEMENT_TYPES[logits_dtype]),
         *(source for ranks in _ranks(graph) for source in all_reduce.sources(element, ranks)),
     )
+
+
+def rounds_rows(node: Node) -> bool:
+    """Whether a node is a product whose rows are rounded to e4m3 numbers, where there are many of them."""
+    return node.op == "quantized_linear" and ACTIVATIONS in node.attrs
 
 
 def _ranks(graph: Graph) -> set[int]:

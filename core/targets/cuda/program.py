@@ -18,10 +18,10 @@ from ....kernels.linear.quantized import Dequantize, QuantizedLinear, for_kernel
 from ....kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
 from ...graph import Graph, Node
 from ...ops import ReferenceContext, get_op
-from ...ops.elementwise import ACTIVATIONS
 from ...ops.registry import Communicator
 from ...passes.rewrite import only_reader
 from ..program import Kernel, KernelFactory, Program
+from .large_products import QuantizedProducts, large_linear
 from .variants import decode_graph, prefill_graph, sum_on_first_rank
 
 Pages = tuple[torch.Tensor, torch.Tensor]
@@ -88,7 +88,8 @@ class CudaProgram:
         self._gives_logits = gives_logits
         self._communicator, self._rank = communicator, rank
         self._graph, self._cache, self._library = graph, cache, library
-        self._weights, self._scratch = _quantized_for_kernels(graph, weights)
+        self._weights = _quantized_for_kernels(graph, weights)
+        self._large_products = QuantizedProducts(graph, self._weights, library)
         self._accumulation, self._max_kv_length = accumulation, max_kv_length
         self._embedding, self._norm, self._linear = Embedding(library), LayerNorm(library), Linear(library)
         self._quantized_linear, self._dequantize = QuantizedLinear(library), Dequantize(library)
@@ -134,7 +135,7 @@ class CudaProgram:
         kernels: dict[str, KernelFactory] = {
             "embedding": self._embedding_kernel,
             "linear": partial(self._linear_kernel, library_products),
-            "quantized_linear": partial(self._quantized_linear_kernel, library_products),
+            "quantized_linear": partial(self._quantized_linear_kernel, library_products, graph),
             "layer_norm": partial(self._norm_kernel, "layer"),
             "rms_norm": partial(self._norm_kernel, "rms"),
             "add_layer_norm": partial(self._add_norm_kernel, "layer"),
@@ -225,8 +226,9 @@ class CudaProgram:
         overwrite = fresh and only_reader(graph, summand)
         return partial(self._communicator.all_reduce, overwrite=overwrite)
 
-    def _quantized_linear_kernel(self, library_products: bool, node: Node) -> Kernel:
+    def _quantized_linear_kernel(self, library_products: bool, graph: Graph, node: Node) -> Kernel:
         activation = node.attrs.get("activation", "none")
+        large = self._large_products.kernel(graph, node)
         norm = self._fused_norm(node) if "norm" in node.attrs else None
 
         def run(
@@ -243,20 +245,14 @@ class CudaProgram:
                 return x.new_empty(0, features)
             if library_products or rows > MAX_ROWS:
                 assert norm is None, f"{node.name}: a norm is fused into a product of {rows} rows"
-                weight = self._dequantized(integers, scale, x.shape[1])
-                return large_linear(x, weight, bias, residual, activation)
+                made: torch.Tensor = large(x, integers, scale, bias, residual)
+                return made
             return self._quantized_linear(
                 x.contiguous(), integers, scale, bias, out=x.new_empty(rows, features), residual=residual,
                 activation=activation, norm=norm,
             )  # fmt: skip
 
         return run
-
-    def _dequantized(self, integers: torch.Tensor, scale: torch.Tensor, columns: int) -> torch.Tensor:
-        """[out, in] in the scratch that all weights share: the next one is made when this one has been multiplied."""
-        assert self._scratch is not None
-        out = self._scratch[: integers.shape[0] * columns].view(-1, columns)
-        return self._dequantize(integers, scale, out=out)
 
     def _fused_norm(self, node: Node) -> Norm:
         kind, epsilon = node.attrs["norm"], node.attrs["eps"]
@@ -336,23 +332,15 @@ class CudaProgram:
         )
 
 
-def _quantized_for_kernels(
-    graph: Graph, weights: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """`weights` with integers as the kernels read them, in place where possible, and room for the largest dequantized."""
-    made, largest = dict(weights), 0
+def _quantized_for_kernels(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights` with integers as the kernels read them, in place where possible."""
+    made = dict(weights)
     products = [node for node in graph.nodes if node.op == "quantized_linear"]
     for integers, scale in {
         (node.used[1], node.used[2]) for node in products
     }:  # a weight may serve several layers
         made[integers], made[scale] = for_kernels(weights[integers], weights[scale])
-    if not products:
-        return made, None
-    for node in products:
-        columns = graph.specs[node.used[0]].shape[-1]
-        assert isinstance(columns, int)
-        largest = max(largest, len(weights[node.used[1]]) * columns)
-    return made, weights[products[0].used[2]].new_empty(largest)
+    return made
 
 
 def narrow_logits(graph: Graph) -> Graph:
@@ -360,23 +348,3 @@ def narrow_logits(graph: Graph) -> Graph:
     (name,) = graph.outputs
     node = graph.producers[name]
     return Graph(graph.nodes, (node.used[0],)) if node.op == "cast" else graph
-
-
-def large_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-) -> torch.Tensor:
-    """activation(x weight^T + bias) + residual with many rows: cuBLASLt, bias and ReLU in its epilogue."""
-    if bias is None:
-        y = x @ weight.t()
-    elif activation == "relu":
-        y = torch._addmm_activation(bias, x, weight.t())
-        activation = "none"
-    else:
-        y = torch.addmm(bias, x, weight.t())
-    if activation != "none":
-        y = ACTIVATIONS[activation](y)
-    return y if residual is None else y.add_(residual)

@@ -48,7 +48,7 @@ class CudaTarget:
             dtypes=frozenset({DType.FLOAT16, DType.BFLOAT16}),
             tensor_parallel=True,
             pipeline_parallel=True,
-            quantized=frozenset({"int8", "int4", "fp8"}),
+            quantized=frozenset({"int8", "int4", "fp8", "fp8 with fp8 activations"}),
             kv_cache_dtypes=frozenset(KV_CACHE_DTYPES),
         )
 

@@ -44,7 +44,7 @@ class TensorRTTarget:
             frozenset(fusions),
             frozenset(MODEL_DTYPES),
             tensor_parallel=True,
-            quantized=KINDS - {"fp8"},
+            quantized=frozenset(kind for kind in KINDS if not kind.startswith("fp8")),
         )
 
     def compile(

@@ -1,0 +1,140 @@
+"""Products of e4m3 numbers by e4m3 numbers on a GPU, and engines that have them. Oracle: float64 over the rounded rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trtc.core.build import build_engine
+from trtc.core.dtypes import DType, to_torch
+from trtc.core.engine import Engine
+from trtc.core.interpreter import interpret
+from trtc.core.ops import ReferenceContext
+from trtc.core.quantize.source import nearest
+from trtc.kernels.library import KernelLibrary
+from trtc.kernels.quantize_rows.reference import quantize_rows
+from trtc.runtime.executor import Executor
+from trtc.runtime.load import load_executor
+from trtc.runtime.step_input import StepInput
+from trtc.tests.fp8_products import W8A8, planned, products
+from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
+from trtc.tests.packed_steps import Inputs, PagedSequences, filled_cache
+from trtc.tests.tolerances import LOGITS_FP8_ACTIVATIONS_RELATIVE, max_error
+
+pytestmark = pytest.mark.gpu
+TOKENS = [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 80)]
+PRODUCT_RELATIVE = {DType.FLOAT16: 2e-3, DType.BFLOAT16: 1.5e-2}
+"""Of the largest result: it is rounded to the type, and the library sums in float32."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 65, 300])
+@pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
+@pytest.mark.parametrize(
+    "variant", ["cuda_pre_norm", "cuda_bias_free_gelu", "cuda_head_dim_80_odd_vocabulary"]
+)
+def test_products(variant: str, dtype: DType, rows: int, tmp_path: Path) -> None:
+    """Every product of a layer, with its bias and activation; a ReLU that the next product applies to its rows."""
+    graph, weights = planned(variant, dtype, tmp_path)
+    on_gpu = {name: tensor.cuda() for name, tensor in weights.items()}
+    library = KernelLibrary()
+    if library.capability != 90:
+        pytest.skip("only Hopper multiplies these")
+    made, large = products(graph, on_gpu, library)
+    generator = torch.Generator(device="cuda").manual_seed(4)
+    nodes = [node for node in graph.nodes if node.op == "quantized_linear"]
+    for node in nodes[:4]:
+        assert large.takes_fp8(node)
+        columns = graph.specs[node.used[0]].shape[-1]
+        x = torch.randn(rows, columns, device="cuda", generator=generator).to(to_torch(dtype))
+        integers, scale = (made[name] for name in node.used[1:3])
+        bias = made[node.inputs[4]] if len(node.inputs) > 4 and node.inputs[4] else None
+        y = large.kernel(graph, node)(x, integers, scale, bias, None)
+        takes_relu = graph.producers[node.used[0]].attrs.get("activation") == "relu"
+        numbers, row_scale = quantize_rows(x, relu=takes_relu)
+        weight = integers.double()[:, :columns] * scale.double()[:, None]
+        expected = (numbers.double() * row_scale.double()[:, None]) @ weight.T
+        if bias is not None:
+            expected += bias.double()
+        if node.attrs.get("activation") == "gelu":
+            expected = torch.nn.functional.gelu(expected)
+        error = max_error(y.cpu(), expected.cpu())
+        assert error <= PRODUCT_RELATIVE[dtype] * float(expected.abs().max()), node.name
+
+
+def execute(executor: Executor, inputs: Inputs) -> torch.Tensor:
+    step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
+    return executor.execute(step).float().cpu()
+
+
+class Reference:
+    """The engine's own graph, whose products round their rows, in float64."""
+
+    def __init__(self, path: Path, page_size: int, num_pages: int) -> None:
+        engine = Engine.open(path)
+        self._graph = engine.ranks[0].graph
+        model = to_torch(engine.model.dtype)
+        self._weights = {
+            name: tensor.double() if tensor.dtype is model else tensor
+            for name, tensor in engine.map_weights(0).items()
+        }
+        self._context = ReferenceContext(filled_cache(self._graph, page_size, num_pages, torch.float64))
+
+    def run(self, inputs: Inputs) -> torch.Tensor:
+        logits: torch.Tensor = interpret(self._graph, {**self._weights, **inputs}, self._context)
+        return logits
+
+
+def build(variant: str, dtype: DType, folder: Path, **options: object) -> Path:
+    checkpoint = OptCheckpoint.open(save_hf(variant, folder / "hf"))
+    major, minor = torch.cuda.get_device_capability()
+    target = {"architectures": [f"sm_{major}{minor}"]}
+    build = dataclasses.replace(BUILD, target="cuda", target_options=target, **options)
+    model = dataclasses.replace(checkpoint.config, dtype=dtype)
+    weights = nearest(W8A8)(checkpoint.weights(dtype))
+    build_engine(checkpoint.family, model, weights, build, folder / "engine")
+    return folder / "engine"
+
+
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+@pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
+@pytest.mark.parametrize("variant", ["cuda_pre_norm", "cuda_post_norm_projected", "cuda_bias_free_gelu"])
+def test_logits(variant: str, dtype: DType, cache: str, tmp_path: Path) -> None:
+    """One prompt, a prompt with chunks, and token by token from CUDA graphs, whose rows are not rounded."""
+    path = build(variant, dtype, tmp_path, kv_cache_dtype=cache)
+    whole = PagedSequences(BUILD.page_size, 16).step({"a": TOKENS})
+    expected = Reference(path, BUILD.page_size, 16).run(whole)
+    tolerance = LOGITS_FP8_ACTIVATIONS_RELATIVE[dtype] * float(expected.abs().max())
+    for chunks in ([len(TOKENS)], [9, 20, *[1] * (len(TOKENS) - 29)]):
+        executor = load_executor(path)
+        sequence = PagedSequences(executor.page_size, executor.num_pages)
+        rows, start = [], 0
+        for size in chunks:
+            rows.append(execute(executor, sequence.step({"a": TOKENS[start : start + size]})))
+            start += size
+        executor.close()
+        error = max_error(torch.cat(rows), expected)
+        assert error <= tolerance, f"chunks {chunks[:3]}: {error} > {tolerance}"
+
+
+def test_batches(tmp_path: Path) -> None:
+    """Decode steps of more sequences than the streaming kernels take: rounded rows in CUDA graphs."""
+    path = build("cuda_pre_norm", DType.FLOAT16, tmp_path, max_batch_size=80, max_num_tokens=240)
+    executor = load_executor(path)
+    paged = PagedSequences(executor.page_size, executor.num_pages)
+    reference = Reference(path, executor.page_size, executor.num_pages)
+    for step in range(3):
+        inputs = paged.step({str(i): [(7 * i + step) % 90, (5 * i) % 90, i % 90][: 3 if step == 0 else 1]
+                             for i in range(70)})  # fmt: skip
+        expected = reference.run(inputs)
+        tolerance = LOGITS_FP8_ACTIVATIONS_RELATIVE[DType.FLOAT16] * float(expected.abs().max())
+        assert max_error(execute(executor, inputs), expected) <= tolerance
+    executor.close()
