@@ -12,6 +12,14 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// As cluster_arrive, for an order of events alone: what was written before need not be visible after. Much cheaper, because
+// it waits for no writes.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;\n" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.acquire;\n" ::: "memory");

@@ -56,6 +56,32 @@ __device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
         : "memory");
 }
 
+// As barrier_wait, for what other blocks of the cluster have sent.
+__device__ __forceinline__ void barrier_wait_cluster(uint32 barrier, uint32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// Writes 16 bytes to this place in the shared memory of the block of rank `rank`, whose barrier counts them.
+__device__ __forceinline__ void send_to_rank(uint32 destination, const float4& value, uint32 barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there, counter;\n"
+        "mapa.shared::cluster.u32 there, %0, %6;\n"
+        "mapa.shared::cluster.u32 counter, %1, %6;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, [counter];\n"
+        "}\n" ::"r"(destination),
+        "r"(barrier), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(rank)
+        : "memory");
+}
+
 // Copies the box of `map` at (column, row) to shared memory; `barrier` counts its bytes.
 __device__ __forceinline__ void copy_tensor(uint32 destination, const TensorMap& map, int column, int row,
                                             uint32 barrier) {

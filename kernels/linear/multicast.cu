@@ -100,7 +100,7 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
 
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) uint64 weight_full[kMaxWeightStages], weight_empty[kMaxWeightStages];
-    __shared__ __align__(8) uint64 rows_full[kMaxRowStages], rows_empty[kMaxRowStages];
+    __shared__ __align__(8) uint64 rows_full[kMaxRowStages], rows_empty[kMaxRowStages], sums_full;
     allow_dependents();
 
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -130,9 +130,10 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
             barrier_init(shared_address(rows_full + slot), 1);
             barrier_init(shared_address(rows_empty + slot), copies * kReaderWarps);
         }
+        if constexpr (kSplit > 1) barrier_init(shared_address(&sums_full), 1);
         barrier_init_fence();
     }
-    cluster_arrive();
+    cluster_arrive_relaxed();
 
     const int turn = stages > 0 ? blockIdx.x / cluster % stages : 0;
     auto column_of = [&](int stage) {
@@ -158,6 +159,7 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
     if (copying) {
         for (int stage = 0; stage < weight_ahead; ++stage) copy_weight(stage, stage);
         for (int stage = 0; stage < rows_ahead; ++stage) expect_rows(stage);
+        if constexpr (kSplit > 1) barrier_expect(shared_address(&sums_full), kTokens * kFeatures * sizeof(float));
     }
     cluster_wait();  // barriers of all blocks are there
 
@@ -196,6 +198,9 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
         __syncwarp();
     }
 
+    auto release_weight = [&](int stage, int slot) {
+        if (stage + weight_ahead < stages && lane == 0) barrier_arrive(shared_address(weight_empty + slot));
+    };
     // A reader is done with x in a slot: every block of the cluster waits for that before it fills the slots again. Nobody
     // may arrive at a block that has ended, so that what will not be filled again is not announced.
     auto release_rows = [&](int stage, int slot) {
@@ -225,26 +230,28 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
                 addend[i][half] = load_pair(residual + item_place(i, half), valid ? item_count(i) : 0, aligned);
             }
         }
-        Slot weight_slot, row_slot, last_weight_slot, last_row_slot;
+        // Descriptors count in pieces of 16 bytes: those of other places are sums.
+        const uint64 first_a = matrix_descriptor<kSwizzledRowBytes>(row_ring);
+        const uint64 first_b = matrix_descriptor<kSwizzledRowBytes>(weight_ring + group * kWidth * kSwizzledRowBytes);
+        Slot weight_slot, row_slot;
+        int last_weight = 0, last_rows = 0;
         for (int stage = 0; stage < stages; ++stage) {
-            const uint32 a_place = row_ring + row_slot.index * row_bytes;
-            const uint32 b_place = weight_ring + weight_slot.index * kWeightBytes + group * kWidth * kSwizzledRowBytes;
             barrier_wait(shared_address(weight_full + weight_slot.index), weight_slot.parity);
             barrier_wait(shared_address(rows_full + row_slot.index), row_slot.parity);
             wgmma_fence();
+            const uint64 a = first_a + row_slot.index * (row_bytes / 16);
+            const uint64 b = first_b + weight_slot.index * (kWeightBytes / 16);
 #pragma unroll
             for (int k = 0; k < kSwizzledColumns; k += kProductDepth) {
-                const uint64 a = matrix_descriptor<kSwizzledRowBytes>(a_place + 2 * k);
-                const uint64 b = matrix_descriptor<kSwizzledRowBytes>(b_place + 2 * k);
-                Wgmma<T, kWidth>::product_shared(sum, a, b, 1);
+                Wgmma<T, kWidth>::product_shared(sum, a + 2 * k / 16, b + 2 * k / 16, 1);
             }
             wgmma_commit();
             wgmma_wait_but_one();  // the stage before this one has been read
             if (stage > 0) {
-                if (lane == 0) barrier_arrive(shared_address(weight_empty + last_weight_slot.index));
-                release_rows(stage - 1, last_row_slot.index);
+                release_weight(stage - 1, last_weight);
+                release_rows(stage - 1, last_rows);
             }
-            last_weight_slot = weight_slot, last_row_slot = row_slot;
+            last_weight = weight_slot.index, last_rows = row_slot.index;
             weight_slot.advance(weight_ahead);
             row_slot.advance(rows_ahead);
         }
@@ -293,15 +300,14 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
             return (((from * kGroups + group) * kPartWarps + of_warp) * kOctets + octet) * kWarpSize + lane;
         };
         if (warp < kConsumerWarps) {
-            float4* there = in_rank(received, group_warp / kPartWarps * copies + member);
+            const int owner = group_warp / kPartWarps * copies + member;
 #pragma unroll
             for (int octet = 0; octet < kOctets; ++octet) {
-                there[received_place(part, group_warp % kPartWarps, octet)] =
-                    make_float4(sum[4 * octet], sum[4 * octet + 1], sum[4 * octet + 2], sum[4 * octet + 3]);
+                const float4 some = make_float4(sum[4 * octet], sum[4 * octet + 1], sum[4 * octet + 2], sum[4 * octet + 3]);
+                send_to_rank(shared_address(received + received_place(part, group_warp % kPartWarps, octet)), some,
+                             shared_address(&sums_full), owner);
             }
-        }
-        cluster_sync();
-        if (warp < kConsumerWarps) {
+            barrier_wait_cluster(shared_address(&sums_full), 0);
 #pragma unroll
             for (int i = 0; i < kItems; ++i) {
                 total[i] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -315,25 +321,38 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
         }
     }
     if (warp >= kConsumerWarps) return;
+    float2 value[kItems][2];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+        const float2 shift = pair_to_float(offset[i]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float2 pair = half == 0 ? make_float2(total[i].x, total[i].y) : make_float2(total[i].z, total[i].w);
+            if constexpr (kNorm != kNormNone) {
+                const float2 moment = moments[item_row(i) + 8 * half];
+                if constexpr (kNorm == kNormLayer) {
+                    pair.x -= moment.x * weight_sum[i].x;
+                    pair.y -= moment.x * weight_sum[i].y;
+                }
+                pair.x *= moment.y, pair.y *= moment.y;
+            }
+            value[i][half] = make_float2(pair.x + shift.x, pair.y + shift.y);
+        }
+    }
+    if (activation != kActivationNone) {
+#pragma unroll
+        for (int i = 0; i < 2 * kItems; ++i) {
+            float2& pair = value[i / 2][i % 2];
+            pair = make_float2(activate(pair.x, activation), activate(pair.y, activation));
+        }
+    }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = item_row(i) + 8 * half;
-            if (row >= rows) continue;
-            float2 value = half == 0 ? make_float2(total[i].x, total[i].y) : make_float2(total[i].z, total[i].w);
-            if constexpr (kNorm != kNormNone) {
-                const float2 moment = moments[row];
-                if constexpr (kNorm == kNormLayer) {
-                    value.x -= moment.x * weight_sum[i].x;
-                    value.y -= moment.x * weight_sum[i].y;
-                }
-                value.x *= moment.y, value.y *= moment.y;
-            }
-            const float2 shift = pair_to_float(offset[i]), more = pair_to_float(addend[i][half]);
-            value.x = activate(value.x + shift.x, activation) + more.x;
-            value.y = activate(value.y + shift.y, activation) + more.y;
-            store_pair(y + item_place(i, half), value, item_count(i), aligned);
+            if (item_row(i) + 8 * half >= rows) continue;
+            const float2 more = pair_to_float(addend[i][half]), pair = value[i][half];
+            store_pair(y + item_place(i, half), make_float2(pair.x + more.x, pair.y + more.y), item_count(i), aligned);
         }
     }
 }

@@ -246,7 +246,8 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 && 
             y[place + j] = from_float<T>(value);
         }
     }
-    cluster_sync();  // no block may end while another still reads its sums
+    cluster_arrive_relaxed();  // no block may end while another still reads its sums
+    cluster_wait();
 }
 
 }  // namespace trtc

@@ -197,7 +197,8 @@ __global__ void __launch_bounds__(kFeatureTiles > 2 ? 288 : 160, kFeatureTiles >
         }
         store_quad(y + place, result, count, aligned);
     }
-    cluster_sync();  // no block may end while another still reads its sums
+    cluster_arrive_relaxed();  // no block may end while another still reads its sums
+    cluster_wait();
 }
 
 }  // namespace trtc
