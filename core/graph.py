@@ -256,6 +256,7 @@ class GraphBuilder:
                 "shape": row.shape,
                 "shard": row.shard.value,
                 "unit": row.unit,
+                **({} if row.head is None else {"head": row.head}),
             }
             self._append(make_node(full, "weight", (), attrs, {}))
         return full

@@ -7,7 +7,8 @@ Checkpoint conversion, engine building and the graph pass that inserts collectiv
 below, so that a shard on disk always has the shape the graph expects.
 
 What N does not divide is padded with zeros behind its end, which is exact: heads and columns of zeros meet zero columns in
-the layer that sums over the ranks, and rows beyond the vocabulary are cut off again.
+the layer that sums over the ranks, and rows beyond the vocabulary are cut off again. Where there are fewer heads of keys and
+values than ranks, several ranks hold the same one, and share the queries that read it.
 
 Linear weights are [out, in], as in torch. Axis 0 split is column parallel, axis 1 split is row parallel (the
 names of Megatron-LM, arXiv:1909.08053).
@@ -36,6 +37,9 @@ class Shard(StrEnum):
     """Axis 1 of a [out, in] weight; the layer's outputs are summed over ranks, so its bias is REPLICATE."""
     HEADS = "heads"
     """Axis 0 by whole attention heads: the query, key and value projections and their biases."""
+    KV_HEADS = "kv_heads"
+    """What becomes of HEADS for keys and values that several queries read: where there are fewer of them than ranks, each is
+    whole on several. Tables say HEADS."""
     HEADS_ROW = "heads_row"
     """ROW by whole attention heads: the projection that takes what the heads of HEADS give."""
     VOCAB_HEAD = "vocab_head"
@@ -134,7 +138,7 @@ def split_axis(shard: Shard, options: ShardingOptions) -> int | None:
     match shard:
         case Shard.REPLICATE:
             return None
-        case Shard.COLUMN | Shard.HEADS | Shard.VOCAB_HEAD:
+        case Shard.COLUMN | Shard.HEADS | Shard.KV_HEADS | Shard.VOCAB_HEAD:
             return 0
         case Shard.ROW | Shard.HEADS_ROW:
             return 1
@@ -147,23 +151,21 @@ def padded(size: int, unit: int, tp_size: int) -> int:
     return -(-size // (unit * tp_size)) * unit * tp_size
 
 
-def padded_shape(
-    shape: tuple[int, ...], shard: Shard, options: ShardingOptions, *, unit: int = 1
-) -> tuple[int, ...]:
-    """The shape of the shards put together: `shape`, or `shape` with zeros added along the axis that is split."""
-    axis = split_axis(shard, options)
-    if axis is None:
-        return shape
-    return (*shape[:axis], padded(shape[axis], unit, options.tp_size), *shape[axis + 1 :])
-
-
 def slice_bounds(
-    shape: tuple[int, ...], shard: Shard, options: ShardingOptions, rank: int, *, name: str, unit: int = 1
+    shape: tuple[int, ...],
+    shard: Shard,
+    options: ShardingOptions,
+    rank: int,
+    *,
+    name: str,
+    unit: int = 1,
+    head: int | None = None,
 ) -> AxisSlice | None:
     """The part of a weight of `shape` that `rank` holds, None for all of it.
 
     name: the weight, for the error.
     unit: what stays together along the axis; for heads, those that read one key and value, so that none is cut.
+    head: what a unit may be cut into where there are fewer than ranks; None: nothing.
     Raises ConfigError when there are too few units: a rank would hold nothing but padding.
     """
     assert 0 <= rank < options.tp_size, f"rank {rank} of {options.tp_size}"
@@ -172,19 +174,43 @@ def slice_bounds(
         return None
     assert axis < len(shape), f"{name}: shard {shard} needs an axis {axis}, shape is {list(shape)}"
     assert shape[axis] % unit == 0, f"{name}: a size of {shape[axis]} is not whole units of {unit}"
-    local = padded(shape[axis], unit, options.tp_size) // options.tp_size
-    _check_every_rank_has_some(name, shape[axis], local, options.tp_size, shard, unit)
+    units = shape[axis] // unit
+    sharing, rest = divmod(options.tp_size, units)
+    if sharing > 1 and rest == 0 and shard is Shard.KV_HEADS:
+        return AxisSlice(axis, rank // sharing * unit, (rank // sharing + 1) * unit)
+    if sharing > 1 and rest == 0 and head is not None and head < unit:
+        local = _share_of_a_unit(name, units, unit // head, sharing, options.tp_size) * head
+    else:
+        local = padded(shape[axis], unit, options.tp_size) // options.tp_size
+        _check_every_rank_has_some(name, shape[axis], local, options.tp_size, shard, unit)
     return AxisSlice(axis, rank * local, (rank + 1) * local)
 
 
+def _share_of_a_unit(name: str, units: int, heads: int, ranks: int, tp_size: int) -> int:
+    """Of the `heads` of each unit that `ranks` share, how many one has. Only behind the last unit may zeros be added."""
+    local = -(-heads // ranks)
+    if (heads % ranks and units > 1) or local * (ranks - 1) >= heads:
+        raise ConfigError(
+            f"{name}: {units} head{'s' * (units > 1)} of keys and values over tp_size {tp_size}: the {heads} heads that read "
+            f"{'each' if units > 1 else 'it'} cannot be shared by {ranks} ranks; use another tp_size"
+        )
+    return local
+
+
 def local_shape(
-    shape: tuple[int, ...], shard: Shard, options: ShardingOptions, *, name: str, unit: int = 1
+    shape: tuple[int, ...],
+    shard: Shard,
+    options: ShardingOptions,
+    *,
+    name: str,
+    unit: int = 1,
+    head: int | None = None,
 ) -> tuple[int, ...]:
     """The shape that each rank holds of a weight of `shape` (all ranks hold the same shape).
 
     Arguments and errors as for `slice_bounds`.
     """
-    part = slice_bounds(shape, shard, options, 0, name=name, unit=unit)
+    part = slice_bounds(shape, shard, options, 0, name=name, unit=unit, head=head)
     if part is None:
         return shape
     return (*shape[: part.axis], part.stop - part.start, *shape[part.axis + 1 :])
@@ -195,7 +221,7 @@ def _check_every_rank_has_some(
 ) -> None:
     idle = tp_size - -(-size // local)
     if idle and shard not in (Shard.VOCAB_HEAD, Shard.EMBEDDING):
-        heads = shard in (Shard.HEADS, Shard.HEADS_ROW)
+        heads = shard in (Shard.HEADS, Shard.KV_HEADS, Shard.HEADS_ROW)
         what = f"{size // unit} heads of keys and values" if heads else f"a size of {size}"
         raise ConfigError(
             f"{name}: {what} over tp_size {tp_size}, {local // unit} on each rank, would leave {idle} without any; "

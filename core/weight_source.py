@@ -21,7 +21,6 @@ from .sharding import (
     ShardingOptions,
     local_shape,
     narrow_or_pad,
-    padded_shape,
     share_rows,
     slice_bounds,
 )
@@ -105,7 +104,9 @@ class ShardedWeights(ABC):
                 self.aliases[name] = owner
         self._names = tuple(name for name in self._all if name not in self.aliases)
         self._shapes = {
-            name: local_shape(weight.shape, weight.shard, sharding, name=name, unit=weight.unit)
+            name: local_shape(
+                weight.shape, weight.shard, sharding, name=name, unit=weight.unit, head=weight.head
+            )
             for name, weight in self._all.items()
         }
 
@@ -157,7 +158,15 @@ class ShardedWeights(ABC):
     def part(self, rank: int, name: str) -> AxisSlice | None:
         """The part of the whole weight that `rank` holds, None for all of it."""
         weight = self._all[name]
-        return slice_bounds(weight.shape, weight.shard, self.sharding, rank, name=name, unit=weight.unit)
+        return slice_bounds(
+            weight.shape, weight.shard, self.sharding, rank, name=name, unit=weight.unit, head=weight.head
+        )
+
+    def padded_rows(self, name: str) -> int:
+        """Rows of the whole weight with those of zeros behind it."""
+        size = self._all[name].shape[0]
+        last = self.part(self.sharding.tp_size - 1, name)
+        return size if last is None or last.axis else max(size, last.stop)
 
     def blocks(self, name: str, rows: tuple[int, int] | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """The whole weight, rows of padding included, as (first row, block of rows), in order.
@@ -166,7 +175,7 @@ class ShardedWeights(ABC):
         """
         weight = self._all[name]
         size = weight.shape[0]
-        padded = padded_shape(weight.shape, weight.shard, self.sharding, unit=weight.unit)[0]
+        padded = self.padded_rows(name)
         first, last = rows or (0, padded)
         origin = self._all[weight.tied_to] if weight.tied_to else weight
         step = self._rows_per_block(origin)

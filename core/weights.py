@@ -191,6 +191,7 @@ class ResolvedWeight:
 
     sources: names to look for in the checkpoint, prefixes included, the preferred one first.
     unit: rows (columns, where these are split) that a shard keeps together.
+    head: those that ranks keep together that share a unit, where there are fewer than ranks; None: they cannot.
     """
 
     name: str
@@ -199,6 +200,7 @@ class ResolvedWeight:
     shard: Shard
     transform: Transform
     unit: int = 1
+    head: int | None = None
     quantizable: bool = False
     tied_to: str | None = None
 
@@ -243,6 +245,7 @@ class WeightTable:
     def _expand_rule(self, rule: WeightRule, config: ModelConfig) -> Iterator[ResolvedWeight]:
         shape = tuple(resolve_dim(dim, config) for dim in rule.shape)
         unit = _unit(rule, shape, config)
+        shard, head = _by_head(rule, shape, config)
         layers = range(config.num_layers) if "{i}" in rule.name else range(1)
         for layer in layers:
             yield ResolvedWeight(
@@ -251,9 +254,10 @@ class WeightTable:
                     prefix + _at_layer(source, layer) for source in rule.sources for prefix in self.prefixes
                 ),
                 shape=shape,
-                shard=rule.shard,
+                shard=shard,
                 transform=rule.steps,
                 unit=unit,
+                head=head,
                 quantizable=rule.quantizable,
                 tied_to=rule.tied_to,
             )
@@ -324,6 +328,16 @@ def _unit(rule: WeightRule, shape: Shape, config: ModelConfig) -> int:
             f"each of {config.num_kv_heads} heads of keys and values, as {rule.shard} needs"
         )
     return size // config.num_kv_heads
+
+
+def _by_head(rule: WeightRule, shape: Shape, config: ModelConfig) -> tuple[Shard, int | None]:
+    """The rule that a weight has, and its head: queries can be divided where several read one head of keys and values."""
+    if rule.shard not in (Shard.HEADS, Shard.HEADS_ROW) or config.num_kv_heads == config.num_heads:
+        return rule.shard, None
+    heads, rest = divmod(shape[1 if rule.shard is Shard.HEADS_ROW else 0], config.head_dim)
+    if rule.shard is Shard.HEADS and (heads, rest) == (config.num_kv_heads, 0):
+        return Shard.KV_HEADS, None
+    return rule.shard, config.head_dim if (heads, rest) == (config.num_heads, 0) else None
 
 
 def _at_layer(pattern: str, layer: int) -> str:

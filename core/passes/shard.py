@@ -94,8 +94,8 @@ def _replicated(s: _Sharder, node: Node) -> Result:
 
 def _weight(s: _Sharder, node: Node) -> Result:
     rule = Shard(node.attrs.get("shard", Shard.REPLICATE))
-    unit = node.attrs.get("unit", 1)
-    shape = local_shape(node.attrs["shape"], rule, s.options, name=node.name, unit=unit)
+    how = {"unit": node.attrs.get("unit", 1), "head": node.attrs.get("head")}
+    shape = local_shape(node.attrs["shape"], rule, s.options, name=node.name, **how)
     return s.add("weight", name=node.name, **{**node.attrs, "shape": shape}), split_axis(rule, s.options)
 
 

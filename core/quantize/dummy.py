@@ -30,9 +30,9 @@ class DummyQuantizedWeights(QuantizedWeights):
 
     def _quantized(self, name: str, rows: tuple[int, int] | None) -> Iterator[tuple[int, Quantized]]:
         size, columns = self._source.weight(name).shape
-        part, how = self._source.part(0, name), self.quantization.format
+        how = self.quantization.format
         dtype = to_torch(self._source.dtype(0, name))
-        padded = size if part is None or part.axis == 1 else (part.stop - part.start) * self.sharding.tp_size
+        padded = self._source.padded_rows(name)
         first, last = rows or (0, padded)
         step = max(1, BLOCK_BYTES * how.per_byte // columns)
         for start in range(first - first % step, min(last, size), step):

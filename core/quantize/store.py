@@ -9,7 +9,6 @@ import torch
 
 from ..graph import Graph
 from ..safetensors_io import SafetensorsFile, write_file
-from ..sharding import AxisSlice
 from ..weight_source import ShardedWeights
 from .calibrate import Calibration
 from .integers import Quantized, round_to_nearest
@@ -53,18 +52,13 @@ class PrequantizedWeights(QuantizedWeights):
     def _quantized(self, name: str, rows: tuple[int, int] | None) -> Iterator[tuple[int, Quantized]]:
         whole = self._load(name)
         yield 0, whole
-        missing = self._rows(self._source.part(0, name), len(whole.integers)) - len(whole.integers)
+        missing = self._source.padded_rows(name) - len(whole.integers)
         if missing:  # rows of zeros, as sharding adds them where the ranks do not divide the weight's
             dtype, columns = whole.scale.dtype, self._source.weight(name).shape[1]
             zeros = round_to_nearest(
                 torch.zeros(missing, columns, dtype=dtype), self.quantization.format, name=name
             )
             yield len(whole.integers), zeros
-
-    def _rows(self, part: AxisSlice | None, rows: int) -> int:
-        if part is None or part.axis == 1:
-            return rows
-        return (part.stop - part.start) * self.sharding.tp_size
 
 
 def calibrated(

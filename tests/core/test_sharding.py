@@ -11,7 +11,6 @@ from trtc.core.sharding import (
     ShardingOptions,
     local_shape,
     padded,
-    padded_shape,
     share_rows,
     slice_bounds,
     slice_tensor,
@@ -102,7 +101,7 @@ def test_slices_partition_the_padded_axis_in_whole_units(data, tp, unit, embeddi
         return
     axis = parts[0].axis
     covered = [index for part in parts for index in range(part.start, part.stop)]
-    assert covered == list(range(padded_shape(shape, shard, options, unit=unit)[axis]))
+    assert covered == list(range(padded(shape[axis], unit, tp)))
     assert all(part.start % unit == 0 for part in parts)
     assert {part.stop - part.start for part in parts} == {local[axis]}
     assert shard in (Shard.VOCAB_HEAD, Shard.EMBEDDING) or parts[-1].start < shape[axis]
@@ -162,6 +161,58 @@ def test_heads_are_padded_whole():
 def test_what_leaves_a_rank_without_work_is_refused_with_the_sizes(shape, shard, unit, named):
     with pytest.raises(ConfigError, match=named):
         local_shape(shape, shard, ShardingOptions(4), name="layers.0.w", unit=unit)
+
+
+def shares(shard, size, unit, tp, head=None):
+    parts = [
+        slice_bounds((size,), shard, ShardingOptions(tp), rank, name="w", unit=unit, head=head)
+        for rank in range(tp)
+    ]
+    return [(part.start, part.stop) for part in parts]
+
+
+def test_ranks_share_heads_of_keys_and_values_and_divide_the_queries_of_each():
+    """By hand: heads of 10 rows. Eight queries and two heads of keys over four ranks; and seven and one, padded."""
+    assert shares(Shard.KV_HEADS, 20, 10, 4) == [(0, 10), (0, 10), (10, 20), (10, 20)]
+    assert shares(Shard.HEADS, 80, 40, 4, head=10) == [(0, 20), (20, 40), (40, 60), (60, 80)]
+    assert shares(Shard.KV_HEADS, 10, 10, 4) == [(0, 10)] * 4
+    assert shares(Shard.HEADS, 70, 70, 4, head=10) == [(0, 20), (20, 40), (40, 60), (60, 80)]
+    assert shares(Shard.KV_HEADS, 40, 10, 2) == [(0, 20), (20, 40)]  # enough for all
+
+
+@pytest.mark.parametrize(
+    ("size", "unit", "tp", "named"),
+    [
+        (
+            60,
+            30,
+            4,
+            "w: 2 heads of keys and values over tp_size 4: the 3 heads that read each cannot be shared by 2 ra",
+        ),
+        (
+            60,
+            60,
+            4,
+            "w: 1 head of keys and values over tp_size 4: the 6 heads that read it cannot be shared by 4 ra",
+        ),
+        (
+            60,
+            30,
+            3,
+            "w: 2 heads of keys and values over tp_size 3, 1 on each rank, would leave 1 without any",
+        ),
+        (
+            20,
+            10,
+            4,
+            "w: 2 heads of keys and values over tp_size 4, 1 on each rank, would leave 2 without any",
+        ),
+    ],
+)
+def test_queries_that_ranks_cannot_share_are_refused_with_the_sizes(size, unit, tp, named):
+    """The last: every query has keys of its own, so that nothing can be shared."""
+    with pytest.raises(ConfigError, match=named):
+        shares(Shard.HEADS, size, unit, tp, head=10)
 
 
 @pytest.mark.parametrize(("tp", "expected"), [(1, [True, True, True]), (2, [False, True, False])])

@@ -73,34 +73,40 @@ CASES = {
         Case("pre_norm", tp_size=2, pp_size=2, dim=0),
         Case("post_norm_projected", tp_size=2, pp_size=2),
         Case("gpt2", tp_size=2, pp_size=2),
+        Case("llama_one_kv_head", tp_size=4),
+        Case("llama_two_kv_heads", tp_size=4),
     ],
 }
 """By the number of ranks. The heads of odd_sizes and llama are padded; gpt2 and llama are packages in examples/."""
+LLAMA = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "num_hidden_layers": 2,
+    "intermediate_size": 61,
+    "max_position_embeddings": 128,
+}
 PACKAGES: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"vocab_size": 101, "n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 128},
-    "llama": {
-        "vocab_size": 101,
-        "hidden_size": 48,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "head_dim": 10,
-        "num_hidden_layers": 2,
-        "intermediate_size": 61,
-        "max_position_embeddings": 128,
-    },
+    "llama": LLAMA,
+    # Fewer heads of keys and values than ranks; of the one, the seven queries are padded to eight.
+    "llama_one_kv_head": {**LLAMA, "hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1},
+    "llama_two_kv_heads": {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 2},
 }
 
 RanksEngine = Callable[[Case], Path]
 
 
 def package_checkpoint(name: str, folder: Path) -> OptCheckpoint:
-    """A tiny random checkpoint of the family that the package examples/trtc-NAME brings, opened with it."""
+    """A tiny random checkpoint of the variant `name` of a family that a package in examples/ brings, opened with it."""
     transformers = pytest.importorskip("transformers")
+    fields, name = {**PACKAGES[name], "initializer_range": 0.2}, name.partition("_")[0]
     config, model = {"gpt2": ("GPT2Config", "GPT2LMHeadModel"), "llama": ("LlamaConfig", "LlamaForCausalLM")}[
         name
     ]
     torch.manual_seed(0)
-    fields = {**PACKAGES[name], "initializer_range": 0.2}
     getattr(transformers, model)(getattr(transformers, config)(**fields)).save_pretrained(folder)
     package = Path(__file__).parents[2] / "examples" / f"trtc-{name}"
     with pytest.MonkeyPatch.context() as patch:
