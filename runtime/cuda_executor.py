@@ -55,6 +55,18 @@ class Ticket:
     count: int
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A step that was started: `tokens`, [R] int32 in pinned memory, are its when `event` tells that it is done."""
+
+    event: torch.cuda.Event
+    tokens: torch.Tensor
+
+
+TakenOver = tuple[torch.Tensor, torch.Tensor]
+"""Indices into the tokens of a step, [N] int64, and the tokens there, [N] int32; on the device."""
+
+
 class EngineKernels(KernelLibrary):
     """Machine code of a stage of an engine, for the GPU that it is on."""
 
@@ -202,8 +214,13 @@ class CudaExecutor(EngineLimits):
             self._loop.load(step.token_ids, step.positions + 1, step.page_table[owner], verify=True)
         return True
 
-    def _prefill(self, step: StepInput, **received: torch.Tensor) -> torch.Tensor:
-        """received: what a stage of a pipeline takes beyond a step."""
+    def _prefill(
+        self,
+        step: StepInput,
+        before: TakenOver | None = None,
+        received: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """before: tokens that only the device knows. received: what a stage of a pipeline takes beyond a step."""
         counts = np.diff(step.query_start)
         decodes = int(np.argmax(counts > 1)) if (counts > 1).any() else len(counts)
         first = int(step.query_start[decodes])
@@ -218,8 +235,15 @@ class CudaExecutor(EngineLimits):
             step.page_table[decodes:],
         )
         token_ids, positions, logits_index, decode_length, decode_pages, *context = sent
+        if before is not None:
+            token_ids[before[0]] = before[1]
         decode = DecodeRows(decode_length, decode_pages, early=False) if decodes else None
-        inputs = {"token_ids": token_ids, "positions": positions, "logits_index": logits_index, **received}
+        inputs = {
+            "token_ids": token_ids,
+            "positions": positions,
+            "logits_index": logits_index,
+            **(received or {}),
+        }
         rest = ContextRows(*context) if decodes < step.num_sequences else None
         return self._program.prefill(inputs, decode, rest)
 
@@ -256,10 +280,39 @@ class CudaExecutor(EngineLimits):
     def choose(self, step: StepInput) -> Int32Array:
         """See `GreedyChooser.choose`. The host waits for the device once."""
         with self._watched():
-            if self._load_step(step):
-                return self._loop.collect(self._loop.enqueue(1)).reshape(-1)
-            found: Int32Array = greedy_tokens(self._prefill(step)).cpu().numpy()
-            return found
+            return self.finish_step(self.start_step(step, None))
+
+    # ---- StepStarter
+
+    def start_step(self, step: StepInput, source: Int32Array | None) -> Choice:
+        """See `StepStarter.start_step`."""
+        before = None if source is None else self._take_over(source)
+        if self._load_step(step):
+            if before is not None:
+                self._loop.set_tokens(before)
+            self._chosen = self._loop.run_once_choosing()
+        else:
+            self._chosen = greedy_tokens(self._prefill(step, before))
+        tokens = torch.empty(self._chosen.shape, dtype=torch.int32, pin_memory=True)
+        tokens.copy_(self._chosen, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return Choice(event, tokens)
+
+    def finish_step(self, ticket: Choice) -> Int32Array:
+        """See `StepStarter.finish_step`."""
+        ticket.event.synchronize()
+        found: Int32Array = ticket.tokens.numpy()
+        return found
+
+    def _take_over(self, source: Int32Array) -> TakenOver:
+        """Tokens of the step started last, before the next one overwrites them."""
+        places = np.flatnonzero(source >= 0).astype(np.int64)
+        index = torch.from_numpy(np.stack((places, source[places]))).pin_memory()
+        at, rows = index.to(self._device, non_blocking=True)
+        return at, self._chosen[rows].clamp_(
+            min=0
+        )  # a token that is none, for logits that were not finite, is found later
 
     # ---- DecodeLoop
 
@@ -348,6 +401,15 @@ class GraphLoop:
         graph.replay()
         self._host_length = self._host_length + 1
         return logits[: self._rows]
+
+    def set_tokens(self, tokens: TakenOver) -> None:
+        """Replaces some of the tokens that were loaded."""
+        self._token_ids[tokens[0]] = tokens[1]
+
+    def run_once_choosing(self) -> torch.Tensor:
+        """One step; returns the tokens it chooses, [rows] int32, valid until the next step."""
+        self.run_once()
+        return self._next_token[: self._rows]
 
     def enqueue(self, count: int) -> Ticket:
         assert count <= self.HISTORY // 2

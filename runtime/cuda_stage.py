@@ -183,7 +183,7 @@ class CudaStageExecutor(CudaExecutor):
     def _run_part(self, part: StepInput) -> torch.Tensor:
         if self._load_step(part):
             return self._loop.run_once().clone()
-        result = self._prefill(part, **self._stage.take(self._stage.empty(part.num_tokens)))
+        result = self._prefill(part, received=self._stage.take(self._stage.empty(part.num_tokens)))
         self._stage.give(result)
         return result
 

@@ -23,6 +23,8 @@ from .step_input import StepInput
 
 HORIZONS = (128, 32, 8)
 """Tokens for which pages are reserved at a start; the first for which there are enough."""
+CROWD = 32
+"""Sequences of which one ends every few steps. While others wait for their places, each end would drain the device."""
 MAX_BURST = 8
 FEWEST = 0.75
 """Share of the rows down to which it goes on as it is: rows at rest cost no attention, but are still rows of every product.
@@ -41,9 +43,15 @@ class DecodeAhead:
     """Keeps the device busy with decode steps of the scheduler's running requests."""
 
     def __init__(
-        self, loop: DecodeLoop, scheduler: Scheduler, clock: Callable[[], float] = time.perf_counter
+        self,
+        loop: DecodeLoop,
+        scheduler: Scheduler,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        step_by_step: bool = False,
     ) -> None:
-        """clock: seconds, by which steps are timed."""
+        """clock: seconds, by which steps are timed. step_by_step: whether a `StepQueue` can do instead, in a crowd."""
+        self._step_by_step = step_by_step
         self._loop, self._scheduler, self._clock = loop, scheduler, clock
         self._requests: list[Request] = []
         self._rows: list[int] = []
@@ -76,11 +84,16 @@ class DecodeAhead:
             if self._rows:
                 yield self._running, [row[index] for index in self._rows]
 
+    def suits(self) -> bool:
+        """Whether the sequences that run should decode in bursts, apart from guesses and pages."""
+        scheduler = self._scheduler
+        if self._step_by_step and scheduler.waiting and len(scheduler.running) >= CROWD:
+            return False
+        return scheduler.only_decodes() and all(request.params.plain_greedy for request in scheduler.running)
+
     def _start(self) -> bool:
         scheduler = self._scheduler
-        if not scheduler.only_decodes() or not all(
-            request.params.plain_greedy for request in scheduler.running
-        ):
+        if not self.suits():
             return False
         looking = [(r.lookup, r.token_ids) for r in scheduler.running if r.lookup is not None]
         if looking and scheduler.drafting.pays(looking, len(scheduler.running)):
@@ -125,9 +138,9 @@ class DecodeAhead:
         self._left -= count
 
     def _may_go_on(self) -> bool:
-        """Whether the same rows may run on: nobody ended whose place somebody could take."""
+        """Whether the same rows may run on: nobody waits who has a place now, or whose place somebody left."""
         rows = len(self._requests)
-        if self._scheduler.waiting and len(self._rows) < rows:
+        if self._scheduler.waiting and (len(self._rows) < rows or not self._scheduler.only_decodes()):
             return False
         return len(self._rows) > FEWEST * rows
 

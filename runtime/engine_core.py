@@ -16,7 +16,7 @@ from .beam_search import BeamSearch, candidates
 from .decode_ahead import DecodeAhead
 from .detokenizer import Detokenizer
 from .drafting import Drafting
-from .executor import DecodeLoop, Executor, GreedyChooser, PageCopier
+from .executor import DecodeLoop, Executor, GreedyChooser, PageCopier, StepStarter
 from .groups import Completion, Group, request_output
 from .outputs import Logprob, RequestOutput
 from .prompt_lookup import LookupStats, PromptLookup
@@ -26,6 +26,7 @@ from .sampler import SampledToken, sample, top_logprobs
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler, SchedulerConfig
 from .step_input import StepInput
+from .step_queue import StepQueue
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class EngineCore:
 
     tokenizer: None: requests are token ids and outputs have no text
     lookup_stats: what prompt lookup has brought so far
+    num_steps: of prompts, or planned one by one, so far
     seed:      of the stream from which requests without a seed draw theirs, in order of arrival
     enable_prefix_cache: use what earlier requests with the same beginning have left in the KV cache
     prompt_lookup: for requests that it can serve and that do not say what they want
@@ -72,9 +74,10 @@ class EngineCore:
             Drafting(executor.max_draft_tokens if isinstance(executor, GreedyChooser) else None),
         )
         self._chooser = executor if isinstance(executor, GreedyChooser) else None
-        self._ahead = (
-            DecodeAhead(executor, self.scheduler, clock) if isinstance(executor, DecodeLoop) else None
-        )
+        self._queue = StepQueue(executor, self.scheduler) if isinstance(executor, StepStarter) else None
+        self._ahead = None
+        if isinstance(executor, DecodeLoop):
+            self._ahead = DecodeAhead(executor, self.scheduler, clock, step_by_step=self._queue is not None)
         self._eos_token_ids = frozenset(executor.eos_token_ids)
         self._seeds = np.random.Generator(np.random.Philox(seed))
         self._clock = clock
@@ -82,6 +85,7 @@ class EngineCore:
         self._deadlines: dict[str, float] = {}
         self._sequences: dict[Request, Completion] = {}
         self.lookup_stats = LookupStats()
+        self.num_steps = 0
         self._prompt_lookup = prompt_lookup
 
     @property
@@ -167,7 +171,8 @@ class EngineCore:
         return [request_output(group, self.tokenizer) for group in changed if group.reports]
 
     def advance(self) -> list[Group]:
-        """Runs one engine step. Returns what changed: requests with a new token or finished ones, each once.
+        """Runs one engine step. Returns what changed: requests with a new token or finished ones, each once; nothing yet, where
+        the device has just begun.
 
         Where a deadline has passed, no step runs and those requests are what changed.
         When it raises, no token was taken: the step can be repeated, or its requests cancelled.
@@ -175,12 +180,18 @@ class EngineCore:
         late = self._end_late()
         if late:
             return self._settled(self._groups_of(late))
+        if self._queue is not None and not self._queue.is_empty:
+            return self._step_queued(self._queue)
         if self._ahead is not None and self._ahead.ready():
             return self._step_ahead(self._ahead)
         began = self._clock()
         batch = self.scheduler.schedule()
         if not batch.scheduled:
             assert not self.has_unfinished, "requests are left and none can run"
+            return []
+        self.num_steps += 1
+        if self._queue is not None and self._queue.takes(batch):
+            self._queue.start(batch)
             return []
         sampled, verdicts = self._run(batch)
         self.scheduler.update(batch, [None if token is None else token.token_id for token in sampled])
@@ -274,6 +285,20 @@ class EngineCore:
             for group in self._settled(self._touched(requests)):
                 changed[group.request_id] = group
         return list(changed.values())
+
+    def _step_queued(self, queue: StepQueue) -> list[Group]:
+        """Takes the tokens of the step that is under way, once the next one is too, if that can be planned already."""
+        in_bursts = self._ahead is not None and self._ahead.suits()
+        if not in_bursts and self.scheduler.can_plan_ahead():
+            batch = self.scheduler.schedule()
+            if queue.takes(batch):
+                queue.start(batch)
+                self.num_steps += 1
+        entered = queue.finish()
+        if self.tokenizer is not None:
+            for request, token_id in entered:
+                self._extend_text(request, token_id)
+        return self._settled(self._touched(request for request, _ in entered))
 
     def _end_late(self) -> list[Request]:
         """Ends the completions whose deadline has passed; their text is what could be made of their tokens."""

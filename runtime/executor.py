@@ -86,6 +86,24 @@ class GreedyChooser(Protocol):
 
 
 @runtime_checkable
+class StepStarter(Protocol):
+    """What an executor offers beyond `Executor` when a step may begin before the host knows the tokens of the one before.
+
+    Steps run, and tickets are collected, in the order in which they were started; none of another kind comes in between.
+    """
+
+    def start_step(self, step: StepInput, source: Int32Array | None) -> Any:
+        """Starts a step, as `GreedyChooser.choose`, and returns its ticket at once.
+
+        source: [T]; where it is not negative, the token is the one chosen in that row of the step started before, and that in
+                step.token_ids means nothing. None: all tokens are known
+        """
+
+    def finish_step(self, ticket: Any) -> Int32Array:
+        """Waits for a step; returns what `GreedyChooser.choose` does. [R], on the host."""
+
+
+@runtime_checkable
 class DecodeLoop(Protocol):
     """What an executor offers beyond `Executor` when its device can repeat greedy decode steps without the host.
 

@@ -39,9 +39,9 @@ class PrefixCache:
 
     def coming_from(self, request: Request) -> list[PageKey]:
         """The full pages that a running request has yet to compute."""
-        count = request.num_tokens // self._page_size
+        count = (request.num_tokens - request.num_pending) // self._page_size
         first = request.num_computed_tokens // self._page_size
-        if not self._enabled or first == count:
+        if not self._enabled or first >= count:
             return []
         extend_keys(request.page_keys, request.token_ids, self._page_size, count)
         return request.page_keys[first:count]
@@ -56,8 +56,12 @@ class PrefixCache:
 
     def computed(self, request: Request, end: int) -> None:
         """Notes that the tokens before `end` are in the cache, and makes the pages that they have filled findable."""
-        first, full = request.num_computed_tokens // self._page_size, end // self._page_size
-        request.num_computed_tokens = end
+        first, request.num_computed_tokens = request.num_computed_tokens, end
+        self.filled(request, first, end)
+
+    def filled(self, request: Request, first_token: int, end: int) -> None:
+        """Makes the pages findable that are full since the tokens from `first_token` up to `end` are in them."""
+        first, full = first_token // self._page_size, end // self._page_size
         if self._enabled and first < full:
             extend_keys(request.page_keys, request.token_ids, self._page_size, full)
             for index in range(first, full):

@@ -94,11 +94,10 @@ class _Run:
         for index, prompt in enumerate(self._prompts):
             self.core.add_request(f"profile-{index}", prompt, self._params)
         started: set[str] = set()
-        count = 0
+        before = self.core.num_steps
         while len(started) < self.batch:
             started |= {output.request_id for output in self.core.step()}
-            count += 1
-        return count
+        return self.core.num_steps - before
 
     def decode(self) -> int:
         """Ends what `prefill` began; returns the number of decode steps."""

@@ -14,6 +14,9 @@ from .outputs import FinishReason, Logprob
 from .prompt_lookup import Lookup
 from .sampling_params import SamplingParams
 
+PENDING = -1
+"""Stands for a token that a step under way is choosing."""
+
 PRIORITY_STEP = 1024
 """Places in line that one step of priority is worth. A waiting request is overtaken by so many newcomers at most, for each
 step that they are ahead: enough that priorities decide, and nobody waits for ever."""
@@ -46,6 +49,7 @@ class Request:
     arrival:             how many requests came before it, given once
     max_total_tokens:    tokens, prompt and output, at which it ends, given by the scheduler
     ending_token_ids:    the tokens that end it
+    num_pending:         tokens at the end of token_ids that are being chosen: `PENDING` stands for each
     """
 
     request_id: str
@@ -72,6 +76,7 @@ class Request:
     lookup: Lookup | None = field(init=False, default=None)
     max_total_tokens: int = field(init=False, default=0)
     ending_token_ids: frozenset[int] = field(init=False)
+    num_pending: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -104,6 +109,16 @@ class Request:
     def append_output(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
+
+    def append_pending(self) -> None:
+        self.token_ids.append(PENDING)
+        self.num_pending += 1
+
+    def drop_pending(self, count: int) -> None:
+        """Takes back the last `count` stand-ins."""
+        if count:
+            del self.token_ids[-count:]
+            self.num_pending -= count
 
 
 def check_line(priority: object, timeout_s: Any) -> None:

@@ -132,6 +132,7 @@ class Scheduler:
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
         self._release_pages(request)
+        request.drop_pending(request.num_pending)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
@@ -143,7 +144,9 @@ class Scheduler:
         """
         scheduled = self._schedule()
         # Where all that run are beams whose siblings wait, the last in line give way until the first of these can run.
-        while not scheduled and self.running and self.waiting:
+        while (
+            not scheduled and self.running and self.waiting and not any(r.num_pending for r in self.running)
+        ):
             self._preempt(self.running[-1])
             scheduled = self._schedule()
         return Batch(tuple(self._with_drafts(scheduled)))
@@ -231,7 +234,7 @@ class Scheduler:
             self.prefix_cache.computed(part.request, part.end)
             if token_id is not None:
                 part.request.append_output(token_id)
-                self._finish_if_done(part.request)
+                self._finish_if_done(part.request, part.end + 1)
 
     def advance(self, requests: Sequence[Request], token_ids: Sequence[int]) -> None:
         """Enters a step that computed the last token of each of `requests`, all of them running: as `update` does, for what
@@ -245,7 +248,48 @@ class Scheduler:
                 computed(request, end)
             request.append_output(token_id)
             if len(request.token_ids) >= request.max_total_tokens or token_id in request.ending_token_ids:
-                self._finish_if_done(request)
+                self._finish_if_done(request, end + 1)
+
+    def can_plan_ahead(self) -> bool:
+        """Whether the step after one that is under way takes no page from anybody: what ends with the step under way may set
+        the pages free that another would have to give."""
+        page_size = self.config.page_size
+        growing = sum(len(request.page_ids) * page_size < request.num_tokens for request in self.running)
+        return growing <= self.pool.num_free
+
+    def expect(self, batch: Batch) -> None:
+        """Counts the tokens of a step that was started as computed, with `PENDING` for those that it chooses."""
+        for part in batch.scheduled:
+            part.request.num_computed_tokens = part.end
+            if part.samples:
+                part.request.append_pending()
+
+    def settle(self, batch: Batch, token_ids: Sequence[int]) -> list[tuple[Request, int]]:
+        """Enters the tokens of a step that was expected, before those of a later one. Returns who got which: requests that have
+        ended since are passed over."""
+        entered = []
+        tokens = iter(token_ids)
+        for part in batch.scheduled:
+            request = part.request
+            token_id = next(tokens) if part.samples else None
+            if request.finished:
+                continue
+            self.prefix_cache.filled(request, part.first, part.end)
+            if token_id is not None:
+                request.token_ids[part.end] = token_id
+                request.output_token_ids.append(token_id)
+                request.num_pending -= 1
+                self._finish_if_done(request, part.end + 1)
+                entered.append((request, token_id))
+        return entered
+
+    def forget(self, batch: Batch) -> None:
+        """Takes back what was expected of a step, the last one first."""
+        for part in batch.scheduled:
+            if not part.request.finished:
+                part.request.num_computed_tokens = part.first
+                if part.samples:
+                    part.request.drop_pending(1)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when an invariant of requests or pages is broken."""
@@ -271,6 +315,7 @@ class Scheduler:
             assert not request.page_ids and not request.num_computed_tokens, (
                 f"{request.request_id} waits with pages"
             )
+            assert not request.num_pending, f"{request.request_id} waits while its token is chosen"
         for part in (self.running, self.waiting):
             line = [request.place for request in part]
             assert line == sorted(set(line)), f"requests are out of order: {line}"
@@ -292,7 +337,11 @@ class Scheduler:
 
         They always fit into a step: a request is admitted only when all running ones leave a token over.
         """
-        decoding = [request for request in self.running if self._is_decoding(request)]
+        decoding = [
+            request
+            for request in self.running
+            if self._is_decoding(request) and request.num_tokens < request.max_total_tokens
+        ]
         return [next_part(request, 1) for request in decoding if self._grow(request)]
 
     def _schedule_prefills(self, budget: int) -> list[ScheduledRequest]:
@@ -387,7 +436,8 @@ class Scheduler:
         return pages * self.config.page_size - request.num_tokens
 
     def _is_decoding(self, request: Request) -> bool:
-        return bool(request.output_token_ids) and request.num_tokens - request.num_computed_tokens == 1
+        begun = bool(request.output_token_ids or request.num_pending)
+        return begun and request.num_tokens - request.num_computed_tokens == 1
 
     def _grow(self, request: Request) -> bool:
         """Makes sure the next token has a page. False when the request itself had to give way."""
@@ -424,10 +474,11 @@ class Scheduler:
             return self.config.max_seq_len
         return min(num_prompt_tokens + max_tokens, self.config.max_seq_len)
 
-    def _finish_if_done(self, request: Request) -> None:
-        token_id, params = request.output_token_ids[-1], request.params
+    def _finish_if_done(self, request: Request, num_tokens: int) -> None:
+        """num_tokens: those that are known; others of its last step may be pending behind them."""
+        token_id, params = request.token_ids[num_tokens - 1], request.params
         if token_id in request.ending_token_ids:
             ended_by_model = token_id in request.eos_token_ids and not params.ignore_eos
             self.finish(request, "stop", None if ended_by_model else token_id)
-        elif request.num_tokens >= request.max_total_tokens:
+        elif num_tokens >= request.max_total_tokens:
             self.finish(request, "length")

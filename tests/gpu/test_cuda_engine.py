@@ -12,7 +12,7 @@ from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
 from trtc.runtime.drafting import StepCosts
 from trtc.runtime.early_start import BegunEngine, begin_loading
-from trtc.runtime.executor import DecodeLoop, GreedyChooser
+from trtc.runtime.executor import DecodeLoop, GreedyChooser, StepStarter
 from trtc.runtime.llm import LLM
 from trtc.runtime.load import load_executor
 from trtc.runtime.prompt_lookup import PromptLookup
@@ -131,16 +131,45 @@ def test_batched_tokens_follow_the_reference(tmp_path: Path) -> None:
         assert isinstance(llm.core.executor, DecodeLoop)
         together = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, GREEDY)]
         alone = [list(llm.generate([p], GREEDY)[0].outputs[0].token_ids) for p in prompts[:3]]
+    assert_follows_the_reference(variant, prompts, together)
+    first_difference = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), None)
+                        for x, y in zip(together, alone, strict=False)]  # fmt: skip
+    print("first token that differs, batched against alone:", first_difference)
+
+
+def test_a_crowd_follows_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sequences than run at once, prompts in pieces: steps begin before the tokens of the one before are known."""
+    variant = "cuda_pre_norm"
+    engine = build(variant, DType.FLOAT16, tmp_path, max_batch_size=40, max_num_tokens=128)
+    prompts = [
+        list(range(3 + index % 7, 3 + index % 7 + size)) for index, size in enumerate([9, 1, 57, 30] * 20)
+    ]
+    params = [replace(GREEDY, max_tokens=3 + index % 14) for index in range(len(prompts))]
+    started: list[int] = []
+    with LLM(engine) as llm:
+        executor = llm.core.executor
+        assert isinstance(executor, StepStarter)
+        start = executor.start_step
+        monkeypatch.setattr(
+            executor,
+            "start_step",
+            lambda step, source: (started.append(source is None), start(step, source))[1],
+        )
+        outputs = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]
+    assert [len(tokens) for tokens in outputs] == [3 + index % 14 for index in range(len(prompts))]
+    assert len(started) - sum(started) >= 10, "steps that took tokens over from the one before"
+    assert_follows_the_reference(variant, prompts, outputs)
+
+
+def assert_follows_the_reference(variant: str, prompts: list[list[int]], outputs: list[list[int]]) -> None:
+    """Each token is, by the float32 logits for what came before it, the best or within the type's error of it."""
     agreed = 0
-    for prompt, new in zip(prompts, together, strict=True):
+    for prompt, new in zip(prompts, outputs, strict=True):
         logits = hf_logits(variant, prompt + new)[len(prompt) - 1 : -1]
         chosen = logits[torch.arange(len(new)), torch.tensor(new)]
         assert (logits.max(-1).values - chosen).max() <= 2 * logits_tolerance(DType.FLOAT16, logits)
         agreed += int((logits.argmax(-1) == torch.tensor(new)).sum())
-    assert agreed >= 0.97 * sum(map(len, together))
-    first_difference = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), None)
-                        for x, y in zip(together, alone, strict=False)]  # fmt: skip
-    print("first token that differs, batched against alone:", first_difference)
+    assert agreed >= 0.97 * sum(map(len, outputs))
 
 
 def test_prompt_lookup_follows_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def test_steps_really_run_ahead() -> None:
 
 def test_rows_of_sequences_that_have_ended_rest() -> None:
     """Of five rows four go on as they are when one has ended; with three left they start again."""
-    prompts = [([5], 20, True), ([6], 30, True), ([7], 40, True), ([8], 40, True), ([9], 40, True)]
+    prompts = [([5], 20, True), ([6], 30, True), ([7], 60, True), ([8], 60, True), ([9], 60, True)]
     executor = LoopToy(max_batch_size=8, num_pages=128)
     results = generate(executor, prompts)
     for index, (prompt, max_tokens, _) in enumerate(prompts):

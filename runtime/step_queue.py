@@ -1,0 +1,87 @@
+"""Steps that the device begins before the host knows the tokens of the one before.
+
+While prompts come in, the host has work between steps: to enter tokens, to admit, to plan. Here it does that work for one step
+while the device computes another: a step is planned with stand-ins for the tokens that are being chosen, which the device
+replaces. A sequence that ends is noticed a step late; what was computed for it meanwhile is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import EngineError
+from .batch import Batch, ScheduledRequest
+from .executor import StepStarter
+from .request import Request
+from .scheduler import Scheduler
+from .step_input import StepInput
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that was started."""
+
+    batch: Batch
+    ticket: Any
+
+
+class StepQueue:
+    """Starts steps of plain greedy requests and enters what they chose, in order; at most two are under way."""
+
+    def __init__(self, executor: StepStarter, scheduler: Scheduler) -> None:
+        self._executor, self._scheduler = executor, scheduler
+        self._flights: list[Flight] = []
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._flights
+
+    @staticmethod
+    def takes(batch: Batch) -> bool:
+        """Whether the device alone can find the tokens of `batch`, and nobody guesses what they will be."""
+        return bool(batch.scheduled) and all(map(_is_plain, batch.scheduled))
+
+    def start(self, batch: Batch) -> None:
+        """Starts a step that `takes` accepts."""
+        step = StepInput.from_batch(batch)
+        rows = self._rows_to_come()
+        unknown = np.flatnonzero(step.token_ids < 0)
+        source = None
+        if len(unknown):
+            source = np.full(len(step.token_ids), -1, np.int32)
+            parts = [part.request for part in batch.scheduled if part.request.num_pending]
+            source[unknown] = [rows[request] for request in parts]
+        self._flights.append(Flight(batch, self._executor.start_step(step, source)))
+        self._scheduler.expect(batch)
+
+    def finish(self) -> list[tuple[Request, int]]:
+        """Waits for the oldest step and enters its tokens into the scheduler; returns who got which.
+
+        When it raises, neither that step nor a later one has been: all of them can be planned again.
+        """
+        flight = self._flights[0]
+        try:
+            chosen = self._executor.finish_step(flight.ticket).tolist()
+            if min(chosen, default=0) < 0:
+                raise EngineError("the engine's logits are not finite: its weights or dtype overflow")
+        except BaseException:
+            for one in reversed(self._flights):
+                self._scheduler.forget(one.batch)
+            self._flights.clear()
+            raise
+        del self._flights[0]
+        return self._scheduler.settle(flight.batch, chosen)
+
+    def _rows_to_come(self) -> dict[Request, int]:
+        """Where the step before has the token of each request."""
+        if self.is_empty:
+            return {}
+        return {request: row for row, request in enumerate(self._flights[-1].batch.sampling)}
+
+
+def _is_plain(part: ScheduledRequest) -> bool:
+    request = part.request
+    return request.params.plain_greedy and request.lookup is None and not part.num_prompt_rows

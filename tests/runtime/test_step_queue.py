@@ -1,0 +1,200 @@
+"""Steps that begin before the tokens of the one before are known give the tokens of steps that do not. Oracle: the toy model's
+own definition."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trtc.core.errors import EngineError
+from trtc.runtime.decode_ahead import CROWD
+from trtc.runtime.engine_core import EngineCore
+from trtc.runtime.executor import StepStarter
+from trtc.runtime.sampling_params import SamplingParams
+from trtc.runtime.step_input import Int32Array, StepInput
+
+from .test_decode_ahead import PROMPTS, LoopToy, Prompt, generate
+from .toy import VOCAB_SIZE, ToyExecutor, greedy_tokens
+
+
+@dataclass
+class QueueToy(LoopToy):
+    """The toy with a queue of steps: each is computed as late as it can be, when its ticket is collected."""
+
+    max_draft_tokens: int | None = None
+    queued: deque[tuple[StepInput, Int32Array | None]] = field(default_factory=deque)
+    most_queued: int = 0
+    widest: int = 0
+    """Tokens of the largest step that began with another one under way."""
+
+    def choose(self, step: StepInput) -> Int32Array:
+        assert not self.queued, "a step in between"
+        return self._choose(step)
+
+    def start_step(self, step: StepInput, source: Int32Array | None) -> int:
+        assert not self.pending, "a step while the loop runs"
+        assert source is None or self.queued, "tokens of a step that is not under way"
+        assert step.kv_length.max() < self.max_seq_len, "a sequence goes on behind its end"
+        if self.queued:
+            self.widest = max(self.widest, step.num_tokens)
+        self.queued.append((step, source))
+        self.most_queued = max(self.most_queued, len(self.queued))
+        return len(self.queued)
+
+    def finish_step(self, ticket: int) -> Int32Array:
+        step, source = self.queued.popleft()
+        token_ids = step.token_ids
+        if source is not None:
+            token_ids = np.where(source >= 0, self._last[source], token_ids)
+        self._last = self._choose(replace(step, token_ids=token_ids))
+        return self._last
+
+    def _choose(self, step: StepInput) -> Int32Array:
+        assert ((step.token_ids >= 0) & (step.token_ids < VOCAB_SIZE)).all(), "a token that nobody knows"
+        return self.execute(step).argmax(-1).numpy().astype(np.int32)
+
+    def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
+        assert not self.queued, "the loop while a step is under way"
+        super().loop_load(token_ids, kv_length, page_table)
+
+
+def test_the_toy_is_a_step_starter() -> None:
+    assert isinstance(QueueToy(), StepStarter) and not isinstance(LoopToy(), StepStarter)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(PROMPTS, min_size=1, max_size=9),
+    st.sampled_from([16, 20, 64]),
+    st.integers(2, 6),
+    st.sets(st.integers(0, 8), max_size=2),
+)
+def test_tokens_are_those_of_the_model(
+    prompts: list[Prompt], num_pages: int, max_batch_size: int, cancel: set[int]
+) -> None:
+    """Any mix of lengths, ends and cancels, with pages plenty or scarce."""
+    cancel = {index for index in cancel if index < len(prompts)}
+    results = generate(QueueToy(num_pages=num_pages, max_batch_size=max_batch_size), prompts, cancel)
+    for index, (prompt, max_tokens, ignore_eos) in enumerate(prompts):
+        if str(index) in results:
+            assert results[str(index)] == greedy_tokens(prompt, max_tokens, ignore_eos=ignore_eos)
+        else:
+            assert index in cancel
+
+
+def test_prompts_are_computed_one_behind_the_other() -> None:
+    """A prompt of three steps beside a sequence that decodes: each step begins before the one before has ended."""
+    executor = QueueToy(max_num_tokens=8)
+    prompts = [([5, 6], 20, True), (list(range(1, 23)), 4, True)]
+    results = generate(executor, prompts)
+    assert results == {
+        str(index): greedy_tokens(prompt, max_tokens, ignore_eos=True)
+        for index, (prompt, max_tokens, _) in enumerate(prompts)
+    }
+    assert executor.most_queued == 2 and executor.widest == 8
+
+
+def crowd(executor: ToyExecutor) -> EngineCore:
+    """More sequences than run at once."""
+    core = EngineCore(executor)
+    for index in range(40):
+        params = SamplingParams(max_tokens=4 + index % 3, temperature=0, ignore_eos=True)
+        core.add_request(str(index), [1 + index, 3], params, stream=False)
+    return core
+
+
+def test_a_crowd_decodes_step_by_step_while_others_wait() -> None:
+    executor = QueueToy(max_batch_size=36, max_num_tokens=128, num_pages=400)
+    core = crowd(executor)
+    while core.scheduler.waiting or not core.scheduler.running:
+        core.step()
+        core.check_integrity()
+    assert executor.most_queued == 2 and executor.loads == 0
+
+
+def test_nobody_gives_way_to_one_in_line_while_his_last_token_is_chosen() -> None:
+    """The pages of one that is about to end are what the other waits for."""
+    executor = QueueToy(num_pages=2 * CROWD + 2, max_batch_size=64, max_num_tokens=256)
+    core = EngineCore(executor)
+    for index in range(CROWD):
+        params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+        core.add_request(str(index), [1 + index, 3], params, stream=False)
+    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    core.add_request("late", list(range(1, 49)), params, stream=False, priority=1)
+    finished = []
+    while core.has_unfinished:
+        finished += [output.request_id for output in core.step()]
+        core.check_integrity()
+    assert finished[-1] == "late" and len(finished) == CROWD + 1
+    assert sum(step.num_tokens for step in executor.steps) == CROWD * (2 + 1) + 48 + 1, "computed twice"
+
+
+def test_nothing_is_computed_behind_the_longest_sequence() -> None:
+    """Sequences reach max_seq_len one after the other while others wait for their places."""
+    executor = QueueToy(max_batch_size=33, max_num_tokens=128, num_pages=600)
+    core = EngineCore(executor)
+    for index in range(36):
+        prompt = [1 + index, *range(1, 45)]
+        core.add_request(str(index), prompt, SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))
+    outputs: dict[str, list[int]] = {}
+    while core.has_unfinished:
+        for output in core.step():
+            before, tokens = outputs.get(output.request_id, []), output.outputs[0].token_ids
+            assert tokens[:-1] == before, "one more token at a time, each known"
+            outputs[output.request_id] = tokens
+    assert {len(tokens) for tokens in outputs.values()} == {executor.max_seq_len - 45}
+
+
+@pytest.mark.parametrize("breaks", [1, 2, 4])
+def test_steps_that_failed_are_planned_again(breaks: int) -> None:
+    """Nothing of the step that failed, and of the one behind it, is left."""
+    executor = QueueToy(max_batch_size=8, max_num_tokens=12)
+    core = crowd(executor)
+    finish, count = executor.finish_step, 0
+
+    def failing(ticket: int) -> Int32Array:
+        nonlocal count
+        count += 1
+        if count == breaks:
+            executor.queued.clear()
+            raise RuntimeError("the device is on fire")
+        return finish(ticket)
+
+    executor.finish_step = failing  # type: ignore[method-assign]
+    results = run(core, RuntimeError)
+    assert results == {
+        str(index): greedy_tokens([1 + index, 3], 4 + index % 3, ignore_eos=True) for index in range(40)
+    }
+
+
+def run(core: EngineCore, expected: type[Exception]) -> dict[str, list[int]]:
+    results: dict[str, list[int]] = {}
+    raised = 0
+    while core.has_unfinished:
+        try:
+            outputs = core.step()
+        except expected:
+            raised += 1
+            outputs = []
+        core.check_integrity()
+        results |= {output.request_id: output.outputs[0].token_ids for output in outputs}
+    assert raised == 1
+    return results
+
+
+def test_logits_that_are_not_finite_are_found() -> None:
+    executor = QueueToy()
+    core = EngineCore(executor)
+    core.add_request("a", [5], SamplingParams(max_tokens=8, temperature=0))
+    choose: Callable[[StepInput], Int32Array] = executor._choose
+    executor._choose = lambda step: np.full_like(choose(step), -1)  # type: ignore[method-assign]
+    assert core.step() == []  # it has begun
+    with pytest.raises(EngineError, match="not finite"):
+        core.step()
+    core.check_integrity()
+    assert core.cancel("a") and core.scheduler.pool.num_used == 0
