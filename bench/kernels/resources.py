@@ -56,7 +56,7 @@ def linear_plans(arch: str) -> Iterator[linear.Plan]:
             )
 
 
-INTEGERS = ("int8", "fp8", "int4/64", "int4/128")
+INTEGERS = ("int8", "fp8", "int4/64", "int4/128", "int4zero/128")
 
 
 def quantized_plans(arch: str) -> Iterator[linear.Plan]:

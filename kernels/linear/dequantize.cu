@@ -8,7 +8,8 @@ constexpr int kPieceSize = 8;
 constexpr int kPiecesPerThread = 4;  // loads in flight
 constexpr int kDequantizeThreads = 256;
 
-// out: [features, columns]; weight: [features, columns], as Weight stores it; scales: [features] or [features, groups].
+// out: [features, columns]; weight: [features, columns], as Weight stores it; scales: [features], [features, groups] or
+// [features, groups, 2] with zeros.
 // columns is a multiple of 8; features * columns / 8 is less than 2^31.
 template <typename T, typename Weight>
 __global__ void __launch_bounds__(kDequantizeThreads)
@@ -18,6 +19,7 @@ __global__ void __launch_bounds__(kDequantizeThreads)
     const uint32 first = blockIdx.x * (kDequantizeThreads * kPiecesPerThread) + threadIdx.x;
     uint4 stored[kPiecesPerThread];
     float scale[kPiecesPerThread];
+    T zero[kPiecesPerThread];
 #pragma unroll
     for (int i = 0; i < kPiecesPerThread; ++i) {
         const uint32 index = first + i * kDequantizeThreads;
@@ -36,14 +38,21 @@ __global__ void __launch_bounds__(kDequantizeThreads)
             const uint64 place = static_cast<uint64>(row) * (stored_columns / kPieceSize) + word;
             stored[i].x = __ldcs(reinterpret_cast<const uint32*>(weight) + place);
             const uint32 groups = stored_columns / 128 * Weight::kGroups;
-            scale[i] = to_float(scales[static_cast<uint64>(row) * groups + piece * Weight::kGroups / 16]);
+            const uint64 group = static_cast<uint64>(row) * groups + piece * Weight::kGroups / 16;
+            scale[i] = to_float(scales[group * kPerGroup<Weight>]);
+            if constexpr (Weight::kZeros) zero[i] = scales[2 * group + 1];
         }
     }
 #pragma unroll
     for (int i = 0; i < kPiecesPerThread; ++i) {
         const uint32 index = first + i * kDequantizeThreads;
         if (index >= total) continue;
-        const uint4 piece = Weight::piece(stored[i], 0);
+        uint4 piece;
+        if constexpr (Weight::kZeros) {
+            piece = Weight::piece(stored[i], 0, zero[i]);
+        } else {
+            piece = Weight::piece(stored[i], 0);
+        }
         float value[kPieceSize];
         unpack(*reinterpret_cast<const Vector<T>*>(&piece), value);
 #pragma unroll

@@ -21,6 +21,7 @@ class StoredWeight:
     bits:   of a weight. pieces: 16-byte pieces of x that go with 16 bytes of W.
     pad:    rows are stored in whole multiples of so many columns.
     group:  columns that share a scale; None: one scale a row, or none for floats.
+    zeros:  behind every scale lies a zero.
     """
 
     name: str
@@ -28,6 +29,7 @@ class StoredWeight:
     pieces: int
     pad: int
     group: int | None = None
+    zeros: bool = False
 
     @property
     def warp_columns(self) -> int:
@@ -53,16 +55,19 @@ WEIGHTS: Mapping[str, StoredWeight] = {
         StoredWeight("int8", bits=8, pieces=2, pad=16),
         StoredWeight("fp8", bits=8, pieces=2, pad=16),
         *(
-            StoredWeight(f"int4/{group}", bits=4, pieces=4, pad=INT4_BLOCK, group=group)
+            StoredWeight(
+                f"int4{'zero' * zeros}/{group}", bits=4, pieces=4, pad=INT4_BLOCK, group=group, zeros=zeros
+            )
+            for zeros in (False, True)
             for group in (32, 64, 128)
         ),
     )
 }
 
 
-def int4_name(group: int) -> str:
-    """The key of WEIGHTS for four-bit integers whose scales count for `group` columns."""
-    return f"int4/{group}"
+def int4_name(group: int, *, zeros: bool = False) -> str:
+    """The key of WEIGHTS for four-bit integers whose scales, and zeros, count for `group` columns."""
+    return f"int4{'zero' * zeros}/{group}"
 
 
 def interleave_int4(packed: torch.Tensor) -> torch.Tensor:

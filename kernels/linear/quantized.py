@@ -22,19 +22,28 @@ DEQUANTIZE_SIGNATURE = "PPPii"
 _DEQUANTIZE_THREADS, _PIECES_PER_THREAD = 256, 4
 
 
-def for_kernels(integers: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def for_kernels(
+    integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight as engines store it -> as these kernels read it: rows padded, four-bit integers interleaved.
 
     integers: int8 or float8_e4m3fn [out, in], or uint8 [out, in / 2] with two of four bits each; scale: [out], or
-        [out, groups].
-    In place where no padding is needed.
+        [out, groups]; zero: int8 of the shape of scale, of four-bit integers.
+    In place where no padding is needed; scales with zeros become [out, groups, 2].
     """
+    import torch
+
+    if zero is not None:
+        scale = torch.stack((scale, zero.to(scale.dtype)), dim=-1)
     stored = stored_format(integers, scale)
     columns = integers.shape[1] * 8 // stored.bits
     missing = stored.padded(columns) - columns
     if missing:
         integers = _widened(integers, missing * stored.bits // 8)
-        scale = scale if stored.group is None else _widened(scale, missing // stored.group)
+        if stored.group is not None:
+            values = 2 if stored.zeros else 1
+            scale = _widened(scale.flatten(1), values * missing // stored.group)
+            scale = scale.view(len(scale), -1, 2) if stored.zeros else scale
     if stored.bits == 4:
         integers.copy_(interleave_int4(integers))
     return integers, scale
@@ -55,9 +64,9 @@ def stored_format(integers: torch.Tensor, scale: torch.Tensor) -> StoredWeight:
     found = None
     if scale.dim() == 1:
         found = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(integers.dtype)
-    elif integers.dtype is torch.uint8 and scale.dim() == 2 and scale.shape[1]:
+    elif integers.dtype is torch.uint8 and (scale.dim() == 2 or scale.shape[2:] == (2,)) and scale.shape[1]:
         group, rest = divmod(2 * integers.shape[1], scale.shape[1])
-        found = None if rest else int4_name(group)
+        found = None if rest else int4_name(group, zeros=scale.dim() == 3)
     if found is None or found not in WEIGHTS:
         raise KernelContractError(
             f"quantized linear: integers {integers.dtype} {list(integers.shape)} with scales {list(scale.shape)} are not "
@@ -91,7 +100,7 @@ class QuantizedLinear:
 
         integers: int8 or float8_e4m3fn [out_features, in_features] or uint8 [out_features, in_features / 2], from
                   `for_kernels`
-        scale:    [out_features], for int4 [out_features, groups]; dtype of x
+        scale:    [out_features], for int4 [out_features, groups], with zeros [out_features, groups, 2]; dtype of x
         The rest as in `Linear`; `norm.weight_sums` are those of W. Integers and e4m3 numbers are exact in the product, scales
         are applied to float32 sums: of a group for int4, else of a row.
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
@@ -191,6 +200,7 @@ def check_weight(
     sizes = {"out_features": features, "stored": padded * stored.bits // 8}
     check_tensor(op, "integers", integers, integers.dtype, sizes, like)
     groups = {} if stored.group is None else {"groups": padded // stored.group}
+    groups |= {"scale and zero": 2} if stored.zeros else {}
     check_tensor(op, "scale", scale, like.dtype, {"out_features": features, **groups}, like)
     return stored
 

@@ -34,7 +34,7 @@ constexpr int kNormLayer = 1;
 constexpr int kNormRms = 2;  // as kNormLayer with a mean of 0
 
 // y, residual: [rows, features]; x: [rows, columns]; weight: [features, columns], as Weight stores it; bias: [features];
-// scales: [features] or [features, groups], for integers; weight_sums: [features] float, the sums of W's rows, for
+// scales: [features], [features, groups] or [features, groups, 2] with zeros, for integers; weight_sums: [features] float, the sums of W's rows, for
 // kNormLayer. bias and residual may be null; residual may be y. columns is a multiple of 8.
 template <typename T, int kWarps, int kOctets, int kTokenTiles, int kStages, bool kHeldX, int kNorm,
           typename Weight = FloatWeight<T>>
@@ -146,13 +146,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
     };
 
     // Scales of groups are loaded to registers a step ahead of their use, by a cursor of their own.
-    using Scales = GroupScales<T, Weight::kGroups>;
+    using Scales = GroupScales<T, Weight>;
     Scales scale[kGrouped ? 2 * kFeatureTiles : 1], next_scale[kGrouped ? 2 * kFeatureTiles : 1];
     auto load_group_scales = [&](const Cursor& cursor) {
 #pragma unroll
         for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) {
             const int feature = cursor.feature + 8 * octet;
-            next_scale[octet] = load_scales<T, Weight::kGroups>(scales, feature, features, cursor.column, stored_columns);
+            next_scale[octet] = load_scales<T, Weight>(scales, feature, features, cursor.column, stored_columns);
         }
     };
 
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
                 if (kGrouped && column >= stored_columns) break;  // of the whole warp: it has all of 128 columns or none
                 uint4 a[2 * kFeatureTiles];
 #pragma unroll
-                for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) a[octet] = Weight::piece(stored[octet], piece);
+                for (int octet = 0; octet < 2 * kFeatureTiles; ++octet) a[octet] = scale[kGrouped ? octet : 0].weight(stored[octet], piece);
 #pragma unroll
                 for (int tile = 0; tile < kTokenTiles; ++tile) {
                     const int place = x_column(column, piece);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
                             float total = product[0][i / 4][tile][i % 4];
                             if (kChains > 1) total += product[kChains - 1][i / 4][tile][i % 4];
                             product[0][i / 4][tile][i % 4] = product[kChains - 1][i / 4][tile][i % 4] = 0.f;
-                            const T factor = scale[i / 2].value[piece / (kPieces / Weight::kGroups)];
+                            const T factor = scale[i / 2].scale(piece);
                             sum[i / 4][tile][i % 4] += to_float(factor) * total;
                         }
                     }

@@ -49,7 +49,7 @@ __device__ __forceinline__ float (&choose(float (&first)[4], float (&second)[4])
 }
 
 // y, residual: [rows, features]; x: [rows, columns]; weight: [features, columns], as Weight stores it; bias: [features];
-// scales: [features] or [features, groups], for integers. bias and residual may be null; residual may be y. columns is a
+// scales: [features], [features, groups] or [features, groups, 2] with zeros, for integers. bias and residual may be null; residual may be y. columns is a
 // multiple of 8, features_per_block of 4, columns_per_block of kStageColumns. The blocks of a cluster share a range of
 // features.
 template <typename T, int kTokenTiles, int kFeatureTiles, int kWarpsDown, int kStages, typename Weight = FloatWeight<T>>
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 && 
         }
     };
     // Scales of groups are loaded to registers a stage ahead of their use.
-    using Scales = GroupScales<T, Weight::kGroups>;
+    using Scales = GroupScales<T, Weight>;
     constexpr int kScales = kGrouped ? Layout::kSteps * 2 * kFeatureTiles : 1;
     Scales scale[kScales], next_scale[kScales];
     auto load_group_scales = [&](int stage) {
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 && 
         for (int i = 0; i < kScales; ++i) {
             const int column = lane_column + stage * kStageColumns + i / (2 * kFeatureTiles) * kWarpColumns;
             const int feature = lane_feature + 8 * (i % (2 * kFeatureTiles));
-            next_scale[i] = load_scales<T, Weight::kGroups>(scales, feature, features, column, stored_columns);
+            next_scale[i] = load_scales<T, Weight>(scales, feature, features, column, stored_columns);
         }
     };
 
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 && 
 #pragma unroll
                 for (int i = 0; i < kSpan * 2 * kFeatureTiles; ++i) {
                     const int piece = i / (2 * kFeatureTiles), octet = i % (2 * kFeatureTiles);
-                    a[piece][octet] = Weight::piece(stored[octet], first + piece);
+                    a[piece][octet] = scale[kGrouped ? step * 2 * kFeatureTiles + octet : 0].weight(stored[octet], first + piece);
                 }
 #pragma unroll
                 for (int tile = 0; tile < kTokenTiles; ++tile) {
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles * kFeatureTiles < 16 && 
                     if constexpr (kGrouped) {
 #pragma unroll
                         for (int i = 0; i < 4 * kFeatureTiles; ++i) {
-                            const T factor = scale[step * 2 * kFeatureTiles + i / 2].value[first / kSpan];
+                            const T factor = scale[step * 2 * kFeatureTiles + i / 2].scale(first);
                             sum[i / 4][tile][i % 4] += to_float(factor) * part[i / 4][i % 4];
                         }
                     }

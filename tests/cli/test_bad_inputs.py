@@ -212,8 +212,6 @@ ROWS = [
         ("tp_size 2", "64 columns", "128")),
     Row("precision without quantization", build(Room.hf, "--weight-only-precision", "int8"),
         ("--weight-only-precision", "--use-weight-only")),
-    Row("zero points for a target without", build(lambda r: gptq_folder(r, "zeros"), "--target", "cuda", "--dtype", "float16"),
-        ("target cuda", "int4 with zero points", "accepted: float, ")),
     Row("unknown quantization", build(Room.hf, "--quantization", "awq"), ("--quantization", "awq", "fp8"), code=2),
     Row("quantization two ways", build(Room.hf, "--quantization", "fp8", *WEIGHT_ONLY, "int8"),
         ("--use-weight-only", "--quantization fp8")),
@@ -303,8 +301,7 @@ ROWS = [
 
 
 def gptq_folder(room: Room, damage: str) -> Path:
-    """A GPTQ checkpoint with one quantized layer; `damage`: scales to leave them out, g_idx to shuffle it, zeros for zero
-    points."""
+    """A GPTQ checkpoint with one quantized layer; `damage`: scales to leave them out, g_idx to shuffle it."""
     stem = "model.decoder.layers.0.fc1"
 
     def pack(tensors: dict[str, torch.Tensor]) -> None:
@@ -320,7 +317,7 @@ def gptq_folder(room: Room, damage: str) -> Path:
             del tensors[f"{stem}.scales"]
 
     folder = room.hf_weights(pack)
-    scheme = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": damage != "zeros"}
+    scheme = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True}
     edit_json(folder / "config.json", {"quantization_config": scheme})
     return folder
 

@@ -629,16 +629,15 @@ def test_a_cpu_engine_computes_with_its_own_dequantized_weights(
 
 def test_a_target_says_what_it_runs(opt_checkpoint: Callable[[str], OptCheckpoint]) -> None:
     assert get_target("cpu").capabilities(BUILD).quantized == KINDS
+    assert get_target("cuda").capabilities(BUILD).quantized == KINDS
     checkpoint = opt_checkpoint("cuda_pre_norm")
     model = dataclasses.replace(checkpoint.config, dtype=DType.FLOAT16)
-    build = dataclasses.replace(BUILD, target="cuda")
-    zeros = quantized(checkpoint, WeightFormat("int4", 32, True), DType.FLOAT16)
+    build = dataclasses.replace(BUILD, target="tensorrt")
     message = (
-        "target cuda does not run int4 with zero points weights yet; accepted: float, fp8, fp8 with fp8 activations, "
-        "int4, int8"
+        "target tensorrt does not run fp8 weights yet; accepted: float, int4, int4 with zero points, int8"
     )
     with pytest.raises(ConfigError, match=message):
-        plan(checkpoint.family, model, zeros, build, 0)
+        plan(checkpoint.family, model, quantized(checkpoint, FP8, DType.FLOAT16), build, 0)
 
 
 def test_parts_are_named_after_their_weight() -> None:

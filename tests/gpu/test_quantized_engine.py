@@ -20,6 +20,7 @@ from trtc.runtime.llm import LLM
 from trtc.runtime.load import load_executor
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import StepInput
+from trtc.tests.asymmetric import with_zeros
 from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import PagedSequences, filled_cache
 from trtc.tests.tolerances import logits_tolerance, max_error
@@ -27,11 +28,14 @@ from trtc.tests.tolerances import logits_tolerance, max_error
 pytestmark = pytest.mark.gpu
 TOKENS = [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 80)]
 INT8, INT4, FP8 = WeightFormat("int8"), WeightFormat("int4", 128), WeightFormat("fp8")
+ZEROS = WeightFormat("int4", 64, zero_point=True)
 CASES = [
     ("cuda_pre_norm", INT8),
     ("cuda_pre_norm", INT4),
     ("cuda_pre_norm", FP8),
     ("cuda_bias_free_gelu", FP8),
+    ("cuda_pre_norm", ZEROS),
+    ("cuda_bias_free_gelu", ZEROS),
     ("cuda_pre_norm", WeightFormat("int4", 32)),
     ("cuda_post_norm_projected", INT8),
     ("cuda_post_norm_projected", WeightFormat("int4", 64)),
@@ -69,7 +73,9 @@ class Quantized:
         **options: object,
     ) -> Quantized:
         checkpoint = OptCheckpoint.open(save_hf(variant, folder / "hf"))
-        source = nearest(QuantizeOptions(how, lm_head))(checkpoint.weights(dtype))
+        floats = checkpoint.weights(dtype)
+        rounded = with_zeros(floats, how, lm_head) if how.zero_point else None
+        source = rounded or nearest(QuantizeOptions(how, lm_head))(floats)
         major, minor = torch.cuda.get_device_capability()
         build = dataclasses.replace(
             BUILD, target="cuda", target_options={"architectures": [f"sm_{major}{minor}"]}, **options
@@ -95,7 +101,8 @@ class Reference:
         value = source.read(0, name)
         if name not in source.quantization.weights:
             return value.double()
-        return dequantize(value, source.read(0, f"{name}.scale").double())
+        zero = source.read(0, f"{name}.zero") if source.quantization.format.zero_point else None
+        return dequantize(value, source.read(0, f"{name}.scale").double(), zero)
 
     def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         logits: torch.Tensor = interpret(self._graph, {**self._weights, **inputs}, self._context)
@@ -129,7 +136,7 @@ def test_logits(variant: str, how: WeightFormat, dtype: DType, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("lm_head", [False, True])
-@pytest.mark.parametrize("how", [INT8, INT4, FP8], ids=str)
+@pytest.mark.parametrize("how", [INT8, INT4, FP8, ZEROS], ids=str)
 @pytest.mark.parametrize("sequences", [7, 16, 33, 70])
 def test_batches(sequences: int, how: WeightFormat, lm_head: bool, tmp_path: Path) -> None:
     """Decode steps of several sequences: the streaming and the tile kernels, and beyond 64 rows dequantized weights."""

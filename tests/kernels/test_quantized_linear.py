@@ -33,6 +33,7 @@ from trtc.kernels.linear.reference import linear as reference
 RELATIVE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Largest 2-norm of the error over that of the reference: one rounding of the output, of 11 or 8 bits."""
 FORMATS = ("int8", "fp8", "int4/32", "int4/64", "int4/128")
+ZERO_FORMATS = ("int4zero/32", "int4zero/64", "int4zero/128")
 
 
 def weight(
@@ -50,6 +51,17 @@ def weight(
     integers = torch.randint(-limit, limit, (features, columns), generator=generator, dtype=torch.int8)
     packed = integers if stored.bits == 8 else pack_int4(integers)
     return packed.to(device), (spread * 2 / limit * columns**-0.5).to(device, dtype)
+
+
+def weight_with_zeros(
+    features: int, columns: int, how: str, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of a format with zeros, of which there are all that checkpoints have."""
+    integers, scale = weight(features, columns, how, dtype, device)
+    zero = torch.randint(
+        -8, 9, scale.shape, generator=torch.Generator().manual_seed(columns), dtype=torch.int8
+    )
+    return integers, scale, zero.to(device)
 
 
 # ---- layouts and bits, emulated ------------------------------------------------------------------
@@ -131,7 +143,37 @@ def test_nibbles_become_elements_exactly(value: int) -> None:
         assert found.tolist() == [expected[shift // 4]] * 2
 
 
-@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("zero", [-8, -1, 0, 3, 8])
+@pytest.mark.parametrize("value", [-8, -1, 0, 7])
+def test_zeros_are_taken_off_exactly(value: int, zero: int) -> None:
+    """Oracle: the difference. The steps are those of Nibbles in weights.cuh, given a zero."""
+    word, both = sum((value + 8) << 4 * i for i in range(8)), [value - zero] * 2
+    zeros = torch.full((2,), zero, dtype=torch.float16)
+    low, high = (pair_value(word & mask | 0x64006400, torch.float16) for mask in (0x000F000F, 0x00F000F0))
+    assert (low - (pair_value(0x64086408, torch.float16) - -zeros)).tolist() == both
+    off = pair_value(0xD480D480, torch.float16) - zeros
+    assert (high * pair_value(0x2C002C00, torch.float16) + off).tolist() == both
+    zeros = zeros.bfloat16()
+    bits = pair_value(word & 0x000F000F | 0x43004300, torch.bfloat16)
+    assert (bits - (pair_value(0x43084308, torch.bfloat16) - -zeros)).tolist() == both
+
+
+@pytest.mark.parametrize(
+    ("how", "columns"), [("int4zero/32", 160), ("int4zero/64", 192), ("int4zero/128", 256)]
+)
+def test_zeros_lie_behind_their_scales(how: str, columns: int) -> None:
+    """Oracle: the parts; groups that are added have a scale of zero."""
+    integers, scale, zero = weight_with_zeros(3, columns, how, torch.float16)
+    made, values = for_kernels(integers.clone(), scale, zero)
+    stored = stored_format(made, values)
+    assert stored.name == how and values.is_contiguous() and values.dtype is torch.float16
+    groups = scale.shape[1]
+    assert values.shape == (3, stored.padded(columns) // stored.group, 2)
+    assert torch.equal(values[:, :groups, 0], scale) and torch.equal(values[:, :groups, 1], zero.half())
+    assert not values[:, groups:].any()
+
+
+@pytest.mark.parametrize("how", [*FORMATS, *ZERO_FORMATS])
 @pytest.mark.parametrize("columns", [128, 192, 224, 384])
 def test_every_column_of_a_row_is_multiplied_once(how: str, columns: int) -> None:
     """Oracle: a permutation. The places are those of x_column and copy_weight in stream.cu: every column of x meets the
@@ -188,7 +230,7 @@ def test_whole_weights_are_made_in_place() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 120])
-@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("how", [*FORMATS, *ZERO_FORMATS])
 def test_plans_cover_the_matrix_and_fit(how: str, capability: int) -> None:
     """Oracle: the sizes of the matrix, the rules that the kernels state, the hardware's limits."""
     shapes = [
@@ -385,3 +427,29 @@ def test_dequantization(
     made, scales = for_kernels(integers, scale)
     out = torch.full((features, columns), float("nan"), device="cuda", dtype=dtype)
     assert torch.equal(Dequantize(library)(made, scales, out=out), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("how", ZERO_FORMATS)
+@pytest.mark.parametrize(
+    ("rows", "features", "columns"),
+    [(1, 768, 768), (3, 100, 896), (8, 72, 192), (16, 256, 4096), (64, 521, 1152)],
+)
+def test_kernels_with_zeros(
+    rows: int, features: int, columns: int, how: str, dtype: torch.dtype, library: KernelLibrary
+) -> None:
+    """Oracle: the float64 reference with the weight dequantized in float64; dequantization itself bit by bit."""
+    group = WEIGHTS[how].group
+    if group is not None and columns % group:
+        pytest.skip("columns are not whole groups")
+    integers, scale, zero = weight_with_zeros(features, columns, how, dtype, "cuda")
+    exact, rounded = dequantize(integers, scale.double(), zero), dequantize(integers, scale, zero)
+    made, values = for_kernels(integers, scale, zero)
+    whole = torch.full((features, columns), float("nan"), device="cuda", dtype=dtype)
+    assert torch.equal(Dequantize(library)(made, values, out=whole), rounded)
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to("cuda", dtype)
+    out = torch.empty(rows, features, device="cuda", dtype=dtype)
+    for plan in plans(rows, features, columns, how):
+        result = QuantizedLinear(library)(x, made, values, out=out.fill_(float("nan")), plan=plan)
+        assert relative_error(result, reference(x, exact)) < RELATIVE_ERROR[dtype], plan

@@ -170,7 +170,7 @@ def _format(graph: Graph, node: Node) -> str:
         return {DType.INT8: "int8", DType.FLOAT8_E4M3: "fp8"}[integers.dtype]
     groups = scale.shape[1]
     assert isinstance(groups, int)
-    return int4_name(columns // groups)
+    return int4_name(columns // groups, zeros=len(node.inputs) > 3 and node.inputs[3] is not None)
 
 
 def code_file(arch: str, stage: int = 0) -> str:

@@ -235,11 +235,10 @@ class CudaProgram:
             x: torch.Tensor,
             integers: torch.Tensor,
             scale: torch.Tensor,
-            zero: torch.Tensor | None = None,
+            _: torch.Tensor | None = None,
             bias: torch.Tensor | None = None,
             residual: torch.Tensor | None = None,
         ) -> torch.Tensor:
-            assert zero is None, f"{node.name}: the target refuses zero points"
             rows, features = x.shape[0], integers.shape[0]
             if rows == 0:
                 return x.new_empty(0, features)
@@ -336,10 +335,13 @@ def _quantized_for_kernels(graph: Graph, weights: Mapping[str, torch.Tensor]) ->
     """`weights` with integers as the kernels read them, in place where possible."""
     made = dict(weights)
     products = [node for node in graph.nodes if node.op == "quantized_linear"]
-    for integers, scale in {
-        (node.used[1], node.used[2]) for node in products
-    }:  # a weight may serve several layers
-        made[integers], made[scale] = for_kernels(weights[integers], weights[scale])
+    for integers, scale, zero in {  # a weight may serve several layers
+        (node.used[1], node.used[2], node.inputs[3] if len(node.inputs) > 3 else None) for node in products
+    }:
+        zeros = None if zero is None else made.pop(zero)
+        made[integers], made[scale] = for_kernels(weights[integers], weights[scale], zeros)
+        if zero is not None:
+            made[zero] = made[scale]  # where they lie now; kernels are not told of them on their own
     return made
 
 

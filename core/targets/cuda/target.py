@@ -12,6 +12,7 @@ from ...errors import BuildError, ConfigError
 from ...graph import Graph
 from ...ops import op_names
 from ...passes.fuse import ACTIVATION, AFFINE, DEQUANTIZE, POSITIONS, SIBLINGS
+from ...quantize.scheme import KINDS
 from ..base import CacheShape, Capabilities
 from .code import (
     ARCHITECTURES,
@@ -48,7 +49,7 @@ class CudaTarget:
             dtypes=frozenset({DType.FLOAT16, DType.BFLOAT16}),
             tensor_parallel=True,
             pipeline_parallel=True,
-            quantized=frozenset({"int8", "int4", "fp8", "fp8 with fp8 activations"}),
+            quantized=KINDS,
             kv_cache_dtypes=frozenset(KV_CACHE_DTYPES),
         )
 

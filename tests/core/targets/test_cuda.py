@@ -18,12 +18,20 @@ from trtc.core.ops import ReferenceContext, get_op
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import nearest
 from trtc.core.targets.base import CacheShape
-from trtc.core.targets.cuda.code import code_file, decode_buckets, kernel_sources, read_code, verify_buckets
-from trtc.core.targets.cuda.program import CudaProgram, DecodeRows
+from trtc.core.targets.cuda.code import (
+    code_file,
+    decode_buckets,
+    kernel_sources,
+    linear_shapes,
+    read_code,
+    verify_buckets,
+)
+from trtc.core.targets.cuda.program import CudaProgram, DecodeRows, _quantized_for_kernels
 from trtc.core.targets.cuda.variants import decode_graph, prefill_graph
 from trtc.kernels.append_kv.reference import append_kv
 from trtc.kernels.paged_decode_attention.reference import paged_decode_attention
 from trtc.runtime.load import load_executor
+from trtc.tests.asymmetric import with_zeros
 from trtc.tests.opt_models import BUILD, CUDA_VARIANTS, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import PagedSequences, filled_cache
 from trtc.tests.tolerances import FLOAT64_ABS, max_error
@@ -47,7 +55,9 @@ def planned(source: OptCheckpoint) -> tuple[Graph, dict[str, torch.Tensor]]:
 def planned_quantized(source: OptCheckpoint, how: WeightFormat) -> tuple[Graph, dict[str, torch.Tensor]]:
     """The same of an engine with integer weights, every scale and float weight widened to float64."""
     model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
-    weights = nearest(QuantizeOptions(how, lm_head=True))(source.weights(DType.FLOAT16))
+    floats = source.weights(DType.FLOAT16)
+    zeros = with_zeros(floats, how, lm_head=True) if how.zero_point else None
+    weights = zeros or nearest(QuantizeOptions(how, lm_head=True))(floats)
     parts = plan(source.family, model, weights, dataclasses.replace(BUILD, **CUDA), 0)
     raw = {name: weights.read(0, name) for name in weights.names(0)}
     raw = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in raw.items()}
@@ -55,11 +65,12 @@ def planned_quantized(source: OptCheckpoint, how: WeightFormat) -> tuple[Graph, 
     return parts.graph, raw | made
 
 
-INT8, INT4 = WeightFormat("int8"), WeightFormat("int4", 64)
+INT8, INT4, ZEROS = WeightFormat("int8"), WeightFormat("int4", 64), WeightFormat("int4", 64, zero_point=True)
 VARIANTS = [
     *((variant, None) for variant in CUDA_VARIANTS),
     *((variant, INT8) for variant in ("cuda_pre_norm", "cuda_post_norm_projected", "cuda_bias_free_gelu")),
     ("cuda_bias_free_gelu", INT4),
+    ("cuda_bias_free_gelu", ZEROS),
 ]
 
 
@@ -159,7 +170,7 @@ def test_rows_of_one_sequence_attend_as_a_chunk_does() -> None:
         assert max_error(out[:count], chunks) <= FLOAT64_ABS
 
 
-@pytest.mark.parametrize("how", [None, INT8, INT4], ids=str)
+@pytest.mark.parametrize("how", [None, INT8, INT4, ZEROS], ids=str)
 def test_engine_carries_its_kernels(how: WeightFormat | None, tmp_path: Path) -> None:
     """Every kernel the program can ask for is in the engine: entries compare equal with the sources asked for."""
     source = checkpoint("cuda_pre_norm", tmp_path)
@@ -168,7 +179,10 @@ def test_engine_carries_its_kernels(how: WeightFormat | None, tmp_path: Path) ->
         source.build(folder, dtype=DType.FLOAT16, **CUDA)
     else:
         model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
-        weights = nearest(QuantizeOptions(how))(source.weights(DType.FLOAT16))
+        floats = source.weights(DType.FLOAT16)
+        weights = (with_zeros(floats, how) if how.zero_point else None) or nearest(QuantizeOptions(how))(
+            floats
+        )
         build_engine(source.family, model, weights, dataclasses.replace(BUILD, **CUDA), folder)
     engine = Engine.open(folder)
     assert code_file("sm_90") in engine.files
@@ -178,8 +192,11 @@ def test_engine_carries_its_kernels(how: WeightFormat | None, tmp_path: Path) ->
     shape = CacheShape.of(part.graph, engine.build.page_size)
     wanted = kernel_sources(part.graph, shape, engine.build.max_batch_size, "sm_90", "float16")
     assert set(code) == {entry for source in wanted for entry in source.entries}
-    integers = {entry for entry in code if "Int8Weight" in entry or "Int4Weight" in entry}
+    integers = {
+        entry for entry in code if "Int8Weight" in entry or "Int4Weight" in entry or "Int4zeroWeight" in entry
+    }
     assert bool(integers) == (how is not None)
+    assert all("Int4zero" in entry for entry in integers) == (how is ZEROS or how is None)
     assert any("dequantize" in entry for entry in code) == (how is not None)
     for compiled in code.values():
         assert compiled.cubin.startswith(b"\x7fELF")
@@ -228,3 +245,17 @@ def test_buckets_hold_every_batch() -> None:
     assert verify_buckets(1) == verify_buckets(8) == decode_buckets(32) and verify_buckets(
         64
     ) == decode_buckets(64)
+
+
+def test_zeros_are_read_beside_their_scales(tmp_path: Path) -> None:
+    """What a program makes of the weights of a graph: for each product a scale with its zeros. Oracle: the parts."""
+    graph, _ = planned_quantized(checkpoint("cuda_pre_norm", tmp_path), ZEROS)
+    stored = with_zeros(checkpoint("cuda_pre_norm", tmp_path).weights(DType.FLOAT16), ZEROS, lm_head=True)
+    node = next(node for node in graph.nodes if node.op == "quantized_linear" and node.name.endswith("fc1"))
+    names = [name for name in node.inputs[1:4] if name is not None]
+    weights = {name: stored.read(0, name) for name in names}
+    one = Graph((node,), (node.name,))
+    made = _quantized_for_kernels(one, {name: tensor.clone() for name, tensor in weights.items()})
+    assert torch.equal(made[names[1]], torch.stack((weights[names[1]], weights[names[2]].half()), -1))
+    shapes = linear_shapes(graph, 1)
+    assert {weight for *_, weight in shapes} == {"int4zero/64"}
