@@ -1,6 +1,8 @@
 """How engines of target cuda scale over the GPUs of one machine: decode steps and prefill for each number of ranks.
 
-    python -m trtc.bench.tensor_parallel --sizes 1.3b 6.7b --tp-sizes 1 2 --json out/tensor-parallel.json
+    python -m trtc.bench.tensor_parallel --sizes 1.3b 6.7b --tp-sizes 1 2 1x2 --json out/tensor-parallel.json
+
+1x2 is a pipeline of two stages, each of one rank.
 
 Builds an engine with random weights for each size and number of ranks, and times it with `trtc bench --nproc N`. Efficiency is
 the time of the smallest number of ranks over that of N, by how many times more GPUs that takes. The file is written after every
@@ -46,10 +48,11 @@ def main() -> int:
         "runs": [],
     }
     for size in args.sizes:
-        for tp_size in args.tp_sizes:
-            with work_folder(args.work_dir and args.work_dir / f"{size}-tp{tp_size}") as scratch:
-                records = list(measure(size, tp_size, scratch, args))
-            data["runs"].append({"model": size, "tp_size": tp_size, "records": records})
+        for tp_size, pp_size in args.tp_sizes:
+            name = f"{size}-tp{tp_size}" + (f"-pp{pp_size}" if pp_size > 1 else "")
+            with work_folder(args.work_dir and args.work_dir / name) as scratch:
+                records = list(measure(size, tp_size, pp_size, scratch, args))
+            data["runs"].append({"model": size, "tp_size": tp_size, "pp_size": pp_size, "records": records})
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(data, indent=1) + "\n")
             print(
@@ -61,8 +64,8 @@ def main() -> int:
     return 1 if errors else 0
 
 
-def measure(size: str, tp_size: int, scratch: Path, args: argparse.Namespace) -> list[Record]:
-    """What `trtc bench` says of the engine of `size` on `tp_size` ranks, and how long that took."""
+def measure(size: str, tp_size: int, pp_size: int, scratch: Path, args: argparse.Namespace) -> list[Record]:
+    """What `trtc bench` says of the engine of `size` on `tp_size` times `pp_size` ranks, and how long that took."""
     engine, report = scratch / "engine", scratch / "report.json"
     config = write_config(size, scratch / "model")
     arch = [] if args.target == "cpu" else ["--cuda-arch", args.arch]
@@ -77,7 +80,7 @@ def measure(size: str, tp_size: int, scratch: Path, args: argparse.Namespace) ->
         *BUILD,
         *arch,
     ]
-    words += ["--tp-size", str(tp_size), "--workers", str(args.workers)]
+    words += ["--tp-size", str(tp_size), "--pp-size", str(pp_size), "--workers", str(args.workers)]
     words += ["--use-parallel-embedding"] if args.use_parallel_embedding and tp_size > 1 else []
     start = time.perf_counter()
     failed = None if is_built(engine) else run(words)
@@ -88,7 +91,7 @@ def measure(size: str, tp_size: int, scratch: Path, args: argparse.Namespace) ->
             "--engine-dir",
             str(engine),
             "--nproc",
-            str(tp_size),
+            str(tp_size * pp_size),
             "--no-verify",
             "--json",
             str(report),
@@ -116,7 +119,7 @@ HEADER = ("model", "tp", "batch", "step ms", "speed-up", "efficiency", "prefill 
 
 
 def table(runs: Sequence[Record]) -> str:
-    widths = (8, 3, 6, 9, 9, 11, 11, 9)
+    widths = (8, 13, 6, 9, 9, 11, 11, 9)
     return "\n".join(
         "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for cells in rows(runs)
     )
@@ -144,14 +147,23 @@ def rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
         for record in one["records"]:
             if record["kind"] != "batch":
                 continue
-            fewest, base = first.setdefault((one["model"], record["batch"]), (one["tp_size"], record))
+            stages = one.get("pp_size", 1)
+            ranks = one["tp_size"] * stages
+            fewest, base = first.setdefault((one["model"], record["batch"]), (ranks, record))
             faster = base["decode_ms_per_token"] / record["decode_ms_per_token"]
-            efficiency = faster * fewest / one["tp_size"]
+            efficiency = faster * fewest / ranks
             prefill = base["prefill_s"] / record["prefill_s"]
-            names = (one["model"], str(one["tp_size"]), str(record["batch"]))
+            split = f"{one['tp_size']}" + (f" x {stages} stages" if stages > 1 else "")
+            names = (one["model"], split, str(record["batch"]))
             step = (f"{record['decode_ms_per_token']:.3f}", f"{faster:.2f}", f"{efficiency:.0%}")
             lines.append((*names, *step, f"{1e3 * record['prefill_s']:.1f}", f"{prefill:.2f}"))
     return lines
+
+
+def split_of(text: str) -> tuple[int, int]:
+    """`2` -> (2, 1), `1x2` -> (1, 2)."""
+    tp_size, _, pp_size = text.partition("x")
+    return int(tp_size), int(pp_size or 1)
 
 
 def arguments() -> argparse.Namespace:
@@ -159,7 +171,8 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, required=True)
-    parser.add_argument("--tp-sizes", nargs="+", type=int, required=True, metavar="N")
+    parser.add_argument("--tp-sizes", nargs="+", type=split_of, required=True, metavar="N[xM]",
+                        help="ranks that share each layer, and stages of a pipeline (default: one)")  # fmt: skip
     parser.add_argument("--target", default="cuda", choices=("cuda", "cpu"), help="default: %(default)s")
     parser.add_argument("--arch", default="sm_90", help="what to compile for (default: %(default)s)")
     parser.add_argument("--use-parallel-embedding", action="store_true")

@@ -28,6 +28,18 @@ def test_speed_up_and_efficiency() -> None:
         ["1.3b", "2", "8", "3.000", "1.00", "100%", "40.0", "1.00"],
         ["1.3b", "4", "8", "2.000", "1.50", "75%", "25.0", "1.60"],
     ]
+    runs.append({**run(2, 2.0, 0.02), "pp_size": 2})
+    assert tensor_parallel.rows(runs)[-1] == (
+        "1.3b",
+        "2 x 2 stages",
+        "8",
+        "2.000",
+        "1.50",
+        "75%",
+        "20.0",
+        "2.00",
+    )
+    assert [tensor_parallel.split_of(text) for text in ("2", "1x2")] == [(2, 1), (1, 2)]
     text = tensor_parallel.markdown({"runs": runs, "driver": "5", "commit": "abc", "date": "today"})
     assert "| 1.3b | 4 | 8 | 2.000 | 1.50 | 75% | 25.0 | 1.60 |\n" in text
     assert (
