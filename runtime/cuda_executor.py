@@ -279,29 +279,32 @@ class CudaExecutor(EngineLimits):
 
     def choose(self, step: StepInput) -> Int32Array:
         """See `GreedyChooser.choose`. The host waits for the device once."""
-        with self._watched():
-            return self.finish_step(self.start_step(step, None))
+        return self.finish_step(self.start_step(step, None))
 
     # ---- StepStarter
 
     def start_step(self, step: StepInput, source: Int32Array | None) -> Choice:
         """See `StepStarter.start_step`."""
-        before = None if source is None else self._take_over(source)
-        if self._load_step(step):
-            if before is not None:
-                self._loop.set_tokens(before)
-            self._chosen = self._loop.run_once_choosing()
-        else:
-            self._chosen = greedy_tokens(self._prefill(step, before))
+        self._chosen = self._start(step, source)
         tokens = torch.empty(self._chosen.shape, dtype=torch.int32, pin_memory=True)
         tokens.copy_(self._chosen, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return Choice(event, tokens)
 
+    def _start(self, step: StepInput, source: Int32Array | None) -> torch.Tensor:
+        """The tokens that a step chooses, [R] int32 on the device, valid until the next step."""
+        before = None if source is None else self._take_over(source)
+        if not self._load_step(step):
+            return greedy_tokens(self._prefill(step, before))
+        if before is not None:
+            self._loop.set_tokens(before)
+        return self._loop.run_once_choosing()
+
     def finish_step(self, ticket: Choice) -> Int32Array:
         """See `StepStarter.finish_step`."""
-        ticket.event.synchronize()
+        with self._watched():
+            ticket.event.synchronize()
         found: Int32Array = ticket.tokens.numpy()
         return found
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..core.dtypes import to_torch
 from ..core.engine import Engine
 from ..core.passes.stage import STAGE_INPUT
 from ..kernels.sampling import LoopState, Sampling
-from .cuda_executor import CudaExecutor, GraphLoop, Ticket, greedy_tokens
+from .cuda_executor import CudaExecutor, GraphLoop, TakenOver, Ticket, greedy_tokens
 from .distributed import RankGroup
 from .micro_steps import split
 from .step_input import Int32Array, StepInput
@@ -164,26 +165,28 @@ class CudaStageExecutor(CudaExecutor):
             self._wait()
         return logits
 
-    def choose(self, step: StepInput) -> Int32Array:
-        """See `GreedyChooser.choose`; the same on every rank."""
-        with self._watched():
-            parts = self._run_parts(step)
-            if self._stage.last:
-                tokens = greedy_tokens(torch.cat(parts))
-            else:
-                tokens = torch.empty(len(step.logits_index), dtype=torch.int32, device=self._device)
-            found: Int32Array = self._stage.spread(tokens).cpu().numpy()
-        return found
+    def _start(self, step: StepInput, source: Int32Array | None) -> torch.Tensor:
+        """The tokens that the last stage chooses, on every rank; see `CudaExecutor._start`."""
+        parts = self._run_parts(step, source)
+        if self._stage.last:
+            return self._stage.spread(greedy_tokens(torch.cat(parts)))
+        return self._stage.spread(torch.empty(len(step.logits_index), dtype=torch.int32, device=self._device))
 
-    def _run_parts(self, step: StepInput) -> list[torch.Tensor]:
-        """What this stage makes of each part of a step."""
+    def _run_parts(self, step: StepInput, source: Int32Array | None = None) -> list[torch.Tensor]:
+        """What this stage makes of each part of a step. source: see `StepStarter.start_step`."""
         parts = split(step, max(1, min(self._most_parts, step.num_tokens // MICRO_STEP_TOKENS)))
-        return [self._run_part(part) for part in parts]
+        if source is None:
+            return [self._run_part(part, None) for part in parts]
+        ends = np.cumsum([part.num_tokens for part in parts])[:-1]
+        before = [self._take_over(sources) for sources in np.split(source, ends)]
+        return [self._run_part(*each) for each in zip(parts, before, strict=True)]
 
-    def _run_part(self, part: StepInput) -> torch.Tensor:
+    def _run_part(self, part: StepInput, before: TakenOver | None) -> torch.Tensor:
         if self._load_step(part):
+            if before is not None:
+                self._loop.set_tokens(before)
             return self._loop.run_once().clone()
-        result = self._prefill(part, received=self._stage.take(self._stage.empty(part.num_tokens)))
+        result = self._prefill(part, before, self._stage.take(self._stage.empty(part.num_tokens)))
         self._stage.give(result)
         return result
 

@@ -18,7 +18,7 @@ from ..core.errors import TargetError
 from .cpu_executor import CpuExecutor
 from .distributed import RankGroup, join
 from .engine_limits import EngineLimits
-from .executor import DecodeLoop, GreedyChooser, PageCopier
+from .executor import DecodeLoop, GreedyChooser, PageCopier, StepStarter
 from .gpus import choose_device
 from .placement import Placement
 from .stage_executor import StageExecutor
@@ -49,16 +49,19 @@ def pack(step: StepInput) -> Int32Array:
     )
 
 
-def pack_choose(step: StepInput) -> Int32Array:
-    """For `GreedyChooser.choose`: as `pack`, but for -T."""
+def pack_start(step: StepInput, source: Int32Array | None) -> Int32Array:
+    """For `StepStarter.start_step`: as `pack`, but for -T; and with a source, [T] at the end, for -1 - R."""
     message = pack(step)
     message[0] = -message[0]
-    return message
+    if source is None:
+        return message
+    message[3] = -1 - message[3]
+    return np.concatenate((message, source))
 
 
 class Local(Protocol):
-    """What runs the part of one rank. It may be a `PageCopier` too; one that is a `DecodeLoop` is a `GreedyChooser` as well,
-    and chooses the same tokens on every rank."""
+    """What runs the part of one rank. It may be a `PageCopier` too; one that is a `DecodeLoop` is a `GreedyChooser` and a
+    `StepStarter` as well, and chooses the same tokens on every rank."""
 
     num_pages: int
 
@@ -93,7 +96,9 @@ def pack_rest(rows: Sequence[int]) -> Int32Array:
 def length(header: Int32Array) -> int:
     """Of a whole message, from its first `HEADER` entries."""
     tokens, rows, pages, wanted = header.tolist()
-    return int(HEADER + abs(tokens) + rows * (2 + pages) + wanted)
+    tokens = abs(tokens)
+    wanted, source = (wanted, 0) if wanted >= 0 else (-1 - wanted, tokens)
+    return int(HEADER + tokens + rows * (2 + pages) + wanted + source)
 
 
 def unpack(message: Int32Array) -> StepInput | None:
@@ -102,13 +107,18 @@ def unpack(message: Int32Array) -> StepInput | None:
     tokens = abs(tokens)
     if tokens == 0:
         return None
-    sizes = [tokens, rows, rows, rows * pages, wanted]
-    ids, counts, kv_length, table, index = np.split(message[HEADER:], np.cumsum(sizes)[:-1])
+    sizes = [tokens, rows, rows, rows * pages, wanted if wanted >= 0 else -1 - wanted]
+    ids, counts, kv_length, table, index, _ = np.split(message[HEADER:], np.cumsum(sizes))
     query_start = np.zeros(rows + 1, np.int32)
     np.cumsum(counts, out=query_start[1:])
     first = np.repeat(kv_length - query_start[1:], counts)  # position of a sequence's row 0, were it so long
     positions = first + np.arange(tokens, dtype=np.int32)
     return StepInput(ids, positions, query_start, kv_length, table.reshape(rows, pages), index)
+
+
+def unpack_source(message: Int32Array) -> Int32Array | None:
+    """The source of `pack_start`."""
+    return message[-abs(int(message[0])) :] if message[3] < 0 else None
 
 
 def unpack_load(message: Int32Array) -> tuple[Int32Array, Int32Array, Int32Array]:
@@ -193,8 +203,8 @@ class LeadingCopier(LeadingExecutor):
 
 
 class LeadingLoop(LeadingCopier):
-    """A `LeadingCopier` whose ranks are `DecodeLoop`s and `GreedyChooser`s: one message starts a burst of steps, or a step
-    with guesses to verify, and none of their results travels to the host of another rank."""
+    """A `LeadingCopier` whose ranks are `DecodeLoop`s, `StepStarter`s and `GreedyChooser`s: one message starts a burst of
+    steps, or a step of prompts or guesses, and none of their results travels to the host of another rank."""
 
     @property
     def max_draft_tokens(self) -> int | None:
@@ -202,9 +212,17 @@ class LeadingLoop(LeadingCopier):
         return self._chooser.max_draft_tokens
 
     def choose(self, step: StepInput) -> Int32Array:
-        """See `GreedyChooser.choose`; rank 0 has chosen the tokens itself."""
-        with self._in_step_with(pack_choose(step)):
-            return self._chooser.choose(step)
+        """See `GreedyChooser.choose`."""
+        return self.finish_step(self.start_step(step, None))
+
+    def start_step(self, step: StepInput, source: Int32Array | None) -> Any:
+        """See `StepStarter.start_step`."""
+        with self._in_step_with(pack_start(step, source)):
+            return self._starter.start_step(step, source)
+
+    def finish_step(self, ticket: Any) -> Int32Array:
+        """See `StepStarter.finish_step`; rank 0 has chosen the tokens itself."""
+        return self._starter.finish_step(ticket)
 
     def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
         """See `DecodeLoop.loop_load`."""
@@ -226,6 +244,11 @@ class LeadingLoop(LeadingCopier):
     def loop_collect(self, ticket: Any) -> Int32Array:
         """See `DecodeLoop.loop_collect`; rank 0 has chosen the tokens itself."""
         return self._loop.loop_collect(ticket)
+
+    @property
+    def _starter(self) -> StepStarter:
+        assert isinstance(self._local, StepStarter)
+        return self._local
 
     @property
     def _chooser(self) -> GreedyChooser:
@@ -255,8 +278,8 @@ def _obey(local: Local, message: Int32Array) -> None:
     """Does what a message other than `STOP` says."""
     step = unpack(message)
     if step is not None and message[0] < 0:
-        assert isinstance(local, GreedyChooser)
-        local.choose(step)
+        assert isinstance(local, StepStarter)
+        local.start_step(step, unpack_source(message))
         return
     if step is not None:
         local.execute(step)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from trtc.runtime import cuda_stage
-from trtc.runtime.executor import DecodeLoop, Executor, GreedyChooser
+from trtc.runtime.executor import DecodeLoop, Executor, GreedyChooser, StepStarter
 from trtc.runtime.llm import LLM
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import StepInput
@@ -61,6 +61,7 @@ def compute(engine_dir: str | Path) -> dict[str, object]:
             "logits": logits(executor),
             "chosen": chosen(executor, steps_of(executor)),
         }
+        assert isinstance(executor, StepStarter)  # prompts are planned while the devices compute those before
         found["together"] = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, GREEDY)]
         found["alone"] = list(llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0].token_ids)
     return found

@@ -183,9 +183,10 @@ class Executor(CudaStageExecutor):
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    zeros = torch.zeros
+    zeros, empty = torch.zeros, torch.empty
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr(torch, "zeros", lambda *sizes, pin_memory=False, **more: zeros(*sizes, **more))
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **more: empty(*sizes, **more))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(cuda_stage, "to_torch", lambda name: getattr(torch, name))
@@ -217,9 +218,24 @@ STEPS = {
 }
 
 
+def started_ahead(executor: Executor) -> list[list[int]]:
+    """A step of prompts, one that decodes their tokens beside a prompt, and one of all three, begun before any is known."""
+    first = prompts([20, 15], [19, 34])
+    second, third = prompts([1, 1, 40], [0, 1, 41]), prompts([1, 1, 1], [0, 1, 2])
+    for step, lengths in ((second, [21, 16, 40]), (third, [22, 17, 41])):
+        step.kv_length[:] = lengths
+        step.positions[step.query_start[1:] - 1] = step.kv_length - 1
+    sources = [None, int32([0, 1, *[-1] * 40]), int32([0, 1, 2])]
+    for step, source in zip((second, third), sources[1:], strict=True):
+        step.token_ids[source >= 0] = -1
+    tickets = [executor.start_step(*each) for each in zip((first, second, third), sources, strict=True)]
+    return [executor.finish_step(ticket).tolist() for ticket in tickets]
+
+
 @pytest.mark.parametrize(("stages", "tp_size"), [(2, 1), (3, 1), (2, 2)])
 def test_stages_together_do_what_the_rule_says(stages: int, tp_size: int) -> None:
-    """Prompts in parts, verified guesses, a burst of decode steps that runs ahead, a row that rests, and steps after it."""
+    """Prompts in parts, verified guesses, a burst of decode steps that runs ahead, a row that rests, and steps after it, also
+    begun before the tokens of those before are known."""
     size = stages * tp_size
     wires = Wires(size)
     lengths = int32([4, 9, 2])
@@ -236,6 +252,7 @@ def test_stages_together_do_what_the_rule_says(stages: int, tp_size: int) -> Non
         tickets.append(executor.loop_enqueue(2))
         found["loop"] = np.concatenate([executor.loop_collect(ticket) for ticket in tickets]).T.tolist()
         found["after"] = executor.choose(STEPS["few tokens"]).tolist()
+        found["ahead"] = started_ahead(executor)
         return found
 
     with ThreadPoolExecutor(size) as pool:
@@ -250,3 +267,16 @@ def test_stages_together_do_what_the_rule_says(stages: int, tp_size: int) -> Non
             token, length = next_token(token, length, stages), length + 1
             assert all(found["loop"][row][index] == token for found in results)
     assert all(found["after"] == found["few tokens, chosen"] for found in results)
+    row = [
+        next_token(int(STEPS["prompts"].token_ids[index]), length, stages)
+        for index, length in ((19, 20), (34, 15))
+    ]
+    ahead = [row]
+    last = next_token((11 * 41) % VOCAB, 40, stages)
+    ahead.append(
+        [*(next_token(token, length, stages) for token, length in zip(row, (21, 16), strict=True)), last]
+    )
+    ahead.append(
+        [next_token(token, length, stages) for token, length in zip(ahead[1], (22, 17, 41), strict=True)]
+    )
+    assert all(found["ahead"] == ahead for found in results)

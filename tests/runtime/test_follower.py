@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,8 +69,15 @@ class LoopRecorder(Recorder):
     max_draft_tokens = 32
 
     def choose(self, step: StepInput) -> Any:
-        self.calls.append(("choose", {name: value.tolist() for name, value in vars(step).items()}))
-        return np.full(len(step.logits_index), 6, np.int32)
+        raise AssertionError("a rank starts a step, and only rank 0 waits for it")
+
+    def start_step(self, step: StepInput, source: Any) -> Any:
+        where = None if source is None else source.tolist()
+        self.calls.append(("start", {name: value.tolist() for name, value in vars(step).items()}, where))
+        return len(step.logits_index)
+
+    def finish_step(self, ticket: Any) -> Any:
+        return np.full(ticket, 6, np.int32)
 
     def loop_load(self, token_ids: Any, kv_length: Any, page_table: Any) -> None:
         self.calls.append(("load", token_ids.tolist(), kv_length.tolist(), page_table.tolist()))
@@ -115,6 +123,9 @@ def test_followers_do_what_rank_0_does(engine: Engine) -> None:
 
     assert executor.execute(STEP).shape == (2, 3)
     assert executor.choose(STEP).tolist() == [6, 6]
+    nothing_wanted = replace(STEP, logits_index=array())
+    tickets = [executor.start_step(step, array(-1, 0, 1)) for step in (STEP, nothing_wanted)]
+    assert [executor.finish_step(ticket).tolist() for ticket in tickets] == [[6, 6], []]
     executor.loop_load(array(9, 8), array(41, 3), np.array([[4, 2], [1, -1]], np.int32))
     tickets = [executor.loop_enqueue(8), executor.loop_enqueue(1)]
     executor.loop_rest([])
@@ -132,7 +143,9 @@ def test_followers_do_what_rank_0_does(engine: Engine) -> None:
     assert second.calls == first.calls
     assert [call[0] for call in second.calls] == [
         "execute",
-        "choose",
+        "start",
+        "start",
+        "start",
         "load",
         "enqueue",
         "enqueue",
