@@ -12,13 +12,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
 
 from ..cli.main import main
 from ..core.engine import Engine
-from ..runtime import load
+from ..runtime import engine_process, engine_worker, load
 from ..runtime.engine_limits import EngineLimits
 from ..runtime.step_input import Int32Array, StepInput
 
@@ -35,7 +36,7 @@ LAUNCH_S = 12e-6
 
 
 class PacedExecutor(EngineLimits):
-    """An `Executor`, `GreedyChooser` and `DecodeLoop` whose device is a clock."""
+    """An `Executor`, `GreedyChooser`, `StepStarter` and `DecodeLoop` whose device is a clock."""
 
     max_draft_tokens = None
 
@@ -44,7 +45,7 @@ class PacedExecutor(EngineLimits):
     ) -> None:
         super().__init__(engine, num_pages or NUM_PAGES)
         self._free_at = 0.0
-        self._token_ids, self._kv_length, self._runs = np.zeros((3, 0), np.int32)
+        self._token_ids, self._kv_length, self._runs, self._chosen = np.zeros((4, 1), np.int32)
 
     def execute(self, step: StepInput) -> torch.Tensor:
         logits = torch.zeros(len(step.logits_index), self.vocab_size)
@@ -52,16 +53,26 @@ class PacedExecutor(EngineLimits):
         return logits
 
     def choose(self, step: StepInput) -> Int32Array:
+        return self.finish_step(self.start_step(step, None))
+
+    def start_step(self, step: StepInput, source: Int32Array | None) -> tuple[float, Int32Array]:
+        token_ids = step.token_ids
+        if source is not None:
+            token_ids = np.where(source >= 0, self._chosen[source], token_ids)
         prompts = step.num_tokens > step.num_sequences
         done = self._start(
             STEP_S + PREFILL_S * (step.num_tokens if prompts else 0) + KEY_VALUE_S * int(step.kv_length.sum())
         )
-        if prompts:
-            for _ in range(LAUNCHES):
-                _hold(LAUNCH_S)
-                time.sleep(0)
+        for _ in range(LAUNCHES if prompts else 1):
+            _hold(LAUNCH_S)
+            time.sleep(0)
+        self._chosen = self._next(token_ids[step.logits_index])
+        return done, self._chosen
+
+    def finish_step(self, ticket: tuple[float, Int32Array]) -> Int32Array:
+        done, chosen = ticket
         _wait(done)
-        return self._next(step.token_ids[step.logits_index])
+        return chosen
 
     def loop_load(self, token_ids: Int32Array, kv_length: Int32Array, page_table: Int32Array) -> None:
         self._token_ids, self._kv_length = token_ids, kv_length.copy()
@@ -113,4 +124,8 @@ def _wait(until: float) -> None:
 
 if __name__ == "__main__":
     load._EXECUTORS["cpu"] = PacedExecutor
-    sys.exit(main())
+    engine_process.WORKER = "trtc.bench.paced"
+    if sys.argv[1].isdecimal():  # started by an `EngineProcess`
+        engine_worker.main(Connection(int(sys.argv[1])))
+    else:
+        sys.exit(main())

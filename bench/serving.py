@@ -88,11 +88,15 @@ class Server:
             time.sleep(0.05)
 
     def resident_mib(self) -> float:
-        """Memory of the process that is in RAM (Linux)."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) / 1024
-        raise AssertionError("the server is gone")
+        """Memory in RAM of the server's process and of its engine's (Linux)."""
+        statuses = {int(path.parent.name): _status(path) for path in Path("/proc").glob("[0-9]*/status")}
+        ours = [
+            status
+            for pid, status in statuses.items()
+            if self.process.pid in (pid, int(status.get("PPid", "0")))
+        ]
+        assert ours, "the server is gone"
+        return sum(int(status["VmRSS"].split()[0]) for status in ours) / 1024
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -139,6 +143,15 @@ def environment(engine_dir: Path, commit: str | None = None) -> dict[str, Any]:
         **found,
         "versions": dict(_versions()),
     }
+
+
+def _status(path: Path) -> dict[str, str]:
+    """Of a process; empty when it has ended meanwhile."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -7,10 +7,11 @@ from collections.abc import AsyncGenerator, Sequence
 from itertools import count
 from os import PathLike
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ..core.errors import RequestError
 from .engine_core import EngineCore
+from .engine_process import EngineProcess
 from .engine_thread import EngineStats, EngineThread, OnFinished, Submission
 from .executor import Executor
 from .llm import Prompt, _prompt_value, _token_ids
@@ -22,12 +23,17 @@ from .request import check_line
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
+_request_ids = count()
+
 
 class AsyncLLM:
     """Generation for asyncio: `async for output in llm.generate(prompt, params)`.
 
-    Requests of all tasks share the batches of one engine, which runs in a thread of its own.
+    Requests of all tasks share the batches of one engine, which runs in a thread or a process of its own.
     """
+
+    executor: Executor
+    _engine: EngineThread | EngineProcess
 
     def __init__(
         self,
@@ -40,22 +46,35 @@ class AsyncLLM:
         enable_prefix_cache: bool = True,
         prompt_lookup: PromptLookup | None = None,
         on_finished: OnFinished | None = None,
+        own_process: bool = False,
     ) -> None:
         """Loads an engine directory. `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`.
 
         seed:        of the stream from which requests without a seed draw theirs
         enable_prefix_cache: a prompt starts behind what an earlier one with the same beginning has left in the KV cache
         prompt_lookup: for greedy requests that ask for nothing else
-        on_finished: called in the engine's thread for every request that has ended
+        on_finished: called for every request that has ended, in a thread of the engine's
+        own_process: the engine runs in a process of its own, where steps do not wait for what this one does with their tokens;
+                     not for an engine of several ranks
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
         machine cannot run it.
         """
-        executor = load_executor(
-            engine_dir, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, verify=verify
-        )
-        self._start(
-            executor, Tokenizer.from_dir(engine_dir), seed, enable_prefix_cache, prompt_lookup, on_finished
-        )
+        self.tokenizer = Tokenizer.from_dir(engine_dir)
+        options = {
+            "seed": seed,
+            "enable_prefix_cache": enable_prefix_cache,
+            "prompt_lookup": prompt_lookup,
+        }
+        loading: dict[str, Any] = {
+            "num_pages": num_pages,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "verify": verify,
+        }
+        if own_process:
+            engine = EngineProcess(engine_dir, loading | options, self.tokenizer, on_finished)
+            self._engine, self.executor = engine, engine.executor
+        else:
+            self._start(load_executor(engine_dir, **loading), options, on_finished)
 
     @classmethod
     def from_executor(
@@ -70,29 +89,19 @@ class AsyncLLM:
     ) -> Self:
         """Runs on an executor that is loaded already, or that is not made from an engine directory."""
         llm = cls.__new__(cls)
-        llm._start(executor, tokenizer, seed, enable_prefix_cache, prompt_lookup, on_finished)
+        llm.tokenizer = tokenizer
+        options = {
+            "seed": seed,
+            "enable_prefix_cache": enable_prefix_cache,
+            "prompt_lookup": prompt_lookup,
+        }
+        llm._start(executor, options, on_finished)
         return llm
 
-    def _start(
-        self,
-        executor: Executor,
-        tokenizer: Tokenizer | None,
-        seed: int,
-        enable_prefix_cache: bool,
-        prompt_lookup: PromptLookup | None,
-        on_finished: OnFinished | None,
-    ) -> None:
+    def _start(self, executor: Executor, options: dict[str, Any], on_finished: OnFinished | None) -> None:
         self.executor = executor
-        self.tokenizer = tokenizer
-        self._core = EngineCore(
-            executor,
-            tokenizer,
-            seed=seed,
-            enable_prefix_cache=enable_prefix_cache,
-            prompt_lookup=prompt_lookup,
-        )
+        self._core = EngineCore(executor, self.tokenizer, **options)
         self._engine = EngineThread(self._core, on_finished)
-        self._request_ids = map(str, count())
 
     async def generate(
         self,
@@ -124,13 +133,13 @@ class AsyncLLM:
         else:
             text, token_ids = self.tokenize(prompt)
         self.check_request(token_ids, params)
-        name = next(self._request_ids) if request_id is None else request_id
+        name = f"{next(_request_ids)}" if request_id is None else request_id
         reader = OutputStream(name, text, token_ids, params.n)
         submission = Submission(name, token_ids, params, text, stream, reader, priority, timeout_s)
         self._engine.submit(submission)
         try:
             while True:
-                output = await submission.stream.get()
+                output = await reader.get()
                 yield output
                 if output.finished:
                     return
@@ -148,26 +157,11 @@ class AsyncLLM:
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises RequestError, naming value and limit, when this engine cannot serve the request."""
-        self._core.check_request(prompt_token_ids, params)  # reads only what never changes
+        self._engine.check_request(prompt_token_ids, params)
 
     def stats(self) -> EngineStats:
-        """What the engine holds now; a snapshot that another thread may already have changed."""
-        scheduler = self._core.scheduler
-        pool = scheduler.pool
-        num_prompt_tokens, num_output_tokens = self._engine.token_counts()
-        return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_used_pages=pool.num_used,
-            num_pages=self.executor.num_pages,
-            num_prompt_tokens=num_prompt_tokens,
-            num_output_tokens=num_output_tokens,
-            num_cached_pages=pool.num_cached,
-            num_looked_up_pages=scheduler.prefix_cache.num_looked_up,
-            num_found_pages=scheduler.prefix_cache.num_found,
-            num_guessed_tokens=self._core.lookup_stats.proposed,
-            num_accepted_tokens=self._core.lookup_stats.accepted,
-        )
+        """What the engine holds; a snapshot that may already have changed."""
+        return self._engine.stats()
 
     @property
     def failure(self) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from ..core.errors import EngineError, RequestError
 from .engine_core import EngineCore
@@ -83,6 +83,7 @@ OnFinished: TypeAlias = Callable[[RequestStats], None]
 class Submission:
     """A request on its way through the engine thread, which alone fills the lower half.
 
+    stream: of the reader; None where that is in another process
     priority, timeout_s: see `AsyncLLM.generate`
     """
 
@@ -91,7 +92,7 @@ class Submission:
     params: SamplingParams
     prompt: str | None
     report_steps: bool
-    stream: OutputStream
+    stream: OutputStream | None
     priority: int = 0
     timeout_s: float | None = None
     submitted: float = field(default_factory=time.perf_counter)
@@ -135,6 +136,41 @@ class Submission:
         )
 
 
+class Outlet(Protocol):
+    """The way from the engine's thread, which calls all methods, to the readers."""
+
+    def deliver(self, updates: list[tuple[Submission, Update]]) -> list[Submission]:
+        """Hands over what a step has brought, which may be nothing. Returns those that nobody can read any more."""
+
+    def idle(self) -> None:
+        """Nothing more comes before a command does."""
+
+    def fail(self, submissions: list[Submission], reason: str) -> None:
+        """Tells their readers that the engine has ended these."""
+
+
+class Streams:
+    """To event loops of this process: one call a step for each loop."""
+
+    def deliver(self, updates: list[tuple[Submission, Update]]) -> list[Submission]:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[OutputStream, Update]]] = {}
+        for submission, update in updates:
+            assert submission.stream is not None, "its reader is in another process"
+            by_loop.setdefault(submission.stream.loop, []).append((submission.stream, update))
+        closed = {loop for loop, changed in by_loop.items() if not _call(loop, partial(_put_all, changed))}
+        if not closed:
+            return []
+        return [each for each, _ in updates if each.stream is not None and each.stream.loop in closed]
+
+    def idle(self) -> None:
+        """Nothing was kept back."""
+
+    def fail(self, submissions: list[Submission], reason: str) -> None:
+        for submission in submissions:
+            assert submission.stream is not None, "its reader is in another process"
+            _call(submission.stream.loop, partial(submission.stream.fail, reason))
+
+
 class EngineThread:
     """Runs an engine core until `stop`, or until a step raises: then every request is told, and new ones are refused.
 
@@ -142,9 +178,16 @@ class EngineThread:
     on_finished: called in the engine thread for every request that ends, before its reader sees the end
     """
 
-    def __init__(self, core: EngineCore, on_finished: OnFinished | None) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        on_finished: OnFinished | None,
+        outlet: Callable[[EngineThread], Outlet] | None = None,
+    ) -> None:
+        """outlet: makes what its outputs go through; None: `Streams`."""
         self._core = core
         self._on_finished = on_finished
+        self._outlet: Outlet = Streams() if outlet is None else outlet(self)
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -175,6 +218,10 @@ class EngineThread:
         if self._submissions.get(submission.request_id) is submission:
             self._commands.put(partial(self._cancel, submission))
 
+    def find(self, request_id: str) -> Submission | None:
+        """The unfinished request of that id."""
+        return self._submissions.get(request_id)
+
     def refuse(self, reason: str) -> None:
         """From now on no request is taken; those that were go on."""
         with self._lock:
@@ -185,8 +232,30 @@ class EngineThread:
         with self._idle:
             return self._idle.wait_for(lambda: not self._submissions, timeout_s)
 
-    def token_counts(self) -> tuple[int, int]:
-        """Prompt tokens computed and output tokens chosen since the start. For any thread."""
+    def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises RequestError, naming value and limit, when the engine cannot serve the request. For any thread."""
+        self._core.check_request(prompt_token_ids, params)  # reads only what never changes
+
+    def stats(self) -> EngineStats:
+        """A snapshot that another thread may already have changed. For any thread."""
+        scheduler, lookup = self._core.scheduler, self._core.lookup_stats
+        num_prompt_tokens, num_output_tokens = self._token_counts()
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_used_pages=scheduler.pool.num_used,
+            num_pages=scheduler.pool.num_pages,
+            num_prompt_tokens=num_prompt_tokens,
+            num_output_tokens=num_output_tokens,
+            num_cached_pages=scheduler.pool.num_cached,
+            num_looked_up_pages=scheduler.prefix_cache.num_looked_up,
+            num_found_pages=scheduler.prefix_cache.num_found,
+            num_guessed_tokens=lookup.proposed,
+            num_accepted_tokens=lookup.accepted,
+        )
+
+    def _token_counts(self) -> tuple[int, int]:
+        """Prompt tokens computed and output tokens chosen since the start."""
         with self._lock:
             counts = [self._ended_tokens, *(each.token_counts() for each in self._submissions.values())]
         prompt, output = zip(*counts, strict=True)
@@ -210,6 +279,8 @@ class EngineThread:
     def _take_commands(self) -> bool:
         """Runs what is in line, and waits for something when there is nothing else to do. False: stop."""
         while not self._core.has_unfinished or not self._commands.empty():
+            if self._commands.empty():
+                self._outlet.idle()
             command = self._commands.get()
             if command is None:
                 return False
@@ -240,22 +311,20 @@ class EngineThread:
         for submission in [s for s in self._awaiting_first_token if s.has_token]:
             submission.first_token = now
             self._awaiting_first_token.remove(submission)
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Submission, Update]]] = {}
+        updates = []
         for group in changed:
-            submission = self._submissions[group.request_id]
             if not group.reports:
                 continue
+            submission = self._submissions[group.request_id]
             update = submission.cutter.update(group, self._core.tokenizer)
-            by_loop.setdefault(submission.stream.loop, []).append((submission, update))
+            updates.append((submission, update))
             if update.finished:
                 last = update.outputs if isinstance(update, RequestOutput) else update.pieces
                 reason = last[-1].finish_reason
                 assert reason is not None
                 self._end(submission, reason, update)
-        for loop, updates in by_loop.items():
-            if not _call(loop, partial(_put_all, updates)):
-                for submission, _ in updates:  # nobody can read them any more
-                    self._cancel(submission)
+        for submission in self._outlet.deliver(updates):
+            self._cancel(submission)
 
     def _end(self, submission: Submission, outcome: Outcome, update: Update | None = None) -> None:
         self._awaiting_first_token.discard(submission)
@@ -274,12 +343,12 @@ class EngineThread:
         for submission in left:
             self._core.cancel(submission.request_id)
             self._end(submission, "error")
-            _call(submission.stream.loop, partial(submission.stream.fail, reason))
+        self._outlet.fail(left, reason)
 
 
-def _put_all(updates: list[tuple[Submission, Update]]) -> None:
-    for submission, update in updates:
-        submission.stream.put(update)
+def _put_all(updates: list[tuple[OutputStream, Update]]) -> None:
+    for stream, update in updates:
+        stream.put(update)
 
 
 def _call(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> bool:

@@ -19,6 +19,8 @@ from ...core.engine import Engine
 from ...core.errors import ConfigError
 from ..async_llm import AsyncLLM
 from ..engine_thread import RequestStats
+from ..engine_worker import SWITCH_S
+from ..placement import placement
 from ..prompt_lookup import PromptLookup
 from .app import Service, create_app
 from .chat_template import ChatTemplate
@@ -29,9 +31,6 @@ from .metrics import Metrics
 
 _LAST_ANSWERS_S = 5
 """For errors to reach clients after the drain timeout; then connections are cut."""
-_SWITCH_S = 0.0005
-"""A thread may keep the interpreter so long from another. The engine's thread gives it up at every launch of a kernel, and
-with Python's 5 ms the device would wait for the event loop each time."""
 
 
 def serve(
@@ -62,12 +61,13 @@ def serve(
             enable_prefix_cache=enable_prefix_cache,
             prompt_lookup=prompt_lookup,
             on_finished=request_ended,
+            own_process=placement().size == 1,  # a rank is the process that its job has started
         )
         try:
             template = ChatTemplate.from_dir(engine_dir)
             service = Service(llm, template, config, metrics, history, _facts(engine_dir))
             server = _Server(service, config)
-            sys.setswitchinterval(_SWITCH_S)
+            sys.setswitchinterval(SWITCH_S)
             gc.collect()
             gc.freeze()  # modules and weights stay: nobody need look through them again and again
             server.run(sockets=[listener])

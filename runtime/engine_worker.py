@@ -1,0 +1,139 @@
+"""What runs in the process of an `EngineProcess`: the engine's thread, and commands and news over a connection.
+
+python -m trtc.runtime.engine_worker FD        FD: the inherited end of the connection
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..core.errors import EngineError, TrtcError
+from .engine_core import EngineCore
+from .engine_process import Limits, LogLine, News
+from .engine_thread import EngineThread, RequestStats, Submission
+from .load import load_executor
+from .output_stream import Update
+from .tokenizer import Tokenizer
+
+SWITCH_S = 0.0005
+"""A thread may keep the interpreter so long from another: the engine's gives it up at every launch of a kernel, and with
+Python's 5 ms the device would wait each time while commands come."""
+STATS_S = 0.1
+"""While steps run, news have fresh stats so often."""
+
+
+class Sender:
+    """One end of the connection, for several threads. The other process may be gone: then there is nobody to tell."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._lock = connection, threading.Lock()
+
+    def send(self, message: object) -> None:
+        with self._lock:
+            try:
+                self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+            except OSError:
+                os._exit(1)
+
+
+class LogSender(logging.Handler):
+    """Hands log lines to the other process, which knows how its log looks."""
+
+    def __init__(self, sender: Sender) -> None:
+        super().__init__()
+        self._sender = sender
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._sender.send(LogLine(record.name, record.levelno, self.format(record)))
+
+
+class NewsOutlet:
+    """An `Outlet` to the other process. ended: what the engine's thread says of those that have ended, until it is sent"""
+
+    def __init__(self, sender: Sender, ended: list[RequestStats], engine: EngineThread) -> None:
+        self._sender, self._ended, self._engine = sender, ended, engine
+        self._stats_at = 0.0
+
+    def deliver(self, updates: list[tuple[Submission, Update]]) -> list[Submission]:
+        due = time.monotonic() - self._stats_at > STATS_S
+        if updates or self._ended or due:
+            self._send([(submission.request_id, update) for submission, update in updates], due)
+        return []
+
+    def idle(self) -> None:
+        self._send([], True)
+
+    def fail(self, submissions: list[Submission], reason: str) -> None:
+        """All of these are among the ended."""
+        self._send([], True, reason)
+
+    def _send(self, updates: list[tuple[str, Update]], stats: bool, failure: str | None = None) -> None:
+        now = None
+        if stats:
+            self._stats_at, now = time.monotonic(), self._engine.stats()
+        self._sender.send(News(self._ended, updates, now, failure))
+        self._ended.clear()
+
+
+def main(connection: Connection) -> None:
+    """Loads an engine, says what it takes, and serves until it is told to stop or the other process is gone.
+
+    First message: the engine directory, and options: `num_pages`, `kv_cache_memory_bytes`, `verify` of `load_executor`, and
+    `seed`, `enable_prefix_cache`, `prompt_lookup` of `EngineCore`.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to all processes; the other one says what to do
+    sender = Sender(connection)
+    logging.getLogger().handlers = [LogSender(sender)]
+    logging.captureWarnings(True)
+    try:
+        engine_dir, options = connection.recv()
+        loading = ("num_pages", "kv_cache_memory_bytes", "verify")
+        executor = load_executor(engine_dir, **{name: options.pop(name) for name in loading})
+        core = EngineCore(executor, Tokenizer.from_dir(engine_dir), **options)
+    except TrtcError as error:
+        sender.send(error)
+        return
+    except Exception as error:
+        logging.getLogger(__name__).exception("the engine cannot be loaded")
+        sender.send(EngineError(f"{engine_dir}: {type(error).__name__}: {error}"))
+        return
+    ended: list[RequestStats] = []
+    sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()  # modules and weights stay: nobody need look through them again and again
+    sender.send(Limits.of(executor))
+    take_commands(connection, EngineThread(core, ended.append, partial(NewsOutlet, sender, ended)))
+    executor.close()
+
+
+def take_commands(connection: Connection, engine: EngineThread) -> None:
+    """Until the last one. Commands: the fields of a `Submission`, the id of one to cancel, None to stop."""
+    while True:
+        try:
+            command: Any = connection.recv()
+        except (EOFError, OSError):
+            os._exit(1)  # nobody is left who could want anything
+        if command is None:
+            engine.stop()
+            return
+        if isinstance(command, dict):
+            with suppress(EngineError):  # it has failed, which was said
+                engine.submit(Submission(**command, stream=None))
+        elif (submission := engine.find(command)) is not None:
+            engine.cancel(submission)
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])))
