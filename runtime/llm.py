@@ -112,25 +112,23 @@ class LLM:
         priorities = _priorities(priority, len(texts_and_ids))
         for number in priorities:
             check_line(number, timeout_s)
-        for index, ((_, token_ids), param) in enumerate(zip(texts_and_ids, params, strict=True)):
-            with _naming_prompt(index):
-                self.core.check_request(token_ids, param)
         if not self._busy.acquire(blocking=False):
             raise RequestError("generate() is already running on this LLM; pass all prompts in one call")
         request_ids = [next(self._request_ids) for _ in texts_and_ids]
         deadline = None if timeout_s is None else time.perf_counter() + timeout_s
         rows = zip(request_ids, texts_and_ids, params, priorities, strict=True)
         try:
-            for request_id, (text, token_ids), param, number in rows:
-                self.core.add_request(
-                    request_id,
-                    token_ids,
-                    param,
-                    prompt=text,
-                    stream=on_output is not None,
-                    priority=number,
-                    deadline=deadline,
-                )
+            for index, (request_id, (text, token_ids), param, number) in enumerate(rows):
+                with _naming_prompt(index):
+                    self.core.add_request(
+                        request_id,
+                        token_ids,
+                        param,
+                        prompt=text,
+                        stream=on_output is not None,
+                        priority=number,
+                        deadline=deadline,
+                    )
             finished = self._run(on_output)
         finally:  # an error in a step or in on_output leaves no request and no page behind
             for request_id in request_ids:

@@ -29,7 +29,7 @@ class QuantizedProducts:
 
     def __init__(self, graph: Graph, weights: Mapping[str, torch.Tensor], library: KernelLibrary) -> None:
         self._weights = weights
-        self._multiplies_fp8 = library.capability in FP8_CAPABILITIES
+        self._library = library
         self._dequantize, self._quantize_rows = Dequantize(library), QuantizeRows(library)
         self._row_scales: dict[str, torch.Tensor] = {}
         self._scratch = self._room(graph)
@@ -47,7 +47,7 @@ class QuantizedProducts:
 
     def takes_fp8(self, node: Node) -> bool:
         """Whether a product takes its rows as e4m3 numbers."""
-        if not (self._multiplies_fp8 and rounds_rows(node)):
+        if not rounds_rows(node) or self._library.capability not in FP8_CAPABILITIES:
             return False
         features, columns = self._weights[node.used[1]].shape
         return features % _MULTIPLE == 0 and columns % _MULTIPLE == 0 and columns <= MAX_COLUMNS

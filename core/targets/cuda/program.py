@@ -19,7 +19,7 @@ from ....kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
 from ...graph import Graph, Node
 from ...ops import ReferenceContext, get_op
 from ...ops.registry import Communicator
-from ...passes.rewrite import only_reader
+from ...passes.rewrite import only_reader, remove_dead
 from ..program import Kernel, KernelFactory, Program
 from .large_products import QuantizedProducts, large_linear
 from .variants import decode_graph, prefill_graph, sum_on_first_rank
@@ -103,7 +103,7 @@ class CudaProgram:
         self._decode_rows: DecodeRows | None = None
         self._context_rows: ContextRows | None = None
         self._plans: dict[int, tuple[DecodePlan, torch.Tensor | None]] = {}
-        self._prefill = self._program(prefill_graph(graph), library_products=True)
+        self._prefill = self._program(prefill_graph(graph), library_products=True, residuals=False)
 
     def prefill(
         self, inputs: Mapping[str, torch.Tensor], decode: DecodeRows | None, context: ContextRows | None
@@ -118,10 +118,11 @@ class CudaProgram:
 
         The logits are those the head computes, before the graph widens them. Capturable in a CUDA graph after one run.
         """
-        graph = decode_graph(self._graph, fuse_norms=rows <= MAX_STREAM_ROWS)
+        few = rows <= MAX_ROWS
+        graph = decode_graph(self._graph, fuse_norms=rows <= MAX_STREAM_ROWS, fuse_residuals=few)
         if self._gives_logits:
             graph = narrow_logits(graph)
-        program = self._program(graph, library_products=False)
+        program = self._program(graph, library_products=False, residuals=few)
 
         def run(inputs: Mapping[str, torch.Tensor], decode: DecodeRows) -> torch.Tensor:
             self._decode_rows, self._context_rows = decode, None
@@ -129,9 +130,10 @@ class CudaProgram:
 
         return run
 
-    def _program(self, graph: Graph, *, library_products: bool) -> Program:
-        """library_products: cuBLASLt for every product. The engine carries linear kernels for decode buckets only."""
-        graph = sum_on_first_rank(graph, first=self._rank == 0, residuals=not library_products)
+    def _program(self, graph: Graph, *, library_products: bool, residuals: bool) -> Program:
+        """library_products: cuBLASLt for every product. The engine carries linear kernels for decode buckets only.
+        residuals: whether products take them in."""
+        graph = sum_on_first_rank(graph, first=self._rank == 0, residuals=residuals)
         kernels: dict[str, KernelFactory] = {
             "embedding": self._embedding_kernel,
             "linear": partial(self._linear_kernel, library_products),
@@ -349,4 +351,6 @@ def narrow_logits(graph: Graph) -> Graph:
     """`graph` without a last cast: sampling kernels read what the head leaves."""
     (name,) = graph.outputs
     node = graph.producers[name]
-    return Graph(graph.nodes, (node.used[0],)) if node.op == "cast" else graph
+    if node.op != "cast":
+        return graph
+    return remove_dead(Graph(graph.nodes, (node.used[0],)))

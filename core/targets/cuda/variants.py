@@ -21,12 +21,15 @@ def prefill_graph(graph: Graph) -> Graph:
     return rewrite(graph, (fuse.add_norm,)).verify("prefill graph")
 
 
-def decode_graph(graph: Graph, *, fuse_norms: bool) -> Graph:
+def decode_graph(graph: Graph, *, fuse_norms: bool, fuse_residuals: bool = True) -> Graph:
     """`graph` for steps of one token per sequence, each wanting its logits.
 
-    fuse_norms: whether the linear kernel for this number of rows can norm its input.
+    fuse_norms, fuse_residuals: whether the linear kernel for this number of rows can norm its input, and add to its result;
+    where it cannot, the sum joins the norm.
     """
-    graph = rewrite(all_rows(graph), (fuse.linear_residual,))
+    graph = all_rows(graph)
+    if fuse_residuals:
+        graph = rewrite(graph, (fuse.linear_residual,))
     if fuse_norms:
         graph = rewrite(graph, (fuse.norm_linear,))
     return rewrite(graph, (fuse.add_norm,)).verify("decode graph")

@@ -26,7 +26,7 @@ from trtc.core.targets.cuda.code import (
     read_code,
     verify_buckets,
 )
-from trtc.core.targets.cuda.program import CudaProgram, DecodeRows, _quantized_for_kernels
+from trtc.core.targets.cuda.program import CudaProgram, DecodeRows, _quantized_for_kernels, narrow_logits
 from trtc.core.targets.cuda.variants import decode_graph, prefill_graph
 from trtc.kernels.append_kv.reference import append_kv
 from trtc.kernels.paged_decode_attention.reference import paged_decode_attention
@@ -90,8 +90,8 @@ def test_variants_compute_what_the_graph_does(variant: str, how: WeightFormat | 
     run(graph, prompt, caches[2])
     token = sequences.step({"a": [7], "b": [8]})
     expected = run(graph, token, caches[0])
-    for fits in (True, False):
-        decode = decode_graph(graph, fuse_norms=fits)
+    for norms, residuals in ((True, True), (False, True), (False, False)):
+        decode = decode_graph(graph, fuse_norms=norms, fuse_residuals=residuals)
         assert (
             max_error(run(decode, token, [tuple(t.clone() for t in layer) for layer in caches[2]]), expected)
             <= FLOAT64_ABS
@@ -105,6 +105,17 @@ def test_decode_graph_has_few_kernels(tmp_path: Path) -> None:
     views = {"input", "weight", "reshape", "split", "cast"}
     work = [node.op for node in decode.nodes if node.op not in views]
     assert work == ["embedding", *["linear", "attention", "linear", "linear", "linear"] * 2, "linear"]
+
+
+def test_graph_of_many_rows_sums_in_its_norms(tmp_path: Path) -> None:
+    """Where a library multiplies, a residual is no kernel of its own; and nothing widens logits that nobody reads so."""
+    graph, _ = planned(checkpoint("cuda_pre_norm", tmp_path))
+    decode = narrow_logits(decode_graph(graph, fuse_norms=False, fuse_residuals=False))
+    views = {"input", "weight", "reshape", "split"}
+    work = [node.op for node in decode.nodes if node.op not in views]
+    layer = ["linear", "attention", "linear", "add_layer_norm", "linear", "linear", "add_layer_norm"]
+    assert work == ["embedding", "layer_norm", *layer * 2, "linear"]
+    assert decode.outputs == (decode.nodes[-1].name,) and "cast" in [node.op for node in graph.nodes]
 
 
 def test_quantized_decode_graph_has_few_kernels(tmp_path: Path) -> None:
