@@ -22,6 +22,7 @@ from trtc.bench import (
     server_tables,
     tensor_parallel,
 )
+from trtc.bench.kernels import fp8
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "gpu-vs-vllm.json"
@@ -178,6 +179,7 @@ TABLES = (
     (ROOT / "docs" / "cpu.md", RESULTS.parent / "cpu-scaling.json", cpu_scaling.table),
     (ROOT / "docs" / "cuda.md", H200, partial(table, name=H200.name)),
     (ROOT / "docs" / "quantization.md", quantized_steps.RESULTS, quantized_steps.table),
+    (ROOT / "docs" / "quantization.md", fp8.RESULTS, fp8.markdown),
     *(
         (ROOT / "docs" / "parallel.md", module.RESULTS, module.markdown)
         for module in (all_reduce, tensor_parallel, ranks_vs_vllm, rank_tokens, gpu_rank_memory)

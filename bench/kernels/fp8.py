@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from .harness import (
     write_json,
 )
 
+RESULTS = Path(__file__).parents[1] / "results" / "h100-kernels-fp8.json"
 LAYERS = {"1.3B": Model(32, 32, 64), "2.7B": Model(32, 32, 80), "6.7B": Model(32, 32, 128)}
 CACHES = {"float16": None, "fp8": torch.float8_e4m3fn}
 FP8_STAGES = (2, 4, 6, 8)
@@ -89,10 +92,10 @@ def another_layer(batch: PagedBatch) -> PagedBatch:
 
 @dataclass(frozen=True)
 class Product:
-    """Microseconds of one product and its parts, by what was launched; the error of that of e4m3 numbers.
+    """Microseconds of one product and its parts, by what was launched; the error of that in e4m3.
 
-    float16: cuBLASLt. dequantize: what makes float16 of the weight before it. ours: the decode kernel over e4m3 weights, up to 64
-    rows. round: of the rows. product, fast: of e4m3 numbers, the latter with sums of fewer bits. both: rounding and product.
+    float16: cuBLASLt. dequantize: what makes float16 of the weight before it. ours: the decode kernel over e4m3 weights, up to
+    64 rows. round: of the rows. product, fast: of e4m3 numbers, the latter with sums of fewer bits. both: rounding and product.
     """
 
     case: str
@@ -174,6 +177,51 @@ def print_products(products: list[Product]) -> None:
         print(f"{p.case:24} {p.rows:5} {times} {rates[0]:8.3f} {rates[1]:8.3f} {p.error:8.1e}")
 
 
+def markdown(data: dict[str, Any]) -> str:
+    """The tables of a results file, and the line below them that says what was measured."""
+    attention = {
+        tuple(row["case"].split(" ", 2)[1:]): {} for row in data["rows"] if row["config"].endswith("chosen")
+    }  # (size, batch) -> cache -> row
+    for row in data["rows"]:
+        if row["config"].endswith("chosen"):
+            _, size, batch = row["case"].split(" ", 2)
+            attention[size, batch][row["config"].split()[0]] = row
+    lines: list[tuple[str, ...]] = [
+        ("decode attention", "cache of float16", "cache of fp8", "ratio"),
+        ("---",) * 4,
+    ]
+    for (size, batch), found in attention.items():
+        cells = [f"{found[cache]['us']:.1f} us, {found[cache]['gbps']:.0f} GB/s" for cache in CACHES]
+        ratio = found["float16"]["us"] / found["fp8"]["us"]
+        lines.append((f"OPT-{size}, {batch.removeprefix('b')} tokens", *cells, f"{ratio:.2f}"))
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
+    header = (
+        "product of OPT-6.7B",
+        "rows",
+        "float16",
+        "fp8 weights, dequantized",
+        "fp8 x fp8",
+        "of it rounding",
+        "to float16",
+    )
+    lines = [header, ("---",) * len(header)]
+    for one in data["products"]:
+        us, layer = one["us"], " ".join(one["case"].split()[1:])
+        times = (us["float16"], us["float16"] + us["dequantize"], us["both"], us["round"])
+        ratio = us["float16"] / us["both"]
+        lines.append((layer, str(one["rows"]), *(f"{time:.0f} us" for time in times), f"{ratio:.2f}"))
+    text += "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    where = data["environment"]
+    note = f" {data['note']}." if "note" in data else ""
+    error = max(product["error"] for product in data["products"])
+    return (
+        f"{text}\n{where['device']}, driver {where['driver']}, torch {where['torch']}, trtc at {where['commit']} on "
+        f"{data['date']}. Attention: one new token a sequence over so many cached ones, append included, launches in a CUDA "
+        f"graph. Products: with a bias, sums in float32; the largest error is {error:.1e} of the norm.{note} Samples: "
+        f"`bench/results/{RESULTS.name}`.\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, nargs="*", default=[48, 64, 8192])
@@ -196,7 +244,10 @@ def main() -> None:
         for name, features, columns in list(layers("6.7B"))[:4]
     ]
     print_products(products)
-    write_json(out_dir() / "kernels-fp8.json", rows, products=[asdict(product) for product in products])
+    write_json(
+        out_dir() / "kernels-fp8.json", rows, products=[asdict(product) for product in products],
+        date=datetime.date.today().isoformat(),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,5 +11,6 @@ def quantize_rows(x: torch.Tensor, *, relu: bool = False) -> tuple[torch.Tensor,
     """float8_e4m3fn [rows, columns] and float32 scales [rows]; x: [rows, columns]."""
     wide = x.float().relu() if relu else x.float()
     largest = wide.abs().amax(1)
-    scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+    # By a tensor: on a GPU, torch multiplies by the reciprocal of a number.
+    scale = torch.where(largest > 0, largest / largest.new_tensor(FP8_MAX), 1.0)
     return (wide / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale

@@ -13,7 +13,7 @@ from ....kernels.context_attention import ContextAttention
 from ....kernels.embedding import Embedding, Positions
 from ....kernels.layer_norm import LayerNorm
 from ....kernels.library import KernelLibrary
-from ....kernels.linear import MAX_ROWS, MAX_STREAM_ROWS, Linear, Norm, outruns_cublas, weight_sums
+from ....kernels.linear import MAX_STREAM_ROWS, Linear, Norm, outruns_cublas, weight_sums
 from ....kernels.linear.quantized import Dequantize, QuantizedLinear, for_kernels
 from ....kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
 from ...graph import Graph, Node
@@ -118,7 +118,7 @@ class CudaProgram:
 
         The logits are those the head computes, before the graph widens them. Capturable in a CUDA graph after one run.
         """
-        few = rows <= MAX_ROWS
+        few = rows <= self._large_products.fused_rows
         graph = decode_graph(self._graph, fuse_norms=rows <= MAX_STREAM_ROWS, fuse_residuals=few)
         if self._gives_logits:
             graph = narrow_logits(graph)
@@ -244,7 +244,7 @@ class CudaProgram:
             rows, features = x.shape[0], integers.shape[0]
             if rows == 0:
                 return x.new_empty(0, features)
-            if library_products or rows > MAX_ROWS:
+            if library_products or self._large_products.serves(node, rows):
                 assert norm is None, f"{node.name}: a norm is fused into a product of {rows} rows"
                 made: torch.Tensor = large(x, integers, scale, bias, residual)
                 return made
