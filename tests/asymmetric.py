@@ -19,12 +19,15 @@ def round_with_zeros(weight: torch.Tensor, group_size: int) -> Quantized:
     return Quantized(pack_int4(integers.clamp(-8, 7).flatten(1).to(torch.int8)), scale, zero.to(torch.int8))
 
 
-def with_zeros(floats: ShardedWeights, how: WeightFormat, lm_head: bool = False) -> PrequantizedWeights:
-    """The weights that the table marks as quantizable, rounded with zero points."""
+def with_zeros(
+    floats: ShardedWeights, how: WeightFormat, lm_head: bool = False, *, whole: ShardedWeights | None = None
+) -> PrequantizedWeights:
+    """The weights that the table marks as quantizable, rounded with zero points. whole: `floats` of one rank."""
     assert how.zero_point and how.group_size is not None
-    group_size = how.group_size
+    group_size, whole = how.group_size, whole or floats
 
     def load(name: str) -> Quantized:
-        return round_with_zeros(floats.read(0, name), group_size)
+        assert whole is not None
+        return round_with_zeros(whole.read(0, name), group_size)
 
     return PrequantizedWeights(floats, QuantizeOptions(how, lm_head).choose(floats.weights(), "zeros"), load)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,6 +59,8 @@ class PrequantizedWeights(QuantizedWeights):
             zeros = round_to_nearest(
                 torch.zeros(missing, columns, dtype=dtype), self.quantization.format, name=name
             )
+            if whole.zero is not None:
+                zeros = replace(zeros, zero=torch.zeros_like(zeros.scale, dtype=whole.zero.dtype))
             yield len(whole.integers), zeros
 
 

@@ -36,6 +36,7 @@ from trtc.core.targets.base import get_target
 from trtc.core.targets.cpu import CpuProgram
 from trtc.core.weight_source import DummyWeights, WeightSource
 from trtc.core.weights import IDENTITY, ResolvedWeight
+from trtc.tests.asymmetric import with_zeros
 from trtc.tests.opt_models import BUILD, VARIANTS, OptCheckpoint
 from trtc.tests.packed_steps import Inputs, PagedSequences, filled_cache
 from trtc.tests.thread_group import RankCommunicator, run_ranks
@@ -523,6 +524,27 @@ def test_ranks_together_compute_what_one_does(
 
     for logits in run_ranks(2, run):
         assert max_error(logits, expected) <= FLOAT64_ABS
+
+
+def test_zero_points_are_split_as_their_weights_are(opt_checkpoint: Callable[[str], OptCheckpoint]) -> None:
+    """Oracle: the parts of one rank, cut; rows that sharding adds to an odd vocabulary's head are zeros."""
+    checkpoint, how = opt_checkpoint("vocabulary_odd"), WeightFormat("int4", 32, zero_point=True)
+    whole = checkpoint.weights()
+    one = with_zeros(whole, how, lm_head=True)
+    floats = checkpoint.weights(sharding=ShardingOptions(tp_size=2, use_parallel_embedding=True))
+    two = with_zeros(floats, how, lm_head=True, whole=whole)
+
+    def value(source: QuantizedWeights, rank: int, name: str) -> torch.Tensor:
+        return dequantize(*(source.read(rank, name + suffix) for suffix in ("", ".scale", ".zero")))
+
+    for name in one.quantization.weights:
+        expected, (first, second) = value(one, 0, name), (value(two, rank, name) for rank in range(2))
+        axis = 1 if first.shape[1] < expected.shape[1] else 0
+        together = torch.cat((first, second), axis)
+        assert torch.equal(together[: len(expected)], expected), name
+        assert not together[len(expected) :].any() and len(together) - len(expected) == (
+            name == "lm_head.weight"
+        )
 
 
 def test_gate_and_up_are_joined_and_grouped_queries_too() -> None:
