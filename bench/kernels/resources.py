@@ -43,16 +43,16 @@ def linear_plans(arch: str) -> Iterator[linear.Plan]:
     """Plans of all linear layers of the fused OPT decoders, for decode batches."""
     capability, multiprocessors = int(arch.removeprefix("sm_")), MULTIPROCESSORS[arch]
     for rows, hidden in itertools.product(ROWS, HIDDEN_SIZES):
-        norm = "layer" if rows <= linear.MAX_STREAM_ROWS else "none"
-        for features, columns, fused in (
-            (3 * hidden, hidden, norm),
-            (hidden, hidden, "none"),
-            (4 * hidden, hidden, norm),
-            (hidden, 4 * hidden, "none"),
-            (VOCABULARY, hidden, "none"),
+        for features, columns, normed in (
+            (3 * hidden, hidden, True),
+            (hidden, hidden, False),
+            (4 * hidden, hidden, True),
+            (hidden, 4 * hidden, False),
+            (VOCABULARY, hidden, False),
         ):
+            norm = "layer" if normed and linear.norms_input(rows, features, columns, capability) else "none"
             yield linear.choose_plan(
-                rows, features, columns, norm=fused, capability=capability, multiprocessors=multiprocessors
+                rows, features, columns, norm=norm, capability=capability, multiprocessors=multiprocessors
             )
 
 

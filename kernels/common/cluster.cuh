@@ -12,7 +12,7 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
-// As cluster_arrive, for an order of events alone: what was written before need not be visible after. Much cheaper, because
+// As cluster_arrive, for an order of events alone: what was written before need not be visible after. Cheaper, because
 // it waits for no writes.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
 #if __CUDA_ARCH__ >= 900

@@ -92,8 +92,8 @@ __device__ __forceinline__ void copy_tensor(uint32 destination, const TensorMap&
         : "memory");
 }
 
-// As copy_tensor, to the same place in every block of the cluster whose rank is a bit of `ranks`; each one's own barrier
-// counts the bytes.
+// As copy_tensor, to the same place in every block of the cluster whose rank is a bit of `ranks`; each one's own
+// barrier counts the bytes.
 __device__ __forceinline__ void multicast_tensor(uint32 destination, const TensorMap& map, int column, int row,
                                                  uint32 barrier, int ranks) {
     asm volatile(

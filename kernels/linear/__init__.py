@@ -25,6 +25,7 @@ from .plan import (
     WarpgroupPlan,
     check_sizes,
     choose_plan,
+    norms_input,
     outruns_cublas,
     sources,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "Norm",
     "Plan",
     "choose_plan",
+    "norms_input",
     "outruns_cublas",
     "sources",
     "weight_sums",

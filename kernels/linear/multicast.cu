@@ -1,17 +1,17 @@
 // Linear layer for 17 to 64 rows on Hopper, for weights that are read in a few microseconds:
 // y = act(norm(x) W^T + b) + residual.
 //
-// A block owns kFeatures rows of W ("features"). What costs is not W but x: every block needs all of it, and only once the
-// predecessor has ended. So neighbouring blocks form a cluster in which each asks the tensor copy engine for a share of
-// the rows of a stage (64 columns) of x and has it delivered to all; and W, which no predecessor writes, is on its way
-// into a ring of its own before the wait. Blocks of a cluster start at different columns than those of the others, so that not
-// all read the same lines of L2 at once.
+// A block owns kFeatures rows of W ("features"). What costs is not W but x: every block needs all of it, and only once
+// the predecessor has ended. So neighbouring blocks form a cluster in which each asks the tensor copy engine for a share
+// of the rows of a stage (64 columns) of x and has it delivered to all; and W, which no predecessor writes, is on its
+// way into a ring of its own before the wait. Clusters start at different columns, so that not all read the same lines
+// of L2 at once.
 //
 // x is the 64-row operand of wgmma, the block's features are its columns: a thread ends with sums of its own rows and
 // pairs of features and writes them without any exchange. Where a block would have too few features for its x, kSplit
 // parts of the cluster share K; each part sends its sums to the part that finishes their rows, in one exchange.
 //
-// The norm is that of stream.cu: applied to the sums, with moments of the rows that four warps more take from the stages.
+// The norm is that of stream.cu: applied to the sums, with moments that four more warps take from the stages.
 #include "common/activation.cuh"
 #include "common/async.cuh"
 #include "common/cluster.cuh"
@@ -82,7 +82,8 @@ __device__ __forceinline__ void store_pair(T* pointer, float2 value, int count, 
 // tile_rows * kSplit / cluster rows, a multiple of 8; both in 128-byte swizzle, zero beyond the matrix.
 // tile_rows: rows of x in a stage, at most 64; columns_per_block, a multiple of 64, is K / kSplit.
 template <typename T, int kFeatures, int kSplit, int kNorm>
-__global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNormNone ? 0 : kGroupThreads), kFeatures > (kNorm == kNormNone ? 64 : 48) ? 1 : 2)
+__global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNormNone ? 0 : kGroupThreads),
+                                  kFeatures > (kNorm == kNormNone ? 64 : 48) ? 1 : 2)
     linear_multicast(T* y, const T* bias, const T* residual, const float* weight_sums,
                      const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, int rows,
                      int features, int columns, int columns_per_block, int activation, float epsilon, int tile_rows,
@@ -108,10 +109,11 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
     const int member = cluster_rank() % copies, part = cluster_rank() / copies;
     const int first_feature = (blockIdx.x / cluster * copies + member) * kFeatures;
     const int first_column = part * columns_per_block;
-    const int stages = max(0, (min(columns_per_block, columns - first_column) + kSwizzledColumns - 1) / kSwizzledColumns);
+    const int own_columns = max(0, min(columns_per_block, columns - first_column));
+    const int stages = (own_columns + kSwizzledColumns - 1) / kSwizzledColumns;
     const int weight_ahead = min(stages, weight_stages), rows_ahead = min(stages, row_stages);
-    // The ring of x, that of W, and what the parts send, or the moments of the rows. A wgmma reads 64 rows of x, whatever
-    // lies behind those that there are.
+    // The ring of x, that of W, and what the parts send, or the moments of the rows. A wgmma reads 64 rows of x,
+    // whatever lies behind those that there are.
     const uint32 row_bytes = tile_rows * kSwizzledRowBytes;
     const uint32 row_ring = shared_address(shared), weight_ring = row_ring + row_stages * row_bytes;
     unsigned char* behind_rings = shared + row_stages * row_bytes + weight_stages * kWeightBytes;
@@ -201,8 +203,8 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
     auto release_weight = [&](int stage, int slot) {
         if (stage + weight_ahead < stages && lane == 0) barrier_arrive(shared_address(weight_empty + slot));
     };
-    // A reader is done with x in a slot: every block of the cluster waits for that before it fills the slots again. Nobody
-    // may arrive at a block that has ended, so that what will not be filled again is not announced.
+    // A reader is done with x in a slot: every block of the cluster waits for that before it fills its share again.
+    // Nobody may arrive at a block that has ended, so that what will not be filled again is not announced.
     auto release_rows = [&](int stage, int slot) {
         if (stage + rows_ahead < stages && lane < copies) {
             barrier_arrive_in_rank(shared_address(rows_empty + slot), part * copies + lane);
@@ -268,7 +270,8 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float value[Vector<T>::kSize];
-                    unpack(load_vector(reinterpret_cast<const T*>(there + swizzled<kSwizzledRowBytes>(row, half * 4 + i))), value);
+                    const unsigned char* piece = there + swizzled<kSwizzledRowBytes>(row, half * 4 + i);
+                    unpack(load_vector(reinterpret_cast<const T*>(piece)), value);
 #pragma unroll
                     for (int j = 0; j < Vector<T>::kSize; ++j) {
                         total += value[j];
@@ -303,8 +306,8 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
             const int owner = group_warp / kPartWarps * copies + member;
 #pragma unroll
             for (int octet = 0; octet < kOctets; ++octet) {
-                const float4 some = make_float4(sum[4 * octet], sum[4 * octet + 1], sum[4 * octet + 2], sum[4 * octet + 3]);
-                send_to_rank(shared_address(received + received_place(part, group_warp % kPartWarps, octet)), some,
+                const int place = received_place(part, group_warp % kPartWarps, octet), i = 4 * octet;
+                send_to_rank(shared_address(received + place), make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]),
                              shared_address(&sums_full), owner);
             }
             barrier_wait_cluster(shared_address(&sums_full), 0);
@@ -314,7 +317,8 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
                 if (item_octet(i) >= kOctets) continue;
 #pragma unroll
                 for (int from = 0; from < kSplit; ++from) {  // in a fixed order
-                    const float4 some = received[received_place(from, (i * kGroupWarps + group_warp) % kPartWarps, item_octet(i))];
+                    const int of_warp = (i * kGroupWarps + group_warp) % kPartWarps;
+                    const float4 some = received[received_place(from, of_warp, item_octet(i))];
                     total[i].x += some.x, total[i].y += some.y, total[i].z += some.z, total[i].w += some.w;
                 }
             }

@@ -14,6 +14,17 @@ MAX_ROW_STAGES = 16
 TOKENS = 64
 """Rows of a wgmma; what it reads behind the rows of x there are must be shared memory of the block."""
 
+LEAST_ROWS = 33
+MOST_WEIGHT = 1 << 24
+"""Rows from which, and elements of a weight up to which, the kernel is the fastest of ours: 8192 x 2048."""
+
+SMALL_WEIGHT = 3_500_000
+"""Elements of a weight under which a kernel's time is latency (3072 x 768 is under it)."""
+
+MOST_FEATURES = 128
+LONE_BLOCK_BYTES = 224 * 1024
+"""Shared memory of a block that has a multiprocessor for itself."""
+
 LEAST_ROW_STAGES = 4
 """Stages of x in flight before W gets the rest of a block's shared memory."""
 
@@ -103,6 +114,34 @@ def plan_multicast(
     return MulticastPlan(
         rows, features, columns, norm, features_per_block, copies, split, weight_stages, row_stages
     )
+
+
+def takes_multicast(rows: int, features: int, columns: int, norm: str) -> bool:
+    """Whether multicast.cu is the kernel for more than 16 rows of these sizes on Hopper, as measured."""
+    return rows >= LEAST_ROWS and features * columns <= MOST_WEIGHT and norm == "none"
+
+
+def choose_multicast(
+    rows: int, features: int, columns: int, norm: str, multiprocessors: int
+) -> MulticastPlan | None:
+    """The plan for a shape, or None where another kernel is faster. Whether there is one depends on the sizes alone.
+
+    What a block reads is x over its part of K and as much of W: wide blocks over parts of K read less, and parts have sums to
+    send. Small weights leave a multiprocessor room for a block of the next kernel.
+    """
+    if not takes_multicast(rows, features, columns, norm):
+        return None
+    small = features * columns < SMALL_WEIGHT
+    split = 2 if features >= 2 * columns else 4
+    copies = 8 // split if small else 1
+    blocks = multiprocessors if split == 2 else multiprocessors * 2 // 3
+    if split == 4 and columns <= 2048:
+        blocks = multiprocessors * 3 // 4 if small else multiprocessors // 2
+    width = min(MOST_FEATURES, round_up(ceil_div(features, max(1, blocks // split)), 8))
+    return plan_multicast(
+        rows, features, columns, features_per_block=round_up(width, 16) if width > 64 else width, copies=copies,
+        split=split, norm=norm, block_bytes=BLOCK_BYTES if small else LONE_BLOCK_BYTES, row_stages=8,
+    )  # fmt: skip
 
 
 def columns_per_block(columns: int, split: int) -> int:

@@ -10,7 +10,8 @@ from ..errors import KernelContractError
 from ..launch import SWIZZLED_COLUMNS, LaunchShape
 from ..nvrtc import KernelSource
 from .formats import FLOAT, WEIGHTS, StoredWeight
-from .multicast_plan import MulticastPlan
+from .multicast_plan import SMALL_WEIGHT as SMALL_WEIGHT
+from .multicast_plan import MulticastPlan, choose_multicast, takes_multicast
 from .sizes import BLOCK_BYTES as BLOCK_BYTES
 from .sizes import FOLDER as FOLDER
 from .sizes import NORMS as NORMS
@@ -39,8 +40,6 @@ WARPGROUP_CAPABILITY = 90
 MAX_CLUSTER = 8
 MIN_BLOCK_COLUMNS = 128
 
-SMALL_WEIGHT = 3_500_000
-"""Elements of a weight under which a kernel's time is latency (3072 x 768 is under it)."""
 WARPGROUP_SIGNATURE = "PPPTTiiiiiii"
 
 SMALLEST_SHARED_LIMIT = 99 * 1024
@@ -316,6 +315,10 @@ def choose_plan(
     if rows <= MAX_STREAM_ROWS:
         shared_limit = SHARED_LIMITS.get(capability, SMALLEST_SHARED_LIMIT)
         return _choose_stream(rows, features, columns, norm, multiprocessors, shared_limit)
+    if capability == WARPGROUP_CAPABILITY:
+        multicast = choose_multicast(rows, features, columns, norm, multiprocessors)
+        if multicast is not None:
+            return multicast
     check_norm(rows, norm)
     if capability == WARPGROUP_CAPABILITY:
         return _choose_warpgroup(rows, features, columns, multiprocessors)
@@ -331,6 +334,17 @@ def check_norm(rows: int, norm: str) -> None:
         raise KernelContractError(
             f"linear: a norm is fused for up to {MAX_STREAM_ROWS} rows, not {rows}; norm in a kernel of its own"
         )
+
+
+def norms_input(rows: int, features: int, columns: int, capability: int) -> bool:
+    """Whether the kernel for these sizes, of a float weight, norms its input: the same for all GPUs of a capability."""
+    if rows <= MAX_STREAM_ROWS:
+        return True
+    return (
+        rows <= MAX_ROWS
+        and capability == WARPGROUP_CAPABILITY
+        and takes_multicast(rows, features, columns, "layer")
+    )
 
 
 def tile_stage_columns(warps_down: int, stored: StoredWeight) -> int:

@@ -83,6 +83,10 @@ def test_plans_cover_the_matrix_and_fit(capability: int, features: int, columns:
         cluster = shape.cluster[0] if shape.cluster else 1
         assert cluster <= (8 if capability >= 90 else 1)
         assert shape.grid[0] % cluster == 0
+        if isinstance(plan, MulticastPlan):
+            assert capability == 90
+            check_multicast(plan, rows, features, columns)
+            continue
         assert shape.grid[0] // cluster * plan.features_per_block >= features
         assert cluster * plan.columns_per_block >= columns and plan.columns_per_block % 64 == 0
         if isinstance(plan, WarpgroupPlan):
@@ -123,15 +127,21 @@ def test_multicast_plans_cover_the_matrix_and_fit(features: int, columns: int) -
     """Oracle: the sizes of the matrix, the rules that multicast.cu states, the hardware's limits."""
     for rows in (17, 24, 32, 33, 64):
         for plan in multicast_plans(rows, features, columns):
-            shape = plan.launch_shape(dependent=True)
-            size = shape.cluster[0] if shape.cluster else 1
-            assert size == plan.copies * plan.split <= 8 and shape.grid[0] % size == 0
-            assert shape.grid[0] // plan.split * plan.features_per_block >= features
-            assert plan.split * plan.columns_per_block >= columns and plan.columns_per_block % 64 == 0
-            assert rows <= plan.tile_rows <= 64 and plan.tile_rows % (8 * plan.copies) == 0
-            assert 2 <= plan.weight_stages <= 32 and 1 <= plan.row_stages <= 16
-            read = (plan.row_stages - 1) * plan.tile_rows + TOKENS  # rows of 128 bytes, by the last wgmma
-            assert max(read * 128, 1) <= plan.shared_bytes <= SHARED_LIMITS[90] - 1024
+            check_multicast(plan, rows, features, columns)
+
+
+def check_multicast(plan: MulticastPlan, rows: int, features: int, columns: int) -> None:
+    shape = plan.launch_shape(dependent=True)
+    size = shape.cluster[0] if shape.cluster else 1
+    assert size == plan.copies * plan.split <= 8 and shape.grid[0] % size == 0
+    width = plan.features_per_block
+    assert width <= 128 and width % (16 if width > 64 else 8) == 0
+    assert shape.grid[0] // plan.split * width >= features
+    assert plan.split * plan.columns_per_block >= columns and plan.columns_per_block % 64 == 0
+    assert rows <= plan.tile_rows <= 64 and plan.tile_rows % (8 * plan.copies) == 0
+    assert 2 <= plan.weight_stages <= 32 and min(2, columns // 64) <= plan.row_stages <= 16
+    read = (plan.row_stages - 1) * plan.tile_rows + TOKENS  # rows of 128 bytes, by the last wgmma
+    assert read * 128 <= plan.shared_bytes <= SHARED_LIMITS[90] - 1024
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])

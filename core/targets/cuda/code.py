@@ -138,7 +138,7 @@ def _linear_plans(
 ) -> Iterator[linear.plan.Plan]:
     most = min(max_batch_size, linear.MAX_ROWS)
     for rows in sorted({*decode_buckets(most), *verify_buckets(most)}):
-        for features, columns, norm, weight in linear_shapes(graph, rows):
+        for features, columns, norm, weight in linear_shapes(graph, rows, capability):
             choose = (
                 linear.choose_plan if weight == linear.FLOAT else partial(choose_quantized, weight=weight)
             )
@@ -148,9 +148,12 @@ def _linear_plans(
                 )
 
 
-def linear_shapes(graph: Graph, rows: int) -> set[tuple[int, int, str, str]]:
-    """(features, columns, fused norm, format of the weight) of the linear layers in a decode step of `rows` sequences."""
-    decode = decode_graph(graph, fuse_norms=rows <= linear.MAX_STREAM_ROWS)
+def linear_shapes(graph: Graph, rows: int, capability: int = 80) -> set[tuple[int, int, str, str]]:
+    """(features, columns, fused norm, format of the weight) of the linear layers in a decode step of `rows` sequences.
+
+    capability: of the GPU; of all this, norms alone depend on it.
+    """
+    decode = decode_graph(graph, rows=rows, capability=capability)
     shapes = set()
     for node in decode.nodes:
         if node.op in PRODUCTS:

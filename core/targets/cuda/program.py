@@ -13,7 +13,7 @@ from ....kernels.context_attention import ContextAttention
 from ....kernels.embedding import Embedding, Positions
 from ....kernels.layer_norm import LayerNorm
 from ....kernels.library import KernelLibrary
-from ....kernels.linear import MAX_STREAM_ROWS, Linear, Norm, outruns_cublas, weight_sums
+from ....kernels.linear import Linear, Norm, outruns_cublas, weight_sums
 from ....kernels.linear.quantized import Dequantize, QuantizedLinear, for_kernels
 from ....kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
 from ...graph import Graph, Node
@@ -118,8 +118,8 @@ class CudaProgram:
 
         The logits are those the head computes, before the graph widens them. Capturable in a CUDA graph after one run.
         """
-        few = rows <= self._large_products.fused_rows
-        graph = decode_graph(self._graph, fuse_norms=rows <= MAX_STREAM_ROWS, fuse_residuals=few)
+        few, capability = rows <= self._large_products.fused_rows, self._library.capability
+        graph = decode_graph(self._graph, rows=rows, capability=capability, fuse_residuals=few)
         if self._gives_logits:
             graph = narrow_logits(graph)
         program = self._program(graph, library_products=False, residuals=few)

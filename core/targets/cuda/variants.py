@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from ....kernels.linear import MAX_STREAM_ROWS, norms_input
 from ...graph import Graph, Node, make_node
 from ...passes import fuse
 from ...passes.rewrite import Rewrite, only_reader, remove_dead, rewrite
@@ -21,18 +22,29 @@ def prefill_graph(graph: Graph) -> Graph:
     return rewrite(graph, (fuse.add_norm,)).verify("prefill graph")
 
 
-def decode_graph(graph: Graph, *, fuse_norms: bool, fuse_residuals: bool = True) -> Graph:
+def decode_graph(graph: Graph, *, rows: int, capability: int, fuse_residuals: bool = True) -> Graph:
     """`graph` for steps of one token per sequence, each wanting its logits.
 
-    fuse_norms, fuse_residuals: whether the linear kernel for this number of rows can norm its input, and add to its result;
-    where it cannot, the sum joins the norm.
+    rows: tokens of a step; capability: of the GPU, 90 for sm_90. They decide which products norm their input.
+    fuse_residuals: whether products of this number of rows add to their result; where they cannot, the sum joins the norm.
     """
     graph = all_rows(graph)
     if fuse_residuals:
         graph = rewrite(graph, (fuse.linear_residual,))
-    if fuse_norms:
-        graph = rewrite(graph, (fuse.norm_linear,))
+    graph = rewrite(graph, (partial(_norm_product, rows, capability),))
     return rewrite(graph, (fuse.add_norm,)).verify("decode graph")
+
+
+def _norm_product(rows: int, capability: int, graph: Graph, node: Node) -> Rewrite | None:
+    """`fuse.norm_linear`, where the kernel for this product has the norm inside."""
+    if node.op not in fuse.PRODUCTS:
+        return None
+    if node.op != "linear":
+        return fuse.norm_linear(graph, node) if rows <= MAX_STREAM_ROWS else None
+    features, columns = node.outputs[0].shape[-1], graph.specs[node.used[0]].shape[-1]
+    assert isinstance(features, int) and isinstance(columns, int)
+    fits = norms_input(rows, features, columns, capability)
+    return fuse.norm_linear(graph, node) if fits else None
 
 
 def sum_on_first_rank(graph: Graph, *, first: bool, residuals: bool) -> Graph:

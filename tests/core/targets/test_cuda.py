@@ -90,8 +90,8 @@ def test_variants_compute_what_the_graph_does(variant: str, how: WeightFormat | 
     run(graph, prompt, caches[2])
     token = sequences.step({"a": [7], "b": [8]})
     expected = run(graph, token, caches[0])
-    for norms, residuals in ((True, True), (False, True), (False, False)):
-        decode = decode_graph(graph, fuse_norms=norms, fuse_residuals=residuals)
+    for rows, residuals in ((1, True), (64, True), (96, False)):
+        decode = decode_graph(graph, rows=rows, capability=80, fuse_residuals=residuals)
         assert (
             max_error(run(decode, token, [tuple(t.clone() for t in layer) for layer in caches[2]]), expected)
             <= FLOAT64_ABS
@@ -101,7 +101,7 @@ def test_variants_compute_what_the_graph_does(variant: str, how: WeightFormat | 
 def test_decode_graph_has_few_kernels(tmp_path: Path) -> None:
     """Five a layer: q/k/v, attention, output, and the two of the MLP; norms and sums are inside."""
     graph, _ = planned(checkpoint("cuda_pre_norm", tmp_path))
-    decode = decode_graph(graph, fuse_norms=True)
+    decode = decode_graph(graph, rows=1, capability=90)
     views = {"input", "weight", "reshape", "split", "cast"}
     work = [node.op for node in decode.nodes if node.op not in views]
     assert work == ["embedding", *["linear", "attention", "linear", "linear", "linear"] * 2, "linear"]
@@ -110,7 +110,7 @@ def test_decode_graph_has_few_kernels(tmp_path: Path) -> None:
 def test_graph_of_many_rows_sums_in_its_norms(tmp_path: Path) -> None:
     """Where a library multiplies, a residual is no kernel of its own; and nothing widens logits that nobody reads so."""
     graph, _ = planned(checkpoint("cuda_pre_norm", tmp_path))
-    decode = narrow_logits(decode_graph(graph, fuse_norms=False, fuse_residuals=False))
+    decode = narrow_logits(decode_graph(graph, rows=65, capability=90, fuse_residuals=False))
     views = {"input", "weight", "reshape", "split"}
     work = [node.op for node in decode.nodes if node.op not in views]
     layer = ["linear", "attention", "linear", "add_layer_norm", "linear", "linear", "add_layer_norm"]
@@ -123,7 +123,7 @@ def test_quantized_decode_graph_has_few_kernels(tmp_path: Path) -> None:
     views = {"input", "weight", "reshape", "split", "cast"}
     for variant, norms in (("cuda_bias_free_gelu", []), ("cuda_pre_norm", ["layer_norm"])):
         graph, _ = planned_quantized(checkpoint(variant, tmp_path / variant), INT8)
-        work = [node.op for node in decode_graph(graph, fuse_norms=True).nodes if node.op not in views]
+        work = [node.op for node in decode_graph(graph, rows=1, capability=90).nodes if node.op not in views]
         product = ["quantized_linear"]
         layer = [*norms, *product, "attention", *product, *norms, *product, *product]
         assert work == ["embedding", *layer * 2, *norms, *product], variant

@@ -105,7 +105,7 @@ def test_ranks_compute_what_one_does(
         context = ReferenceContext(filled_cache(graph, 16, 32, torch.float64), group)
         sequences, first = PagedSequences(16, 32), rank == 0
         prefill = sum_on_first_rank(prefill_graph(graph), first=first, residuals=False)
-        decode = sum_on_first_rank(decode_graph(graph, fuse_norms=True), first=first, residuals=True)
+        decode = sum_on_first_rank(decode_graph(graph, rows=1, capability=90), first=first, residuals=True)
         prompt = interpret(prefill, weights | sequences.step(PROMPT), context)
         return torch.cat([prompt, interpret(decode, weights | sequences.step(TOKEN), context)])
 
@@ -123,7 +123,9 @@ def test_a_decode_step_of_a_rank_has_seven_kernels_a_layer(checkpoint) -> None:
         norm = [] if how is None else ["layer_norm"]  # which has weights of its own before integers
         layer = [*norm, linear, "attention", linear, "all_reduce", *norm, linear, linear, "all_reduce"]
         graph, _ = planned(checkpoint("cuda_pre_norm"), EMBEDDINGS["none"], rank, how)
-        decode = sum_on_first_rank(decode_graph(graph, fuse_norms=True), first=rank == 0, residuals=True)
+        decode = sum_on_first_rank(
+            decode_graph(graph, rows=1, capability=90), first=rank == 0, residuals=True
+        )
         work = [node.op.removeprefix("add_") for node in decode.nodes if node.op not in views]
         assert work == ["embedding", *layer * 2, "linear", "all_gather"]
         parts = [decode.producers[node.used[0]] for node in decode.nodes if node.op == "all_reduce"]
@@ -243,7 +245,7 @@ def test_stages_compute_what_one_rank_does(variant: str, checkpoint) -> None:
     found = []
     for step, rewrite in (
         (PROMPT, prefill_graph),
-        (TOKEN, partial(decode_graph, fuse_norms=True)),
+        (TOKEN, partial(decode_graph, rows=1, capability=90)),
     ):
         inputs = sequences.step(step)
         for (graph, weights), cache in zip(parts, caches, strict=True):
