@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def build(size: str, embedding: str, folder: Path, args: argparse.Namespace) -> 
                       "--model-dir", str(write_config(size, folder / size)), "--output-dir", str(engine),
                       "--max-seq-len", "256", "--max-num-tokens", "1024", "--tp-size", str(args.tp_size),
                       *(["--use-parallel-embedding", *dim] if dim else []),
-                      "--workers", str(len(os.sched_getaffinity(0)))])  # fmt: skip
+                      "--workers", "4"])  # fmt: skip
         if failed:
             raise SystemExit(failed["message"])
     return engine
@@ -100,7 +100,8 @@ def main() -> int:
         return 0
     with work_folder(args.work_dir) as folder:
         cases = list(product(args.sizes, EMBEDDINGS))
-        engines = [build(size, embedding, folder, args) for size, embedding in cases]
+        with ThreadPoolExecutor(len(cases)) as pool:
+            engines = list(pool.map(lambda case: build(*case, folder, args), cases))
         command = [
             sys.executable,
             "-m",

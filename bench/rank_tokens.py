@@ -210,13 +210,17 @@ def main() -> int:
 
 def sentence(data: dict[str, Any]) -> str:
     """What a results file says, for people."""
+    parted = (
+        f"; where they are not, float32 has the two within {data['largest_gap_where_they_differ']:.2g} of each other"
+        if data["same"] < data["tokens"]
+        else ""
+    )
     return (
         f"OPT-{data['model'].upper()} in {data['dtype']} on {data['tp_size']} x {data['device']}: given the tokens that one "
-        f"generates, {data['same']} of {data['tokens']} next tokens are the same on {data['tp_size']} ranks; where they are "
-        f"not, float32 has the two within {data['largest_gap_where_they_differ']:.2g} of each other (the median margin of the "
-        f"best is {data['median_margin']:.2g}). Logits, up to {data['largest_logit']:.1f}, differ by at most "
-        f"{data['difference']:.2g}; from float32 those of one rank by {data['error']['one']:.2g}, of {data['tp_size']} by "
-        f"{data['error']['several']:.2g}. Generating by themselves, four sequences of {TOKENS} tokens are alike for "
+        f"generates, {data['same']} of {data['tokens']} next tokens are the same on {data['tp_size']} ranks{parted} "
+        f"(the median margin of the best is {data['median_margin']:.2g}). Logits, up to {data['largest_logit']:.1f}, differ by "
+        f"at most {data['difference']:.2g}; from float32 those of one rank by {data['error']['one']:.2g}, of {data['tp_size']} "
+        f"by {data['error']['several']:.2g}. Generating by themselves, four sequences of {TOKENS} tokens are alike for "
         f"{', '.join(map(str, data['generated_alike']))}."
     )
 

@@ -180,6 +180,7 @@ TABLES = (
     (ROOT / "docs" / "cuda.md", H200, partial(table, name=H200.name)),
     (ROOT / "docs" / "quantization.md", quantized_steps.RESULTS, quantized_steps.table),
     (ROOT / "docs" / "quantization.md", fp8.RESULTS, fp8.markdown),
+    (ROOT / "docs" / "parallel.md", tensor_parallel.PIPELINES, tensor_parallel.pipeline_markdown),
     *(
         (ROOT / "docs" / "parallel.md", module.RESULTS, module.markdown)
         for module in (all_reduce, tensor_parallel, ranks_vs_vllm, rank_tokens, gpu_rank_memory)

@@ -26,6 +26,7 @@ from .opt_sizes import SIZES, is_built, work_folder, write_config
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "gpus-tensor-parallel.json"
+PIPELINES = RESULTS.with_name("gpus-pipeline.json")
 BUILD = (
     "--dummy-weights",
     "--dtype",
@@ -136,6 +137,25 @@ def markdown(data: Record) -> str:
         f"{text}\n{setup['device']}, driver {data['driver']}, torch {setup['torch']}, trtc at {data['commit']} on "
         f"{data['date']}; OPT with random weights, {setup['dtype']}, greedy, {batch['in_len']} tokens in, {batch['out_len']} "
         f"out. Efficiency is the speed-up by how many times more GPUs it takes. Samples: `bench/results/{RESULTS.name}`.\n"
+    )
+
+
+def pipeline_markdown(data: Record) -> str:
+    """The table of a results file of pipelines alone, and the line below it."""
+    header = ("model", "stages", "batch", "step ms", "prefill ms")
+    lines = [header, ("---",) * len(header)]
+    for one in data["runs"]:
+        for record in one["records"]:
+            if record["kind"] == "batch":
+                times = f"{record['decode_ms_per_token']:.3f}", f"{1e3 * record['prefill_s']:.1f}"
+                lines.append((one["model"], str(one["pp_size"]), str(record["batch"]), *times))
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    records = [record for run in data["runs"] for record in run["records"]]
+    setup = next(record for record in records if record["kind"] == "setup")
+    return (
+        f"{text}\nA GPU a stage: {setup['device']}, driver {data['driver']}, torch {setup['torch']}, trtc at {data['commit']} "
+        f"on {data['date']}; OPT with random weights, {setup['dtype']}, greedy, 512 tokens in, 128 out. Samples: "
+        f"`bench/results/{PIPELINES.name}`.\n"
     )
 
 

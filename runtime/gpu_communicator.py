@@ -9,11 +9,11 @@ from ..kernels.library import KernelLibrary
 from .distributed import RankGroup
 from .peer_memory import lend_memory
 
-SENT_BYTES = 2 << 20
+SENT_BYTES = 8 << 20
 """What a GPU sends for one sum at most, in the kernels' packets, twice as large as what they hold: in one step its part, to
 each other GPU; more GPUs than two make larger sums in two steps, in which they send less. Above: NCCL, whose rings
-send less. On two H100s a part of 1 MB, the largest that was measured, takes 9.4 us, with NCCL 23.7 us
-(`bench/results/gpus-all-reduce.json`); more GPUs were not measured."""
+send less. On two H100s a part of 1 MB takes 9.4 us, one of 4 MB, the largest that is not NCCL's, 31.5 us; with NCCL 23.7 and
+42.1 us (`bench/results/gpus-all-reduce.json`). More GPUs were not measured."""
 
 
 def largest_small_sum(ranks: int) -> int:

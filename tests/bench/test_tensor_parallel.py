@@ -40,6 +40,9 @@ def test_speed_up_and_efficiency() -> None:
         "2.00",
     )
     assert [tensor_parallel.split_of(text) for text in ("2", "1x2")] == [(2, 1), (1, 2)]
+    where = {"driver": "5", "commit": "abc", "date": "today"}
+    text = tensor_parallel.pipeline_markdown({"runs": runs[-1:], **where})
+    assert "| 1.3b | 2 | 8 | 2.000 | 20.0 |\n\nA GPU a stage: GPU, driver 5" in text
     text = tensor_parallel.markdown({"runs": runs, "driver": "5", "commit": "abc", "date": "today"})
     assert "| 1.3b | 4 | 8 | 2.000 | 1.50 | 75% | 25.0 | 1.60 |\n" in text
     assert (
