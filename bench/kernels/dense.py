@@ -27,7 +27,9 @@ from ...kernels.linear import Linear, Norm, Plan, choose_plan, norms_input, weig
 from ...kernels.linear.multicast_plan import MulticastPlan, plan_multicast
 from ...kernels.linear.plan import (
     BLOCK_BYTES,
+    MAX_NARROW_FEATURES,
     SHARED_LIMITS,
+    SMALL_WEIGHT,
     StreamPlan,
     TilePlan,
     plan_stream,
@@ -53,7 +55,8 @@ ROWS = (1, 8, 16, 32, 64)
 TOLERANCE = 1e-3
 """Largest relative error in the 2-norm: one rounding to float16."""
 MIN_LAUNCHES = 60
-MULTICAST_RINGS = ((BLOCK_BYTES, 4), (BLOCK_BYTES, 8), (72 * 1024, 4), (2 * BLOCK_BYTES, 8))
+MULTICAST_WIDTHS = (*range(8, 65, 8), *range(80, 129, 16))
+MULTICAST_RINGS = ((BLOCK_BYTES, 8), (72 * 1024, 4), (2 * BLOCK_BYTES, 8))
 """(bytes of a block, stages of x at least), for two, three or one block on a multiprocessor."""
 KINDS = ("stream", "tile", "warpgroup", "multicast")
 
@@ -120,20 +123,22 @@ def _warpgroup_candidates(rows: int, features: int, columns: int) -> Iterator[Pl
 
 
 def _multicast_candidates(rows: int, features: int, columns: int) -> Iterator[Plan]:
-    """Every width that makes one wave of at least half the multiprocessors, in clusters of up to 8 blocks."""
-    if rows < 8:
+    """Widths that make a wave, or two where two blocks fit a multiprocessor, in clusters of up to 8 blocks."""
+    small = features * columns < SMALL_WEIGHT
+    if rows <= 8 or features > MAX_NARROW_FEATURES:
         return
-    for split, copies in itertools.product((1, 2, 4), (1, 2, 4, 8)):
-        for width in (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128):
+    for split, copies in itertools.product((1, 2, 4, 8), (1, 2, 4, 8) if small else (1, 2)):
+        for width, (block_bytes, row_stages) in itertools.product(MULTICAST_WIDTHS, MULTICAST_RINGS):
             blocks = -(-features // width) * split
-            if copies * split <= 8 and 64 <= blocks <= 132:
-                for block_bytes, row_stages in MULTICAST_RINGS:
-                    plan = plan_multicast(
-                        rows, features, columns, features_per_block=width, copies=copies, split=split,
-                        block_bytes=block_bytes, row_stages=row_stages,
-                    )  # fmt: skip
-                    if plan.shared_bytes <= SHARED_LIMITS[90] - 1024:
-                        yield plan
+            if copies * split > 8 or not 48 <= blocks <= 264:
+                continue
+            plan = plan_multicast(
+                rows, features, columns, features_per_block=width, copies=copies, split=split,
+                block_bytes=block_bytes, row_stages=row_stages,
+            )  # fmt: skip
+            limit = SHARED_LIMITS[90] - 1024 if blocks <= 132 else BLOCK_BYTES
+            if plan.shared_bytes <= min(limit, block_bytes):
+                yield plan
 
 
 def median_us(launches: list[Callable[[], Any]]) -> float:

@@ -82,6 +82,19 @@ __device__ __forceinline__ void send_to_rank(uint32 destination, const float4& v
         : "memory");
 }
 
+// As above, 8 bytes.
+__device__ __forceinline__ void send_to_rank(uint32 destination, const float2& value, uint32 barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there, counter;\n"
+        "mapa.shared::cluster.u32 there, %0, %4;\n"
+        "mapa.shared::cluster.u32 counter, %1, %4;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%2, %3}, [counter];\n"
+        "}\n" ::"r"(destination),
+        "r"(barrier), "f"(value.x), "f"(value.y), "r"(rank)
+        : "memory");
+}
+
 // Copies the box of `map` at (column, row) to shared memory; `barrier` counts its bytes.
 __device__ __forceinline__ void copy_tensor(uint32 destination, const TensorMap& map, int column, int row,
                                             uint32 barrier) {

@@ -49,6 +49,12 @@ struct Slot {
     }
 };
 
+// Sums of two neighbouring features, of one row or of two.
+template <int kHalves>
+struct alignas(8 * kHalves) SumsOf {
+    float2 half[kHalves];
+};
+
 // Two neighbouring outputs of a row; those from `count` on do not exist.
 template <typename T>
 __device__ __forceinline__ typename PairOf<T>::type load_pair(const T* pointer, int count, bool aligned) {
@@ -89,19 +95,23 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
                      int features, int columns, int columns_per_block, int activation, float epsilon, int tile_rows,
                      int weight_stages, int row_stages) {
     static_assert(kFeatures % (kFeatures > 64 ? 16 : 8) == 0 && kFeatures <= 128, "one or two wgmma wide");
-    static_assert(kNorm == kNormNone || kSplit == 1, "moments are of whole rows");
     constexpr int kGroups = kFeatures > 64 ? 2 : 1;
     constexpr int kWidth = kFeatures / kGroups;  // features of a warpgroup
     constexpr int kConsumerWarps = kGroups * kGroupWarps;
     constexpr int kReaderWarps = kConsumerWarps + (kNorm == kNormNone ? 0 : kGroupWarps);  // of x
     constexpr int kOctets = kWidth / kOctet;
-    constexpr int kPartWarps = kGroupWarps / kSplit;             // warps of a group whose rows a part finishes
-    constexpr int kItems = (kOctets + kSplit - 1) / kSplit;      // of 16 rows of an octet, that a warp finishes
+    // A part finishes kPartRows rows: those of kPartWarps warps of a group, or, of eight parts, half of those of a warp.
+    constexpr int kPartRows = kTokens / kSplit;
+    constexpr int kHalves = kSplit == 8 ? 1 : 2;  // rows of a thread, 8 apart
+    constexpr int kPartWarps = kSplit == 8 ? 1 : kGroupWarps / kSplit;
+    constexpr int kTeams = kGroupWarps / kPartWarps;         // warps that finish the same rows, of different octets
+    constexpr int kItems = (kOctets + kTeams - 1) / kTeams;  // octets of a warp
+    using Piece = SumsOf<kHalves>;                           // what a lane has of its rows of an octet
     constexpr uint32 kWeightBytes = kFeatures * kSwizzledRowBytes;
 
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) uint64 weight_full[kMaxWeightStages], weight_empty[kMaxWeightStages];
-    __shared__ __align__(8) uint64 rows_full[kMaxRowStages], rows_empty[kMaxRowStages], sums_full;
+    __shared__ __align__(8) uint64 rows_full[kMaxRowStages], rows_empty[kMaxRowStages], sums_full, moments_full;
     allow_dependents();
 
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -112,13 +122,14 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
     const int own_columns = max(0, min(columns_per_block, columns - first_column));
     const int stages = (own_columns + kSwizzledColumns - 1) / kSwizzledColumns;
     const int weight_ahead = min(stages, weight_stages), rows_ahead = min(stages, row_stages);
-    // The ring of x, that of W, and what the parts send, or the moments of the rows. A wgmma reads 64 rows of x,
-    // whatever lies behind those that there are.
+    // The ring of x, that of W, the sums and the moments that parts send. A wgmma reads 64 rows of x, whatever lies
+    // behind those that there are.
     const uint32 row_bytes = tile_rows * kSwizzledRowBytes;
     const uint32 row_ring = shared_address(shared), weight_ring = row_ring + row_stages * row_bytes;
     unsigned char* behind_rings = shared + row_stages * row_bytes + weight_stages * kWeightBytes;
-    float4* received = reinterpret_cast<float4*>(behind_rings);
-    float2* moments = reinterpret_cast<float2*>(behind_rings);  // [kTokens]: mean and inverse deviation
+    constexpr int kReceivedBytes = kSplit == 1 ? 0 : kTokens * kFeatures * sizeof(float);
+    Piece* received = reinterpret_cast<Piece*>(behind_rings);  // [kSplit][kGroups][kPartWarps][kOctets][32]
+    float2* moments = reinterpret_cast<float2*>(behind_rings + kReceivedBytes);  // [kSplit][kPartRows]: sums of x, x^2
 
     const bool copying = threadIdx.x == kReaderWarps * kWarpSize;
     if (copying) {
@@ -132,7 +143,8 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
             barrier_init(shared_address(rows_full + slot), 1);
             barrier_init(shared_address(rows_empty + slot), copies * kReaderWarps);
         }
-        if constexpr (kSplit > 1) barrier_init(shared_address(&sums_full), 1);
+        barrier_init(shared_address(&sums_full), 1);
+        barrier_init(shared_address(&moments_full), 1);
         barrier_init_fence();
     }
     cluster_arrive_relaxed();
@@ -161,21 +173,21 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
     if (copying) {
         for (int stage = 0; stage < weight_ahead; ++stage) copy_weight(stage, stage);
         for (int stage = 0; stage < rows_ahead; ++stage) expect_rows(stage);
-        if constexpr (kSplit > 1) barrier_expect(shared_address(&sums_full), kTokens * kFeatures * sizeof(float));
+        barrier_expect(shared_address(&sums_full), kReceivedBytes);
+        const int moment_rows = max(0, min(tile_rows - part * kPartRows, kPartRows)) * kSplit;
+        barrier_expect(shared_address(&moments_full), moment_rows * sizeof(float2));
     }
     cluster_wait();  // barriers of all blocks are there
 
-    // The outputs that this thread finishes: item i is rows (row, row + 8), features (feature, feature + 1).
+    // The outputs that this thread finishes: of one or two rows, pairs of features in kItems octets.
     const int group = warp / kGroupWarps, group_warp = warp % kGroupWarps;
     const bool aligned = features % 2 == 0;
-    auto item_row = [&](int i) {
-        return 16 * (part * kPartWarps + (i * kGroupWarps + group_warp) % kPartWarps) + lane / 4;
-    };
-    auto item_octet = [&](int i) { return (i * kGroupWarps + group_warp) / kPartWarps; };
+    const int own_row = part * kPartRows + group_warp % kPartWarps * 16 + lane / 4;
+    auto item_octet = [&](int i) { return i * kTeams + group_warp / kPartWarps; };
     auto item_feature = [&](int i) { return first_feature + group * kWidth + item_octet(i) * kOctet + lane % 4 * 2; };
     auto item_count = [&](int i) { return item_octet(i) < kOctets ? features - item_feature(i) : 0; };
     auto item_place = [&](int i, int half) {
-        return static_cast<size_t>(item_row(i) + 8 * half) * features + item_feature(i);
+        return static_cast<size_t>(own_row + 8 * half) * features + item_feature(i);
     };
 
     if (warp == kReaderWarps) {
@@ -211,7 +223,7 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
         }
     };
     float sum[kWidth / 2] = {};
-    typename PairOf<T>::type offset[kItems], addend[kItems][2];
+    typename PairOf<T>::type offset[kItems], addend[kItems][kHalves];
     float2 weight_sum[kNorm == kNormLayer ? kItems : 1];
     if (warp < kConsumerWarps) {
 #pragma unroll
@@ -227,8 +239,8 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const bool valid = residual && item_row(i) + 8 * half < rows;
+            for (int half = 0; half < kHalves; ++half) {
+                const bool valid = residual && own_row + 8 * half < rows;
                 addend[i][half] = load_pair(residual + item_place(i, half), valid ? item_count(i) : 0, aligned);
             }
         }
@@ -259,103 +271,135 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
         }
         wgmma_wait();
     } else if (kNorm != kNormNone && warp < kReaderWarps) {
-        // Two lanes a row, each half of its columns; the swizzle spreads the lanes' pieces over the banks.
-        const int row = (threadIdx.x - kConsumerWarps * kWarpSize) / 2, half = lane % 2;
-        float total = 0.f, square = 0.f;
+        // The moments of this block's share of the rows, over its part of K: eight lanes a row, a piece of 16 bytes each.
+        constexpr int kPasses = kTokens / (kGroupThreads / 8);
+        const int share = tile_rows / copies, piece = lane % 8;
+        const int first_row = (threadIdx.x - kConsumerWarps * kWarpSize) / 8;
+        float2 moment[kPasses] = {};
         Slot row_slot;
         for (int stage = 0; stage < stages; ++stage) {
             barrier_wait(shared_address(rows_full + row_slot.index), row_slot.parity);
-            if (row < tile_rows) {
-                const unsigned char* there = shared + row_slot.index * row_bytes;
+            const unsigned char* there = shared + row_slot.index * row_bytes;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float value[Vector<T>::kSize];
-                    const unsigned char* piece = there + swizzled<kSwizzledRowBytes>(row, half * 4 + i);
-                    unpack(load_vector(reinterpret_cast<const T*>(piece)), value);
+            for (int pass = 0; pass < kPasses; ++pass) {
+                const int row = first_row + pass * (kGroupThreads / 8);
+                if (row >= share) break;
+                const unsigned char* place = there + swizzled<kSwizzledRowBytes>(member * share + row, piece);
+                float value[Vector<T>::kSize];
+                unpack(load_vector(reinterpret_cast<const T*>(place)), value);
 #pragma unroll
-                    for (int j = 0; j < Vector<T>::kSize; ++j) {
-                        total += value[j];
-                        square += value[j] * value[j];
-                    }
+                for (int j = 0; j < Vector<T>::kSize; ++j) {
+                    moment[pass].x += value[j];
+                    moment[pass].y += value[j] * value[j];
                 }
             }
             __syncwarp();
             release_rows(stage, row_slot.index);
             row_slot.advance(rows_ahead);
         }
-        total += __shfl_xor_sync(~0u, total, 1);
-        square += __shfl_xor_sync(~0u, square, 1);
-        const float mean = kNorm == kNormLayer ? total / columns : 0.f;
-        const float inverse = rsqrtf(fmaxf(square / columns - mean * mean, 0.f) + epsilon);
-        if (half == 0) moments[row] = make_float2(mean, inverse);
-    }
-    if constexpr (kNorm != kNormNone) __syncthreads();
-
-    float4 total[kItems];  // (row, feature), (row, feature + 1), (row + 8, feature), (row + 8, feature + 1)
-    if constexpr (kSplit == 1) {
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-            total[i] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
-        }
-    } else {
-        // [kSplit][kGroups][kPartWarps][kOctets][32]: every part's sums of the rows that this one finishes.
-        auto received_place = [&](int from, int of_warp, int octet) {
-            return (((from * kGroups + group) * kPartWarps + of_warp) * kOctets + octet) * kWarpSize + lane;
-        };
-        if (warp < kConsumerWarps) {
-            const int owner = group_warp / kPartWarps * copies + member;
+        for (int pass = 0; pass < kPasses; ++pass) {
 #pragma unroll
-            for (int octet = 0; octet < kOctets; ++octet) {
-                const int place = received_place(part, group_warp % kPartWarps, octet), i = 4 * octet;
-                send_to_rank(shared_address(received + place), make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]),
-                             shared_address(&sums_full), owner);
+            for (int bit = 1; bit < 8; bit *= 2) {
+                moment[pass].x += __shfl_xor_sync(~0u, moment[pass].x, bit);
+                moment[pass].y += __shfl_xor_sync(~0u, moment[pass].y, bit);
             }
-            barrier_wait_cluster(shared_address(&sums_full), 0);
-#pragma unroll
-            for (int i = 0; i < kItems; ++i) {
-                total[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-                if (item_octet(i) >= kOctets) continue;
-#pragma unroll
-                for (int from = 0; from < kSplit; ++from) {  // in a fixed order
-                    const int of_warp = (i * kGroupWarps + group_warp) % kPartWarps;
-                    const float4 some = received[received_place(from, of_warp, item_octet(i))];
-                    total[i].x += some.x, total[i].y += some.y, total[i].z += some.z, total[i].w += some.w;
-                }
+            // To all blocks that finish this row.
+            const int row = first_row + pass * (kGroupThreads / 8), whole_row = member * share + row;
+            if (row < share && piece < copies) {
+                send_to_rank(shared_address(moments + part * kPartRows + whole_row % kPartRows), moment[pass],
+                             shared_address(&moments_full), whole_row / kPartRows * copies + piece);
             }
         }
     }
     if (warp >= kConsumerWarps) return;
-    float2 value[kItems][2];
+
+    Piece total[kItems];
+    auto own_sums = [&](int octet) {
+        Piece piece;
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+            piece.half[half] = make_float2(sum[4 * octet + 2 * half], sum[4 * octet + 2 * half + 1]);
+        }
+        return piece;
+    };
+    if constexpr (kSplit == 1) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) total[i] = own_sums(i);
+    } else {
+        auto received_place = [&](int from, int of_warp, int octet) {
+            return (((from * kGroups + group) * kPartWarps + of_warp) * kOctets + octet) * kWarpSize + lane;
+        };
+#pragma unroll
+        for (int octet = 0; octet < kOctets; ++octet) {
+            const uint32 place = shared_address(received + received_place(part, group_warp % kPartWarps, octet));
+            const uint32 barrier = shared_address(&sums_full);
+            if constexpr (kSplit == 8) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float2 pair = make_float2(sum[4 * octet + 2 * half], sum[4 * octet + 2 * half + 1]);
+                    send_to_rank(place, pair, barrier, 2 * group_warp + half);
+                }
+            } else {
+                const int i = 4 * octet;
+                send_to_rank(place, make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]), barrier,
+                             group_warp / kPartWarps * copies + member);
+            }
+        }
+        barrier_wait_cluster(shared_address(&sums_full), 0);
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+            total[i] = Piece{};
+            if (item_octet(i) >= kOctets) continue;
+#pragma unroll
+            for (int from = 0; from < kSplit; ++from) {  // in a fixed order
+                const Piece some = received[received_place(from, group_warp % kPartWarps, item_octet(i))];
+#pragma unroll
+                for (int half = 0; half < kHalves; ++half) {
+                    total[i].half[half].x += some.half[half].x, total[i].half[half].y += some.half[half].y;
+                }
+            }
+        }
+    }
+    if constexpr (kNorm != kNormNone) {
+        barrier_wait_cluster(shared_address(&moments_full), 0);
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+            float2 moment = make_float2(0.f, 0.f);
+#pragma unroll
+            for (int from = 0; from < kSplit; ++from) {
+                const float2 some = moments[from * kPartRows + own_row % kPartRows + 8 * half];
+                moment.x += some.x, moment.y += some.y;
+            }
+            const float mean = kNorm == kNormLayer ? moment.x / columns : 0.f;
+            const float inverse = rsqrtf(fmaxf(moment.y / columns - mean * mean, 0.f) + epsilon);
+#pragma unroll
+            for (int i = 0; i < kItems; ++i) {
+                float2& pair = total[i].half[half];
+                if constexpr (kNorm == kNormLayer) pair.x -= mean * weight_sum[i].x, pair.y -= mean * weight_sum[i].y;
+                pair.x *= inverse, pair.y *= inverse;
+            }
+        }
+    }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
         const float2 shift = pair_to_float(offset[i]);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float2 pair = half == 0 ? make_float2(total[i].x, total[i].y) : make_float2(total[i].z, total[i].w);
-            if constexpr (kNorm != kNormNone) {
-                const float2 moment = moments[item_row(i) + 8 * half];
-                if constexpr (kNorm == kNormLayer) {
-                    pair.x -= moment.x * weight_sum[i].x;
-                    pair.y -= moment.x * weight_sum[i].y;
-                }
-                pair.x *= moment.y, pair.y *= moment.y;
-            }
-            value[i][half] = make_float2(pair.x + shift.x, pair.y + shift.y);
-        }
+        for (int half = 0; half < kHalves; ++half) total[i].half[half].x += shift.x, total[i].half[half].y += shift.y;
     }
     if (activation != kActivationNone) {
 #pragma unroll
-        for (int i = 0; i < 2 * kItems; ++i) {
-            float2& pair = value[i / 2][i % 2];
+        for (int i = 0; i < kHalves * kItems; ++i) {
+            float2& pair = total[i / kHalves].half[i % kHalves];
             pair = make_float2(activate(pair.x, activation), activate(pair.y, activation));
         }
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (item_row(i) + 8 * half >= rows) continue;
-            const float2 more = pair_to_float(addend[i][half]), pair = value[i][half];
+        for (int half = 0; half < kHalves; ++half) {
+            if (own_row + 8 * half >= rows) continue;
+            const float2 more = pair_to_float(addend[i][half]), pair = total[i].half[half];
             store_pair(y + item_place(i, half), make_float2(pair.x + more.x, pair.y + more.y), item_count(i), aligned);
         }
     }

@@ -35,7 +35,7 @@ class MulticastPlan:
 
     features_per_block:        a multiple of 8 up to 64, or of 16 up to 128.
     copies:                    blocks that each load a share of the rows of x for all (1, 2, 4 or 8); times split at most 8.
-    split:                     parts of K (1, 2 or 4); 1 with a norm.
+    split:                     parts of K (1, 2, 4 or 8).
     weight_stages, row_stages: of 64 columns, in the rings of W and x.
     """
 
@@ -150,7 +150,6 @@ def columns_per_block(columns: int, split: int) -> int:
 
 
 def behind_rings_bytes(features_per_block: int, split: int, norm: str) -> int:
-    """Shared memory for the sums that parts send each other, or for the moments of a norm."""
-    if split > 1:
-        return TOKENS * features_per_block * 4
-    return 0 if norm == "none" else TOKENS * 8
+    """Shared memory for what parts send each other: sums, and the moments of a norm."""
+    sums = TOKENS * features_per_block * 4 if split > 1 else 0
+    return sums + (0 if norm == "none" else TOKENS * 8)

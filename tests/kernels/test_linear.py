@@ -110,6 +110,8 @@ MULTICAST_PLANS = [
     (24, 4, 2, 112 * 1024),
     (32, 2, 4, 48 * 1024),
     (80, 1, 4, 112 * 1024),
+    (64, 1, 8, 112 * 1024),
+    (112, 1, 8, 100 * 1024),
 ]
 
 
@@ -139,7 +141,7 @@ def check_multicast(plan: MulticastPlan, rows: int, features: int, columns: int)
     assert shape.grid[0] // plan.split * width >= features
     assert plan.split * plan.columns_per_block >= columns and plan.columns_per_block % 64 == 0
     assert rows <= plan.tile_rows <= 64 and plan.tile_rows % (8 * plan.copies) == 0
-    assert 2 <= plan.weight_stages <= 32 and min(2, columns // 64) <= plan.row_stages <= 16
+    assert 2 <= plan.weight_stages <= 32 and min(2, plan.columns_per_block // 64) <= plan.row_stages <= 16
     read = (plan.row_stages - 1) * plan.tile_rows + TOKENS  # rows of 128 bytes, by the last wgmma
     assert read * 128 <= plan.shared_bytes <= SHARED_LIMITS[90] - 1024
 
@@ -271,10 +273,11 @@ def test_fused_norm(rows: int, kind: str, dtype: torch.dtype, library: KernelLib
 @pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize(
-    ("rows", "width", "copies"), [(17, 24, 2), (33, 8, 4), (64, 48, 8), (64, 64, 1), (40, 96, 4)]
+    ("rows", "width", "copies", "split"),
+    [(17, 24, 2, 1), (33, 8, 4, 1), (64, 64, 1, 1), (40, 96, 4, 2), (64, 40, 2, 4), (57, 128, 1, 8)],
 )
 def test_fused_norm_of_many_rows(
-    rows: int, width: int, copies: int, kind: str, dtype: torch.dtype, library: KernelLibrary
+    rows: int, width: int, copies: int, split: int, kind: str, dtype: torch.dtype, library: KernelLibrary
 ) -> None:
     """Oracle: the float64 reference; x has a mean of ten deviations, in all of 840 columns, the last stage not full."""
     given = tensors(rows, 1001, 840, dtype, "cuda")
@@ -283,13 +286,13 @@ def test_fused_norm_of_many_rows(
     expected = reference(
         given["x"], given["weight"], given["bias"], norm=kind, residual=given["residual"], activation="gelu"
     )
-    plan = plan_multicast(rows, 1001, 840, features_per_block=width, copies=copies, norm=kind)
+    plan = plan_multicast(rows, 1001, 840, features_per_block=width, copies=copies, split=split, norm=kind)
     out = Linear(library)(**given, norm=norm, activation="gelu", plan=plan)
     assert relative_error(out, expected) < RELATIVE_ERROR[dtype]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width_copies_split", [(8, 8, 1), (24, 4, 1), (32, 2, 4)], ids=str)
+@pytest.mark.parametrize("width_copies_split", [(8, 8, 1), (24, 4, 1), (32, 2, 4), (64, 1, 8)], ids=str)
 def test_multicast_in_a_captured_chain(
     width_copies_split: tuple[int, int, int], library: KernelLibrary
 ) -> None:
