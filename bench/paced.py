@@ -19,7 +19,7 @@ import torch
 
 from ..cli.main import main
 from ..core.engine import Engine
-from ..runtime import engine_process, engine_worker, load
+from ..runtime import load, worker, worker_main
 from ..runtime.engine_limits import EngineLimits
 from ..runtime.step_input import Int32Array, StepInput
 
@@ -124,8 +124,8 @@ def _wait(until: float) -> None:
 
 if __name__ == "__main__":
     load._EXECUTORS["cpu"] = PacedExecutor
-    engine_process.WORKER = "trtc.bench.paced"
-    if sys.argv[1].isdecimal():  # started by an `EngineProcess`
-        engine_worker.main(Connection(int(sys.argv[1])))
+    worker.MODULE = "trtc.bench.paced"
+    if sys.argv[1].isdecimal():  # started by a `Worker`
+        worker_main.main(Connection(int(sys.argv[1])))
     else:
         sys.exit(main())

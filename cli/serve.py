@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.errors import TargetError
@@ -16,6 +18,7 @@ NAME = "serve"
 HELP = "serve an engine over HTTP, with OpenAI's interface"
 
 _KEY_VARIABLE = "TRTC_API_KEY"
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
 _LAST_WORDS_S = 10
 """What a server may need after its drain timeout: errors reach its clients, and the ranks end."""
 
@@ -53,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from ..runtime.placement import placement
     from ..runtime.prompt_lookup import PromptLookup
+    from ..runtime.worker import Worker
 
     lookup = None if args.prompt_lookup is None else PromptLookup.parse(args.prompt_lookup)
     config = ServerConfig(
@@ -68,19 +73,19 @@ def main(args: argparse.Namespace) -> int:
         max_logprobs=args.max_logprobs,
         drain_timeout_s=args.drain_timeout_s,
     )
-    try:
-        from ..runtime.server.serve import serve
-    except ModuleNotFoundError as error:
-        raise TargetError(f"serving needs the package {error.name}: pip install 'trtc[serve]'") from None
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise TargetError(f"serving needs the package {missing[0]}: pip install 'trtc[serve]'")
     load_options = {"kv_cache_memory_bytes": args.kv_cache_memory_bytes}
     code = enter_job(args, drain_s=config.drain_timeout_s + _LAST_WORDS_S, **load_options)
     if code is not None:
         return code
-    serve(
-        args.engine_dir,
-        config,
-        enable_prefix_cache=args.enable_prefix_cache,
-        prompt_lookup=lookup,
-        **load_options,
-    )
+    options = {**load_options, "enable_prefix_cache": args.enable_prefix_cache, "prompt_lookup": lookup}
+    with ExitStack() as stack:
+        worker = None
+        if placement().size == 1:  # a rank is the process that its job has started
+            worker = stack.enter_context(Worker(args.engine_dir, **options))
+        from ..runtime.server.serve import serve
+
+        serve(args.engine_dir, config, worker=worker, **options)
     return 0

@@ -22,6 +22,7 @@ from .prompt_lookup import PromptLookup
 from .request import check_line
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
+from .worker import Worker
 
 _request_ids = count()
 
@@ -33,6 +34,7 @@ class AsyncLLM:
     """
 
     executor: Executor
+    tokenizer: Tokenizer | None
     _engine: EngineThread | EngineProcess
 
     def __init__(
@@ -59,7 +61,6 @@ class AsyncLLM:
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
         machine cannot run it.
         """
-        self.tokenizer = Tokenizer.from_dir(engine_dir)
         options = {
             "seed": seed,
             "enable_prefix_cache": enable_prefix_cache,
@@ -71,10 +72,17 @@ class AsyncLLM:
             "verify": verify,
         }
         if own_process:
-            engine = EngineProcess(engine_dir, loading | options, self.tokenizer, on_finished)
-            self._engine, self.executor = engine, engine.executor
+            self._talk(Worker(engine_dir, **loading, **options), on_finished)
         else:
-            self._start(load_executor(engine_dir, **loading), options, on_finished)
+            executor = load_executor(engine_dir, **loading)
+            self._start(executor, Tokenizer.from_dir(engine_dir), options, on_finished)
+
+    @classmethod
+    def from_worker(cls, worker: Worker, *, on_finished: OnFinished | None = None) -> Self:
+        """Runs on the engine that `worker` loads, in its process."""
+        llm = cls.__new__(cls)
+        llm._talk(worker, on_finished)
+        return llm
 
     @classmethod
     def from_executor(
@@ -89,19 +97,33 @@ class AsyncLLM:
     ) -> Self:
         """Runs on an executor that is loaded already, or that is not made from an engine directory."""
         llm = cls.__new__(cls)
-        llm.tokenizer = tokenizer
         options = {
             "seed": seed,
             "enable_prefix_cache": enable_prefix_cache,
             "prompt_lookup": prompt_lookup,
         }
-        llm._start(executor, options, on_finished)
+        llm._start(executor, tokenizer, options, on_finished)
         return llm
 
-    def _start(self, executor: Executor, options: dict[str, Any], on_finished: OnFinished | None) -> None:
-        self.executor = executor
-        self._core = EngineCore(executor, self.tokenizer, **options)
+    def _start(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        options: dict[str, Any],
+        on_finished: OnFinished | None,
+    ) -> None:
+        self.executor, self.tokenizer = executor, tokenizer
+        self._core = EngineCore(executor, tokenizer, **options)
         self._engine = EngineThread(self._core, on_finished)
+
+    def _talk(self, worker: Worker, on_finished: OnFinished | None) -> None:
+        try:
+            self.tokenizer = Tokenizer.from_dir(worker.engine_dir)
+            engine = EngineProcess(worker, self.tokenizer, on_finished)
+        except BaseException:
+            worker.kill()
+            raise
+        self._engine, self.executor = engine, engine.executor
 
     async def generate(
         self,

@@ -9,14 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import subprocess
-import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Pipe
-from typing import Any
 
 import torch
 
@@ -28,9 +24,10 @@ from .output_stream import Update
 from .sampling_params import SamplingParams
 from .step_input import StepInput
 from .tokenizer import Tokenizer
+from .worker import Worker
 
-WORKER = "trtc.runtime.engine_worker"
-"""The module that the process runs."""
+_logger = logging.getLogger(__name__)
+
 _SENT = (
     "request_id",
     "prompt_token_ids",
@@ -101,16 +98,10 @@ class LogLine:
 
 
 class EngineProcess:
-    """Starts the process and talks to it. The methods are those of `EngineThread`."""
+    """Talks to the process of a worker. The methods are those of `EngineThread`."""
 
-    def __init__(
-        self,
-        engine_dir: str | os.PathLike[str],
-        options: Mapping[str, Any],
-        tokenizer: Tokenizer | None,
-        on_finished: OnFinished | None,
-    ) -> None:
-        """options: see `engine_worker.main`. Blocks until the engine is loaded; raises what loading it raises."""
+    def __init__(self, worker: Worker, tokenizer: Tokenizer | None, on_finished: OnFinished | None) -> None:
+        """Blocks until the engine is loaded; raises what loading it raises."""
         self._on_finished = on_finished
         self._streams = Streams()
         self._lock = threading.Lock()
@@ -120,17 +111,8 @@ class EngineProcess:
         self.failure: str | None = None
         """Why the engine cannot run any more; None while it can."""
         self._sending = threading.Lock()
-        self._connection, other = Pipe()
-        command = [sys.executable, "-P", "-m", WORKER, str(other.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL)
-        other.close()  # so that the end of either process is the end of the connection
-        try:
-            self._connection.send((str(engine_dir), dict(options)))
-            self.executor = self._loaded(engine_dir)
-        except BaseException:
-            self._process.kill()
-            self._process.wait()
-            raise
+        self._connection, self._process = worker.connection, worker.process
+        self.executor = self._loaded(worker)
         self._checks = EngineCore(self.executor, tokenizer)
         self._stats = EngineStats(0, 0, 0, self.executor.num_pages, 0, 0)
         self._reader = threading.Thread(target=self._read, name="trtc-engine-news", daemon=True)
@@ -177,14 +159,14 @@ class EngineProcess:
         self._reader.join()
         self._process.wait()
 
-    def _loaded(self, engine_dir: str | os.PathLike[str]) -> Limits:
+    def _loaded(self, worker: Worker) -> Limits:
         while True:
             try:
                 message = self._connection.recv()
             except (EOFError, OSError):
                 code = self._process.wait()
                 raise EngineError(
-                    f"{engine_dir}: the engine's process ended while it was loading: exit code {code}"
+                    f"{os.fspath(worker.engine_dir)}: the engine's process ended while it was loading: exit code {code}"
                 ) from None
             if isinstance(message, Limits):
                 return message
@@ -206,8 +188,10 @@ class EngineProcess:
                 else:
                     self._take(message)
         except (EOFError, OSError):
-            code = self._process.wait()
-            self._fail(f"the engine's process has ended: exit code {code}")
+            reason = f"the engine's process has ended: exit code {self._process.wait()}"
+            if self.failure is None:
+                _logger.error(reason)
+            self._fail(reason)
 
     def _take(self, news: News) -> None:
         if news.stats is not None:

@@ -1,7 +1,4 @@
-"""What runs in the process of an `EngineProcess`: the engine's thread, and commands and news over a connection.
-
-python -m trtc.runtime.engine_worker FD        FD: the inherited end of the connection
-"""
+"""The engine's side of an `EngineProcess`: the engine's thread, and commands and news over the connection."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import gc
 import logging
 import os
 import pickle
-import signal
 import sys
 import threading
 import time
@@ -86,19 +82,16 @@ class NewsOutlet:
         self._ended.clear()
 
 
-def main(connection: Connection) -> None:
+def run(connection: Connection, engine_dir: str | os.PathLike[str], options: dict[str, Any]) -> None:
     """Loads an engine, says what it takes, and serves until it is told to stop or the other process is gone.
 
-    First message: the engine directory, and options: `num_pages`, `kv_cache_memory_bytes`, `verify` of `load_executor`, and
-    `seed`, `enable_prefix_cache`, `prompt_lookup` of `EngineCore`.
+    options: `num_pages`, `kv_cache_memory_bytes`, `verify` of `load_executor`, and `seed`, `enable_prefix_cache`,
+    `prompt_lookup` of `EngineCore`
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # sent to all processes; the other one says what to do
     sender = Sender(connection)
     logging.getLogger().handlers = [LogSender(sender)]
     logging.captureWarnings(True)
     try:
-        engine_dir, options = connection.recv()
         loading = ("num_pages", "kv_cache_memory_bytes", "verify")
         executor = load_executor(engine_dir, **{name: options.pop(name) for name in loading})
         core = EngineCore(executor, Tokenizer.from_dir(engine_dir), **options)
@@ -107,7 +100,7 @@ def main(connection: Connection) -> None:
         return
     except Exception as error:
         logging.getLogger(__name__).exception("the engine cannot be loaded")
-        sender.send(EngineError(f"{engine_dir}: {type(error).__name__}: {error}"))
+        sender.send(EngineError(f"{os.fspath(engine_dir)}: {type(error).__name__}: {error}"))
         return
     ended: list[RequestStats] = []
     sys.setswitchinterval(SWITCH_S)
@@ -133,7 +126,3 @@ def take_commands(connection: Connection, engine: EngineThread) -> None:
                 engine.submit(Submission(**command, stream=None))
         elif (submission := engine.find(command)) is not None:
             engine.cancel(submission)
-
-
-if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])))

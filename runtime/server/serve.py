@@ -20,8 +20,8 @@ from ...core.errors import ConfigError
 from ..async_llm import AsyncLLM
 from ..engine_thread import RequestStats
 from ..engine_worker import SWITCH_S
-from ..placement import placement
 from ..prompt_lookup import PromptLookup
+from ..worker import Worker
 from .app import Service, create_app
 from .chat_template import ChatTemplate
 from .config import ServerConfig
@@ -40,11 +40,13 @@ def serve(
     kv_cache_memory_bytes: int | None = None,
     enable_prefix_cache: bool = True,
     prompt_lookup: PromptLookup | None = None,
+    worker: Worker | None = None,
 ) -> None:
     """Serves an engine until SIGTERM or SIGINT; then finishes what runs and returns. Call it in the main thread.
 
     prompt_lookup: for greedy requests
-
+    worker:        has begun to load the engine, and got the other options; None: the engine is loaded here, and runs in a
+                   thread, as a rank has it
     Raises ConfigError when host and port cannot be had, EngineError and TargetError as `LLM` does.
     """
     with _bound_socket(config) as listener:  # before the engine: a port in use is known at once
@@ -55,14 +57,16 @@ def serve(
             metrics.request_ended(stats)
             history.request_ended(stats)
 
-        llm = AsyncLLM(
-            engine_dir,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            enable_prefix_cache=enable_prefix_cache,
-            prompt_lookup=prompt_lookup,
-            on_finished=request_ended,
-            own_process=placement().size == 1,  # a rank is the process that its job has started
-        )
+        if worker is not None:
+            llm = AsyncLLM.from_worker(worker, on_finished=request_ended)
+        else:
+            llm = AsyncLLM(
+                engine_dir,
+                kv_cache_memory_bytes=kv_cache_memory_bytes,
+                enable_prefix_cache=enable_prefix_cache,
+                prompt_lookup=prompt_lookup,
+                on_finished=request_ended,
+            )
         try:
             template = ChatTemplate.from_dir(engine_dir)
             service = Service(llm, template, config, metrics, history, _facts(engine_dir))

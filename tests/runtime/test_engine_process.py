@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from trtc.core.errors import ConfigError, EngineError, RequestError
-from trtc.runtime import engine_process
+from trtc.runtime import worker
 from trtc.runtime.async_llm import AsyncLLM
 from trtc.runtime.engine_thread import RequestStats
 from trtc.runtime.llm import LLM
@@ -144,7 +144,7 @@ def test_a_process_that_is_killed_ends_its_requests(folder: Path) -> None:
 BROKEN = """
 import sys
 from multiprocessing.connection import Connection
-from trtc.runtime import engine_worker, load
+from trtc.runtime import load, worker_main
 
 def fails(*arguments):
     raise RuntimeError("no more memory")
@@ -155,7 +155,7 @@ def broken(engine, num_pages, kv_cache_memory_bytes):
     return executor
 
 load._EXECUTORS["cpu"] = broken
-engine_worker.main(Connection(int(sys.argv[1])))
+worker_main.main(Connection(int(sys.argv[1])))
 """
 
 
@@ -165,7 +165,7 @@ def test_an_engine_that_fails_says_why(
     """The log has the traceback of the other process."""
     (tmp_path / "broken_worker.py").write_text(BROKEN)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setattr(engine_process, "WORKER", "broken_worker")
+    monkeypatch.setattr(worker, "MODULE", "broken_worker")
     llm = AsyncLLM(folder, own_process=True)
     with caplog.at_level(logging.ERROR), pytest.raises(EngineError, match="RuntimeError: no more memory"):
         asyncio.run(last(llm, [1], greedy(1)))

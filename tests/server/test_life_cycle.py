@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import signal
 import socket
@@ -266,6 +267,34 @@ def test_a_server_that_cannot_start_says_why(
     assert main(["serve", "--engine-dir", str(tmp_path), *options.format(port=port).split()]) == 1
     errors = capsys.readouterr().err
     assert message.format(port=port) in errors and errors.count("\n") == 1
+
+
+def test_a_missing_package_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trtc.cli.serve.find_spec", lambda name: None if name == "uvicorn" else name)
+    assert main(["serve", "--engine-dir", str(tmp_path)]) == 1
+    assert "serving needs the package uvicorn: pip install 'trtc[serve]'" in capsys.readouterr().err
+
+
+def test_a_server_whose_engine_is_killed_says_so(engine: Path) -> None:
+    """Oracle: the operating system, which kills it."""
+    server = RunningServer(engine)
+    body = completion(max_tokens=1000, n=8, ignore_eos=True, prompt=LONG_PROMPTS)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(server.request, "POST", "/v1/completions", json=body)
+        wait_until(lambda: answer.done() or server.metrics()["trtc_sequences_running"])
+        (child,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        found = answer.result()
+    reason = "the engine's process has ended: exit code -9"
+    assert (found.status_code, found.json()["error"]["message"]) == (503, reason)
+    health = server.request("GET", "/health")
+    assert (health.status_code, health.json()["reason"]) == (503, reason)
+    assert server.request("POST", "/v1/completions", json=completion()).status_code == 503
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(LIMIT_S) == 0
+    assert [entry["event"] for entry in server.log if entry["level"] == "error"] == [reason]
 
 
 def test_the_key_of_the_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
