@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,8 @@ FORMAT = "trtc-engine"
 FORMAT_VERSION = 1
 DESCRIPTION = "engine.json"
 _KEYS = {"format", "format_version", "trtc_version", "model", "build", "ranks", "files", "digest"}
-_HASH_BLOCK = 16 << 20
-"""Large: a thread that has hashed a block may wait for the interpreter, which another one imports modules with."""
-
-_Digests = Mapping[str, "Future[str]"]
+_HASH_BLOCK = 32 << 20
+"""Large: each thread takes the interpreter from the one that imports modules twice a block."""
 
 
 class EngineFiles:
@@ -40,12 +39,18 @@ class EngineFiles:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], *, verify: bool = True, rank: int | None = None
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        rank: int | None = None,
+        threads: int | None = None,
     ) -> None:
         """Reads engine.json, compares the sizes of files and starts to compare their sha256.
 
-        verify: compare sha256
-        rank:   check only the files of this rank and of all ranks, and with rank 0 those of no rank
+        verify:  compare sha256
+        rank:    check only the files of this rank and of all ranks, and with rank 0 those of no rank
+        threads: hash in so many until somebody waits for the result; None: in as many as there are processors
         Raises EngineError naming the file and the reason.
         """
         self.folder = Path(folder)
@@ -62,7 +67,9 @@ class EngineFiles:
         except (KeyError, TypeError, AttributeError) as error:
             where = self.folder / DESCRIPTION
             raise EngineError(f"{where}: not an engine of this format: {error!r} in files") from None
-        self._digests: _Digests = _start_hashing(self, self._expected) if verify else {}
+        self._hashing = _Hashing(self.folder, self._expected if verify else ())
+        self._hashing.start(processors() if threads is None else threads)
+        weakref.finalize(self, self._hashing.end)
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -82,7 +89,8 @@ class EngineFiles:
 
     def wait(self) -> None:
         """Returns when all is compared. Raises EngineError naming the first file that is damaged."""
-        for name, digest in self._digests.items():
+        self._hashing.start(processors())
+        for name, digest in self._hashing.digests.items():
             path = self.folder / name
             try:
                 found = digest.result()
@@ -90,6 +98,11 @@ class EngineFiles:
                 raise EngineError(f"{path}: cannot be read: {error.strerror}") from None
             if found != self._expected[name]:
                 raise EngineError(f"{path}: content does not match its sha256: the file is damaged")
+
+
+def processors() -> int:
+    """As many as this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def is_engine(path: Path) -> bool:
@@ -107,44 +120,53 @@ def write_description(folder: Path, data: Mapping[str, Any]) -> None:
 
 def sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
     """Hex digest of a file, as sha256sum prints it; of a part of it when it is `stopped`."""
-    state, block = hashlib.sha256(), bytearray(min(_HASH_BLOCK, max(1, path.stat().st_size)))
-    view = memoryview(block)
-    with path.open("rb", buffering=0) as file:
-        while (count := file.readinto(block)) and not stopped():
-            state.update(view[:count])
+    state = hashlib.sha256()
+    # Memory that nobody has to fill with zeros while other threads cannot run.
+    with (
+        path.open("rb", buffering=0) as file,
+        mmap.mmap(-1, min(_HASH_BLOCK, max(1, path.stat().st_size))) as block,
+        memoryview(block) as view,
+    ):
+        while (count := file.readinto(view)) and not stopped():
+            with view[:count] as read:
+                state.update(read)
     return state.hexdigest()
 
 
-def _start_hashing(owner: EngineFiles, names: Mapping[str, str]) -> dict[str, Future[str]]:
-    """Hashes files in as many threads as there are processors. They end, at the next block, with `owner` or the program."""
-    digests: dict[str, Future[str]] = {name: Future() for name in names}
-    waiting, stop = deque(digests.items()), threading.Event()
-    threads = [
-        threading.Thread(target=_hash, args=(owner.folder, waiting, stop), name="sha256", daemon=True)
-        for _ in range(min(len(digests), len(os.sched_getaffinity(0))))
-    ]
-    for thread in threads:
-        thread.start()
-    weakref.finalize(owner, _end, threads, stop)
-    return digests
+class _Hashing:
+    """Files being hashed in threads. These do not know of the `EngineFiles` that they work for, which could not end then."""
 
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.digests: dict[str, Future[str]] = {name: Future() for name in names}
+        self._folder = folder
+        self._waiting = deque(self.digests.items())
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
 
-def _hash(folder: Path, waiting: deque[tuple[str, Future[str]]], stop: threading.Event) -> None:
-    while not stop.is_set():
-        try:
-            name, digest = waiting.popleft()
-        except IndexError:  # the other threads had the rest
-            return
-        try:
-            digest.set_result(sha256(folder / name, stop.is_set))
-        except (OSError, MemoryError) as error:  # `wait` raises it
-            digest.set_exception(error)
+    def start(self, threads: int) -> None:
+        """Lets so many threads work, if there is work for them."""
+        for _ in range(min(threads - len(self._threads), len(self._waiting))):
+            self._threads.append(threading.Thread(target=self._work, name="sha256", daemon=True))
+            self._threads[-1].start()
 
+    def end(self) -> None:
+        """Threads end at the next block."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
 
-def _end(threads: list[threading.Thread], stop: threading.Event) -> None:
-    stop.set()
-    for thread in threads:
-        thread.join()
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            try:
+                name, digest = self._waiting.popleft()
+            except IndexError:  # the other threads had the rest
+                return
+            try:
+                digest.set_result(sha256(self._folder / name, self._stop.is_set))
+            except (OSError, MemoryError) as error:  # `wait` raises it
+                digest.set_exception(error)
+            finally:
+                digest.cancel()  # nobody waits for ever for what failed in another way
 
 
 def _text(data: Mapping[str, Any]) -> str:

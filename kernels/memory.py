@@ -31,39 +31,37 @@ class DeviceMemory:
 
 
 class PinnedBuffer:
-    """Page-locked host memory, and a stream for copies from it to a GPU. One thread uses it.
+    """Page-locked host memory, and a stream for copies from it to a GPU. For a thread that does nothing else: the context of
+    the GPU becomes that thread's, once, since a call of the driver is also a wait for the interpreter.
 
     memory: what to copy from, `nbytes` long
     Raises DeviceError when the driver refuses.
     """
 
     def __init__(self, nbytes: int, device: int = 0) -> None:
-        self._device = device
-        with _context_of(device) as cuda:
-            what = f"{nbytes} bytes of page-locked memory"
-            self._address = int(check(cuda.cuMemHostAlloc(nbytes, cuda.CU_MEMHOSTALLOC_PORTABLE), what))
-            self._stream = check(
-                cuda.cuStreamCreate(int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)), "a stream"
-            )
+        self._driver, self._device = driver(), device
+        cuda = self._driver
+        check(cuda.cuCtxSetCurrent(primary_context(device)), f"context of CUDA device {device}")
+        what = f"{nbytes} bytes of page-locked memory"
+        self._address = int(check(cuda.cuMemHostAlloc(nbytes, cuda.CU_MEMHOSTALLOC_PORTABLE), what))
+        self._stream = check(cuda.cuStreamCreate(int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)), "a stream")
         self.memory = memoryview((ctypes.c_ubyte * nbytes).from_address(self._address)).cast("B")
 
     def copy(self, start: int, nbytes: int, address: int) -> None:
         """Starts to copy `memory[start : start + nbytes]` to `address` on the GPU."""
-        with _context_of(self._device) as cuda:
-            copied = cuda.cuMemcpyHtoDAsync(address, self._address + start, nbytes, self._stream)
-            check(copied, f"copy of {nbytes} bytes to CUDA device {self._device}")
+        copied = self._driver.cuMemcpyHtoDAsync(address, self._address + start, nbytes, self._stream)
+        check(copied, f"copy of {nbytes} bytes to CUDA device {self._device}")
 
     def wait(self) -> None:
         """Returns when all copies are done: `memory` may be filled anew."""
-        check(driver().cuStreamSynchronize(self._stream), f"copies to CUDA device {self._device}")
+        check(self._driver.cuStreamSynchronize(self._stream), f"copies to CUDA device {self._device}")
 
     def close(self) -> None:
         """Waits, and gives the memory back: `memory` is gone."""
         self.memory.release()
-        with _context_of(self._device) as cuda:
-            self.wait()
-            check(cuda.cuStreamDestroy(self._stream), "end of a stream")
-            check(cuda.cuMemFreeHost(self._address), "end of page-locked memory")
+        self.wait()
+        check(self._driver.cuStreamDestroy(self._stream), "end of a stream")
+        check(self._driver.cuMemFreeHost(self._address), "end of page-locked memory")
 
 
 @contextmanager

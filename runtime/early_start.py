@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from os import PathLike
 
-from ..core.engine_files import EngineFiles
+from ..core.engine_files import EngineFiles, processors
 from ..kernels import launch
 from ..kernels.errors import DeviceError
 from .placement import placement
@@ -17,7 +17,8 @@ class BegunEngine(EngineFiles):
     way to the GPU, in threads."""
 
     def __init__(self, folder: str | PathLike[str], *, verify: bool = True) -> None:
-        super().__init__(folder, verify=verify)
+        # Most processors are left to the import of torch and to the weights.
+        super().__init__(folder, verify=verify, threads=max(1, processors() * 3 // 8))
         self.weights = self._early_weights()
 
     def _early_weights(self) -> EarlyWeights | None:

@@ -28,9 +28,10 @@ from ..kernels.memory import DeviceMemory, PinnedBuffer
 if TYPE_CHECKING:
     import torch
 
-THREADS = 8
-"""One copies 5 to 10 GB/s out of the page cache; the link to a GPU takes 25 to 55."""
-CHUNK_BYTES = 8 << 20
+THREADS, CHUNK_BYTES = 16, 4 << 20
+"""One thread copies 5 to 10 GB/s out of the page cache; the link to a GPU takes 25 to 55."""
+EARLY_THREADS, EARLY_CHUNK_BYTES = 4, 16 << 20
+"""While torch is being imported: slower, but it leaves processors to that, and takes the interpreter less often from it."""
 _BUFFERS = 2
 """Of each thread: one is filled while the other is copied."""
 
@@ -272,7 +273,13 @@ class _EarlyWork:
             for name, entry in (item for file in files for item in file.tensors.items()):
                 memory[name] = DeviceMemory(max(1, entry.nbytes)), entry
             addresses = {name: held.address for name, (held, _) in memory.items()}
-            self._filling = Filling(files, addresses, lambda: PinnedBuffer(CHUNK_BYTES))
+            self._filling = Filling(
+                files,
+                addresses,
+                lambda: PinnedBuffer(EARLY_CHUNK_BYTES),
+                threads=EARLY_THREADS,
+                chunk_bytes=EARLY_CHUNK_BYTES,
+            )
             if self._stopped:
                 self._filling.stop()
             self._filling.wait()

@@ -40,6 +40,10 @@ class DriverStandIn:
     def cuGetErrorString(self, status: Any) -> tuple[Any, bytes]:
         return OK, b"out of memory"
 
+    def cuCtxSetCurrent(self, context: Any) -> tuple[Any, ...]:
+        self._contexts.pushed = 1
+        return (OK,)
+
     def cuCtxPushCurrent(self, context: Any) -> tuple[Any, ...]:
         self._contexts.pushed = getattr(self._contexts, "pushed", 0) + 1
         return (OK,)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from trtc.core import engine_files
 from trtc.core.engine import Engine
-from trtc.core.engine_files import EngineFiles, sha256
+from trtc.core.engine_files import DESCRIPTION, EngineFiles, sha256
 from trtc.core.errors import EngineError
 from trtc.tests.opt_models import OptCheckpoint, save_hf
 
@@ -73,6 +73,25 @@ def test_nobody_hashes_for_an_owner_that_is_gone(built: Path, monkeypatch: pytes
     del files
     gc.collect()
     assert not hashers()
+
+
+def test_who_waits_is_not_kept_by_the_few_threads_of_before(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread while others work; as many as there are processors when nobody has anything else to do."""
+    together = threading.Barrier(2)
+    first, second = sorted(path.name for path in built.iterdir() if path.name != DESCRIPTION)[:2]
+
+    def in_twos(path: Path, stopped: Callable[[], bool]) -> str:
+        if path.name in (first, second):
+            together.wait(20)
+        return sha256(path)
+
+    monkeypatch.setattr(engine_files, "processors", lambda: 2)
+    monkeypatch.setattr(engine_files, "sha256", in_twos)
+    files = EngineFiles(built, threads=1)
+    assert len(hashers()) == 1
+    files.wait()
 
 
 def test_without_verification_nothing_is_hashed(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

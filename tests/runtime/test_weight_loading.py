@@ -251,7 +251,8 @@ def test_nobody_loads_for_an_owner_that_is_gone(
         threading.Event().wait(0.1)
 
     monkeypatch.setattr(SafetensorsFile, "read_into", read_into)
-    monkeypatch.setattr(weight_loading.Filling.__init__, "__kwdefaults__", {"threads": 2, "chunk_bytes": 8})
+    monkeypatch.setattr(weight_loading, "EARLY_THREADS", 2)
+    monkeypatch.setattr(weight_loading, "EARLY_CHUNK_BYTES", 8)
     early = EarlyWeights([file.path for file in files])
     assert reading.wait(20)
     del early
