@@ -22,8 +22,8 @@ from .code import rounds_rows
 FP8_CAPABILITIES = (90,)
 """GPUs that multiply e4m3 numbers by e4m3 numbers, as far as this has been tried; others dequantize, which is more exact."""
 FP8_ROWS = 32
-"""More rows than these are multiplied as e4m3 numbers: measured on an H100, with 64 rows the decode kernel takes 201 us for
-6.7B's layer, this with 512 rows 197."""
+"""More rows than these are multiplied as e4m3 numbers: the four products of 6.7B's layer with 48 rows take 127 us on an H100,
+205 us by the decode kernel."""
 _MULTIPLE = 16
 """Of which both sizes of a matrix of e4m3 numbers are multiples."""
 
@@ -104,8 +104,15 @@ class QuantizedProducts:
             numbers = torch.empty(len(x), integers.shape[1], dtype=integers.dtype, device=x.device)
             scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
             self._quantize_rows(x.contiguous(), out=numbers, scale=scale, relu=relu)
+            # Fast sums, of fewer bits: their error is a ninth of that of rounding the rows, at most.
             y: torch.Tensor = torch._scaled_mm(
-                numbers, integers.t(), scale[:, None], row_scales, bias=bias, out_dtype=x.dtype
+                numbers,
+                integers.t(),
+                scale[:, None],
+                row_scales,
+                bias=bias,
+                out_dtype=x.dtype,
+                use_fast_accum=True,
             )
             return finished(y, activation, residual)
 
