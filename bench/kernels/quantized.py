@@ -97,7 +97,8 @@ def candidates(rows: int, features: int, columns: int, how: str, sweep: bool) ->
     plans: dict[QuantizedPlan, None] = {choose_quantized(rows, features, columns, weight=how): None}
     if sweep and rows <= 16:
         for blocks, warps, alone, ring in ((132, 8, True, 80), (132, 8, True, 128), (132, 8, False, 80), (264, 8, False, 56),
-                                           (132, 16, True, 80), (132, 16, True, 128), (132, 12, True, 96)):  # fmt: skip
+                                           (132, 16, True, 80), (132, 16, True, 128), (132, 12, True, 96), (264, 12, False, 56),
+                                           (264, 16, False, 64), (396, 8, False, 40), (198, 8, False, 64)):  # fmt: skip
             plan = quantized_stream(
                 rows,
                 features,
