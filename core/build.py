@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
@@ -174,33 +174,64 @@ def _write_weights(
 ) -> None:
     _, member = source.sharding.place(rank)
 
-    def write(name: str) -> None:
-        made = _make_weight(planned.recipes.get(name), source, member, name)
-        writers[name].write(name, made.contiguous())
+    def write(names: Sequence[str]) -> None:
+        for name, made in _make_weights(planned, source, member, names):
+            writers[name].write(name, made.contiguous())
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(write, name): name for name in writers}
+        futures = {pool.submit(write, names): names for names in _made_together(planned, writers)}
         try:
-            for done, future in enumerate(as_completed(futures), start=1):
+            done = 0
+            for future in as_completed(futures):
                 future.result()
-                if progress is not None:
-                    progress(done, len(futures), f"rank {rank}: {futures[future]}")
+                for name in futures[future]:
+                    done += 1
+                    if progress is not None:
+                        progress(done, len(writers), f"rank {rank}: {name}")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _make_weight(recipe: Graph | None, source: WeightSource, rank: int, name: str) -> torch.Tensor:
-    """A stored weight: read, or computed by its recipe from weights that are read."""
-    if recipe is None:
-        return source.read(rank, name)
-    made: torch.Tensor = interpret(
-        recipe, {node.name: source.read(rank, node.name) for node in recipe.weights}
-    )
-    if recipe.specs[name].dtype in MODEL_DTYPES and not bool(torch.isfinite(made).all()):
-        raise BuildError(f"weight {name!r} is not finite once it is computed in {recipe.specs[name].dtype}; "
-                         f"convert with --dtype float32 or bfloat16")  # fmt: skip
-    return made
+def _made_together(planned: Partition, names: Iterable[str]) -> list[list[str]]:
+    """Stored weights by the matrices that they are made of, which are read once: a norm goes into weight and bias."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        recipe = planned.recipes.get(name)
+        parts = () if recipe is None else (node for node in recipe.weights if node.outputs[0].rank > 1)
+        groups.setdefault(tuple(node.name for node in parts) or (name,), []).append(name)
+    return list(groups.values())
+
+
+def _make_weights(
+    planned: Partition, source: WeightSource, rank: int, names: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stored weights: read, or computed by their recipes from weights that are read."""
+    found: dict[str, torch.Tensor] = {}
+    for name in names:
+        recipe = planned.recipes.get(name)
+        if recipe is None:
+            yield name, source.read(rank, name)
+            continue
+        for node in recipe.weights:
+            if node.name not in found:
+                found[node.name] = source.read(rank, node.name)
+        made: torch.Tensor = interpret(recipe, {node.name: found[node.name] for node in recipe.weights})
+        if recipe.specs[name].dtype in MODEL_DTYPES and not _is_finite(made):
+            raise BuildError(f"weight {name!r} is not finite once it is computed in {recipe.specs[name].dtype}; "
+                             f"convert with --dtype float32 or bfloat16")  # fmt: skip
+        yield name, made
+
+
+_EXPONENT = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    """Whether all of a tensor is. torch asks that of 16-bit types one by one."""
+    mask = _EXPONENT.get(x.dtype)
+    if mask is None or not x.numel():
+        return bool(torch.isfinite(x).all())
+    return int(x.contiguous().view(torch.int16).bitwise_and(mask).max()) < mask
 
 
 def _file_contents(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:

@@ -209,6 +209,15 @@ def test_sha256_is_that_of_hashlib(tmp_path: Path) -> None:
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [1.0, -65504.0, 0.0, float("inf"), float("-inf"), float("nan")])
+def test_what_is_finite(dtype: torch.dtype, value: float) -> None:
+    """Oracle: torch."""
+    x = torch.full((3, 5), 65504.0, dtype=dtype)
+    x[1, 2] = value
+    assert build_module._is_finite(x) == build_module._is_finite(x.t()) == bool(torch.isfinite(x).all())
+
+
 # ---- builds that cannot be ---------------------------------------------------------------------------
 
 

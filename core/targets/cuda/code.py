@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -181,6 +183,10 @@ def code_file(arch: str, stage: int = 0) -> str:
     return f"kernels.{f'stage{stage}.' if stage else ''}{arch}.cubins"
 
 
+COMPILERS = 16
+"""Kernels that are compiled side by side, at most: one takes a second or so of a processor, and 100 MB."""
+
+
 def write_code(
     sources: Sequence[KernelSource], arch: str, directory: Path, stage: int = 0
 ) -> list[dict[str, Any]]:
@@ -189,10 +195,15 @@ def write_code(
     Raises BuildError when the compiler is missing or refuses a kernel.
     """
     contents: list[dict[str, Any]] = []
-    with (directory / code_file(arch, stage)).open("wb") as file:
-        for source in sources:
+    compiling = partial(compile_kernel, arch=compile_target(arch))
+    with (
+        ThreadPoolExecutor(min(COMPILERS, len(os.sched_getaffinity(0)))) as pool,
+        (directory / code_file(arch, stage)).open("wb") as file,
+    ):
+        futures = [pool.submit(compiling, source) for source in sources]
+        for source, future in zip(sources, futures, strict=True):
             try:
-                compiled = compile_kernel(source, arch=compile_target(arch))
+                compiled = future.result()
             except KernelError as error:
                 raise BuildError(f"target cuda: {str(error).splitlines()[0]}") from None
             contents.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -232,6 +233,25 @@ def test_every_stage_of_a_pipeline_has_the_kernels_of_its_layers(checkpoint, tmp
         assert {entry for one in wanted for entry in one.entries} <= carried
         assert ADVANCE_ENTRY in carried and shape.layers == 1
         assert (STAGE_INPUT in part.graph.specs) == (stage == 1)
+
+
+def test_a_build_reads_every_weight_once(checkpoint, tmp_path: Path) -> None:
+    """Norms go into weights and biases of the layers behind them, each made of the same matrix."""
+    source = checkpoint("cuda_pre_norm")
+    model = dataclasses.replace(source.config, dtype=DType.FLOAT16)
+    weights = source.weights(DType.FLOAT16)
+    read, counts = weights.read, Counter[str]()
+
+    def counting(rank: int, name: str) -> torch.Tensor:
+        counts[name] += weights.weight(name).shape[1:] != ()
+        return read(rank, name)
+
+    weights.read = counting  # type: ignore[method-assign]
+    build_engine(source.family, model, weights, dataclasses.replace(BUILD, **CUDA), tmp_path / "engine")
+    assert "layers.0.mlp.fc1.bias.normed" in Engine.open(tmp_path / "engine").ranks[0].graph.specs
+    assert (
+        counts["layers.0.mlp.fc1.weight"] == 1 and max(counts.values()) == 2
+    )  # the embedding is the head, too
 
 
 @pytest.mark.parametrize("variant", ["cuda_pre_norm", "cuda_post_norm_projected"])
