@@ -10,11 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import httpx
@@ -33,11 +34,19 @@ T = TypeVar("T")
 
 
 class Server:
-    """`trtc serve` on a free loopback port. module: whose command line has that command."""
+    """`trtc serve` on a free loopback port. module: whose command line has that command; variables: of the environment."""
 
-    def __init__(self, engine_dir: Path, *options: str, module: str = "trtc.cli") -> None:
+    def __init__(
+        self,
+        engine_dir: Path,
+        *options: str,
+        module: str = "trtc.cli",
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         command = [sys.executable, "-m", module, "serve", "--engine-dir", str(engine_dir), "--port", "0"]
-        self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [*command, *options], stderr=subprocess.PIPE, text=True, env=os.environ | variables
+        )
         self.log: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -67,15 +76,15 @@ class Server:
         """Lines of the log that are not of level info."""
         return [entry for entry in self.log if entry["level"] != "info"]
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, **headers: str) -> dict[str, float]:
         """Sample name with labels -> value."""
-        text = httpx.get(f"{self.url}/metrics", timeout=STUCK_S).raise_for_status().text
+        text = httpx.get(f"{self.url}/metrics", timeout=STUCK_S, headers=headers).raise_for_status().text
         lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 
-    def held(self) -> float:
+    def held(self, **headers: str) -> float:
         """Sequences in the engine."""
-        metrics = self.metrics()
+        metrics = self.metrics(**headers)
         return metrics["trtc_sequences_running"] + metrics["trtc_sequences_waiting"]
 
     def leaked(self) -> tuple[float, float]:

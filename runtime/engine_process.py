@@ -194,8 +194,6 @@ class EngineProcess:
             self._fail(reason)
 
     def _take(self, news: News) -> None:
-        if news.stats is not None:
-            self._stats = news.stats
         updates = [(self._submissions[name], update) for name, update in news.updates]
         ended = [self._submissions[stats.request_id] for stats in news.ended]
         if news.failure is not None:  # before anybody hears of it: from here on `submit` raises
@@ -204,6 +202,8 @@ class EngineProcess:
         for stats in news.ended:
             if self._on_finished is not None:
                 self._on_finished(stats)
+        if news.stats is not None:
+            self._stats = news.stats
         with self._idle:
             for submission in ended:
                 del self._submissions[submission.request_id]

@@ -218,6 +218,10 @@ class EngineThread:
         if self._submissions.get(submission.request_id) is submission:
             self._commands.put(partial(self._cancel, submission))
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._submissions
+
     def find(self, request_id: str) -> Submission | None:
         """The unfinished request of that id."""
         return self._submissions.get(request_id)

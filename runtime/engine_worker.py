@@ -62,7 +62,8 @@ class NewsOutlet:
         self._stats_at = 0.0
 
     def deliver(self, updates: list[tuple[Submission, Update]]) -> list[Submission]:
-        due = time.monotonic() - self._stats_at > STATS_S
+        # With the last answer goes what the engine is like afterwards: who has it may ask for that.
+        due = self._engine.is_idle or time.monotonic() - self._stats_at > STATS_S
         if updates or self._ended or due:
             self._send([(submission.request_id, update) for submission, update in updates], due)
         return []
