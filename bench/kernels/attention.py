@@ -33,7 +33,7 @@ from ...kernels.paged_decode_attention import plan as decode_plan
 from ...kernels.sampling.reference import RowSampling
 from . import attention_checks, sampling_checks
 from .attention_cases import Model, PagedBatch, paged_batch
-from .harness import COPY_BANDWIDTH_TBPS, ROTATION_BYTES, out_dir, relative_error, time_launches, write_json
+from .harness import ROTATION_BYTES, copy_tbps, out_dir, relative_error, time_launches, write_json
 
 MATMUL_TFLOPS = 735.0
 """8192^3 half-precision matrix product of random data on an H200, as measured: the limit of compute-bound rows."""
@@ -75,7 +75,7 @@ def bandwidth_row(
 ) -> Row:
     us = statistics.median(samples)
     rate = moved / us / 1e3
-    return Row(case, config, us, rate, "GB/s", rate / COPY_BANDWIDTH_TBPS / 10, samples, torch_us)
+    return Row(case, config, us, rate, "GB/s", rate / copy_tbps() / 10, samples, torch_us)
 
 
 def compute_row(
@@ -83,7 +83,7 @@ def compute_row(
 ) -> Row:
     """`percent` is of the larger of two floors: operations at the matmul rate, bytes at the copy bandwidth."""
     us = statistics.median(samples)
-    floor_us = max(flops / MATMUL_TFLOPS / 1e6, moved / COPY_BANDWIDTH_TBPS / 1e6)
+    floor_us = max(flops / MATMUL_TFLOPS / 1e6, moved / copy_tbps() / 1e6)
     return Row(case, config, us, flops / us / 1e6, "TFLOP/s", 100 * floor_us / us, samples, torch_us)
 
 
