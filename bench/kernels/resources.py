@@ -22,6 +22,7 @@ from ...kernels.contract import ELEMENT_TYPES
 from ...kernels.linear.quantized import dequantize_sources
 from ...kernels.linear.quantized_plan import choose_quantized
 from ...kernels.nvrtc import CI_ARCHITECTURES, KernelSource, compile_kernel, compile_target
+from ...kernels.paged import HEAD_DIMS
 from ...kernels.paged_decode_attention.plan import sources as decode_attention_sources
 from ...kernels.sampling import sources as sampling_sources
 
@@ -92,9 +93,11 @@ def sources(arch: str) -> Iterator[KernelSource]:
         yield from quantize_rows.sources(element)
         yield from sampling_sources(element)
         for fp8_cache in (False, True):
+            # bfloat16 differs from float16 in one conversion there; one head_dim shows it.
+            dims = (80,) if fp8_cache and dtype == "bfloat16" else HEAD_DIMS
             yield append_kv.source(element, fp8_cache=fp8_cache)
-            yield from decode_attention_sources(element, capability=capability, fp8_cache=fp8_cache)
-            yield from context_attention_sources(element, capability=capability, fp8_cache=fp8_cache)
+            yield from decode_attention_sources(element, dims, capability, fp8_cache=fp8_cache)
+            yield from context_attention_sources(element, dims, capability, fp8_cache=fp8_cache)
 
 
 def measure(arch: str) -> dict[str, Usage]:
