@@ -15,15 +15,12 @@ TOKENS = 64
 """Rows of a wgmma; what it reads behind the rows of x there are must be shared memory of the block."""
 
 LEAST_ROWS = 33
-MOST_WEIGHT = 1 << 24
-"""Rows from which, and elements of a weight up to which, the kernel is the fastest of ours: 8192 x 2048."""
+"""Rows from which the kernel was measured to be the fastest of ours."""
 
 SMALL_WEIGHT = 3_500_000
 """Elements of a weight under which a kernel's time is latency (3072 x 768 is under it)."""
 
 MOST_FEATURES = 128
-LONE_BLOCK_BYTES = 224 * 1024
-"""Shared memory of a block that has a multiprocessor for itself."""
 
 LEAST_ROW_STAGES = 4
 """Stages of x in flight before W gets the rest of a block's shared memory."""
@@ -118,7 +115,7 @@ def plan_multicast(
 
 def takes_multicast(rows: int, features: int, columns: int, norm: str) -> bool:
     """Whether multicast.cu is the kernel for more than 16 rows of these sizes on Hopper, as measured."""
-    return rows >= LEAST_ROWS and features * columns <= MOST_WEIGHT and norm == "none"
+    return rows >= LEAST_ROWS and features * columns < SMALL_WEIGHT and norm == "none"
 
 
 def choose_multicast(
@@ -127,21 +124,30 @@ def choose_multicast(
     """The plan for a shape, or None where another kernel is faster. Whether there is one depends on the sizes alone.
 
     What a block reads is x over its part of K and as much of W: wide blocks over parts of K read less, and parts have sums to
-    send. Small weights leave a multiprocessor room for a block of the next kernel.
+    send. A multiprocessor keeps room for a block of the next kernel.
     """
     if not takes_multicast(rows, features, columns, norm):
         return None
-    small = features * columns < SMALL_WEIGHT
     split = 2 if features >= 2 * columns else 4
-    copies = 8 // split if small else 1
-    blocks = multiprocessors if split == 2 else multiprocessors * 2 // 3
-    if split == 4 and columns <= 2048:
-        blocks = multiprocessors * 3 // 4 if small else multiprocessors // 2
+    blocks = (
+        multiprocessors
+        if split == 2
+        else multiprocessors * 3 // 4
+        if columns <= 2048
+        else multiprocessors * 2 // 3
+    )
     width = min(MOST_FEATURES, round_up(ceil_div(features, max(1, blocks // split)), 8))
+    width = round_up(width, 16) if width > 64 else width
     return plan_multicast(
-        rows, features, columns, features_per_block=round_up(width, 16) if width > 64 else width, copies=copies,
-        split=split, norm=norm, block_bytes=BLOCK_BYTES if small else LONE_BLOCK_BYTES, row_stages=8,
-    )  # fmt: skip
+        rows,
+        features,
+        columns,
+        features_per_block=width,
+        copies=8 // split,
+        split=split,
+        norm=norm,
+        row_stages=8,
+    )
 
 
 def columns_per_block(columns: int, split: int) -> int:
