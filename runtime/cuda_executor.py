@@ -341,6 +341,8 @@ class CudaExecutor(EngineLimits):
         """Releases the GPU memory, and what holds on to the ranks' communicator."""
         if "_loop" in self.__dict__:
             self._loop.close()
+        if "_program" in self.__dict__:
+            self._program.close()
         for name in ("_program", "_loop", "_cache"):
             self.__dict__.pop(name, None)
         torch.cuda.empty_cache()

@@ -113,6 +113,10 @@ class CudaProgram:
         self._decode_rows, self._context_rows = decode, context
         return self._prefill.run(inputs)
 
+    def close(self) -> None:
+        """Lets go of what holds on to this program in turn: its memory is free with the last reference to it."""
+        self.__dict__.pop("_prefill", None)
+
     def decoder(self, rows: int) -> Callable[[Mapping[str, torch.Tensor], DecodeRows], torch.Tensor]:
         """What runs a decode step of `rows` tokens: `(inputs token_ids, positions [rows]; rows) -> logits`.
 

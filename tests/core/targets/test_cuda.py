@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from trtc.core.targets.cuda.code import (
 from trtc.core.targets.cuda.program import CudaProgram, DecodeRows, _quantized_for_kernels, narrow_logits
 from trtc.core.targets.cuda.variants import decode_graph, prefill_graph
 from trtc.kernels.append_kv.reference import append_kv
+from trtc.kernels.library import KernelLibrary
 from trtc.kernels.paged_decode_attention.reference import paged_decode_attention
 from trtc.runtime.load import load_executor
 from trtc.tests.asymmetric import with_zeros
@@ -270,3 +273,19 @@ def test_zeros_are_read_beside_their_scales(tmp_path: Path) -> None:
     assert torch.equal(made[names[1]], torch.stack((weights[names[1]], weights[names[2]].half()), -1))
     shapes = linear_shapes(graph, 1)
     assert {weight for *_, weight in shapes} == {"int4zero/64"}
+
+
+def test_a_closed_program_is_gone_with_its_last_reference(tmp_path: Path) -> None:
+    """Its weights are the GPU's memory, which the next engine needs: nobody may have to collect garbage first."""
+    graph, weights = planned(checkpoint("cuda_pre_norm", tmp_path))
+    program = CudaProgram(
+        graph, weights, [], KernelLibrary(precompiled=[]), accumulation="float32", max_kv_length=64
+    )
+    there = weakref.ref(program)
+    gc.disable()
+    try:
+        program.close()
+        del program
+        assert there() is None
+    finally:
+        gc.enable()
