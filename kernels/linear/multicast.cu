@@ -86,6 +86,7 @@ __device__ __forceinline__ void store_pair(T* pointer, float2 value, int count, 
 // bias and residual may be null; residual may be y.
 // weight_map: W [features, columns] in boxes of kFeatures rows of 64 columns; x_map: x [rows, columns] in boxes of
 // tile_rows * kSplit / cluster rows, a multiple of 8; both in 128-byte swizzle, zero beyond the matrix.
+// With parts or a norm it is launched in clusters, outside of which st.async does not exist.
 // tile_rows: rows of x in a stage, at most 64; columns_per_block, a multiple of 64, is K / kSplit.
 template <typename T, int kFeatures, int kSplit, int kNorm>
 __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNormNone ? 0 : kGroupThreads),

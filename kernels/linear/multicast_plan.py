@@ -32,7 +32,8 @@ class MulticastPlan:
 
     features_per_block:        a multiple of 8 up to 64, or of 16 up to 128.
     copies:                    blocks that each load a share of the rows of x for all (1, 2, 4 or 8); times split at most 8.
-    split:                     parts of K (1, 2, 4 or 8).
+    split:                     parts of K (1, 2, 4 or 8). With a norm, a cluster has two blocks at least: st.async, which the
+                               moments are sent with, is an illegal instruction outside of clusters.
     weight_stages, row_stages: of 64 columns, in the rings of W and x.
     """
 
@@ -97,8 +98,10 @@ def plan_multicast(
 ) -> MulticastPlan:
     """A launch with rings as large as fit `block_bytes`: x at least `row_stages` or all, then W, then x again.
 
-    copies is lowered where there are fewer rows than 8 for each.
+    copies is lowered where there are fewer rows than 8 for each, and raised where a norm needs a cluster.
     """
+    if norm != "none" and split == 1:
+        copies = max(copies, 2)
     copies = min(copies, 1 << (ceil_div(rows, 8).bit_length() - 1))
     needed = ceil_div(columns_per_block(columns, split), SWIZZLED_COLUMNS)
     row_bytes = round_up(rows, 8 * copies) * SWIZZLED_ROW_BYTES

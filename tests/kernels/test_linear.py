@@ -130,12 +130,15 @@ def test_multicast_plans_cover_the_matrix_and_fit(features: int, columns: int) -
     for rows in (17, 24, 32, 33, 64):
         for plan in multicast_plans(rows, features, columns):
             check_multicast(plan, rows, features, columns)
+        normed = plan_multicast(rows, features, columns, features_per_block=64, copies=1, norm="layer")
+        check_multicast(normed, rows, features, columns)
 
 
 def check_multicast(plan: MulticastPlan, rows: int, features: int, columns: int) -> None:
     shape = plan.launch_shape(dependent=True)
     size = shape.cluster[0] if shape.cluster else 1
     assert size == plan.copies * plan.split <= 8 and shape.grid[0] % size == 0
+    assert size > 1 or plan.norm == "none"
     width = plan.features_per_block
     assert width <= 128 and width % (16 if width > 64 else 8) == 0
     assert shape.grid[0] // plan.split * width >= features
