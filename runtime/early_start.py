@@ -17,8 +17,8 @@ class BegunEngine(EngineFiles):
     way to the GPU, in threads."""
 
     def __init__(self, folder: str | PathLike[str], *, verify: bool = True) -> None:
-        # Most processors are left to the import of torch and to the weights.
-        super().__init__(folder, verify=verify, threads=max(1, processors() * 3 // 8))
+        # Half of the processors: with all of them the import of torch takes a second longer.
+        super().__init__(folder, verify=verify, threads=max(1, processors() // 2))
         self.weights = self._early_weights()
 
     def _early_weights(self) -> EarlyWeights | None:
