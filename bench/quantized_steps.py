@@ -23,6 +23,7 @@ from .opt_sizes import SIZES, is_built, work_folder, write_config
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "gpu-quantized.json"
+ON_H100 = RESULTS.with_name("h100-quantized.json")
 FLOAT = "float16"
 FORMATS: dict[str, tuple[str, ...]] = {
     **{name: ("--use-weight-only", "--weight-only-precision", name) for name in ("int8", "fp8", "int4")},
@@ -71,8 +72,8 @@ def measure(size: str, name: str, folder: Path, args: argparse.Namespace) -> lis
     return [failed] if failed else json.loads(report.read_text())
 
 
-def table(data: Record) -> str:
-    """The table of a results file, and the line below it that says what was measured."""
+def table(data: Record, name: str = RESULTS.name) -> str:
+    """The table of results file `name`, and the line below it that says what was measured."""
     header = ("model", "weights", "batch", "step", "beside float16", "% of read limit", "prefill")
     lines = [header, ("---",) * len(header), *rows(data["runs"])]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -84,7 +85,7 @@ def table(data: Record) -> str:
         f"{text}\n{setup['device']}, driver {data['driver']}, torch {setup['torch']}, trtc at {data['commit']} on "
         f"{data['date']}; random weights, groups of 128, float16, greedy, 512 tokens in, 128 out. The limit is what a copy "
         f"moves, {setup['read_bandwidth_gb_s']:.0f} GB/s, for the bytes a step reads: weights as stored, and the cache."
-        f"{notes}{remark} Samples: `bench/results/{RESULTS.name}`.\n"
+        f"{notes}{remark} Samples: `bench/results/{name}`.\n"
     )
 
 

@@ -26,7 +26,7 @@ from trtc.bench.kernels import fp8
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "gpu-vs-vllm.json"
-H200 = ROOT / "bench" / "results" / "h200-vs-vllm.json"
+H100 = ROOT / "bench" / "results" / "h100-vs-vllm.json"
 PLANS = ROOT / "bench" / "results" / "tensorrt-plans.json"
 END = "<!-- /bench -->\n"
 BARS = {
@@ -112,7 +112,7 @@ def table(data: dict[str, Any], name: str = RESULTS.name) -> str:
         f"{text}\n{data['device']}, driver {data['driver']}, float16, random weights, greedy, 512 tokens in and 128 out; "
         f"trtc at {data['commit']}{' with local changes' if data['dirty'] else ''} and vLLM {peer['vllm']} in one run on "
         f"{data['date']}, torch {setup['torch']}. Prefill is the time to the first token of the whole batch. "
-        f"Aims are for an H200, which reads memory 1.4 times as fast as an H100. "
+        f"Aims are for an H200; an H100 reads memory 0.7 times as fast. "
         f"Mixed is the better of two runs; the first one of trtc also captures its CUDA graphs. "
         f"The read limit is what a copy moves in the same run, {setup['read_bandwidth_gb_s']:.0f} GB/s; a step that read at "
         f"it would have the ratio of the last column. {remark(data)}Samples: `bench/results/{name}`.\n"
@@ -177,8 +177,11 @@ TABLES = (
     (ROOT / "docs" / "tensorrt.md", PLANS, plans_table),
     (ROOT / "README.md", RESULTS.parent / "cpu.json", cpu.table),
     (ROOT / "docs" / "cpu.md", RESULTS.parent / "cpu-scaling.json", cpu_scaling.table),
-    (ROOT / "docs" / "cuda.md", H200, partial(table, name=H200.name)),
-    (ROOT / "docs" / "quantization.md", quantized_steps.RESULTS, quantized_steps.table),
+    (ROOT / "docs" / "cuda.md", H100, partial(table, name=H100.name)),
+    *(
+        (ROOT / "docs" / "quantization.md", path, partial(quantized_steps.table, name=path.name))
+        for path in (quantized_steps.RESULTS, quantized_steps.ON_H100)
+    ),
     (ROOT / "docs" / "quantization.md", fp8.RESULTS, fp8.markdown),
     (ROOT / "docs" / "parallel.md", tensor_parallel.PIPELINES, tensor_parallel.pipeline_markdown),
     *(
