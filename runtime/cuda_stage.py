@@ -17,8 +17,9 @@ from ..core.dtypes import to_torch
 from ..core.engine import Engine
 from ..core.passes.stage import STAGE_INPUT
 from ..kernels.sampling import LoopState, Sampling
-from .cuda_executor import CudaExecutor, GraphLoop, TakenOver, Ticket, greedy_tokens
+from .cuda_executor import CudaExecutor, greedy_tokens
 from .distributed import RankGroup
+from .graph_loop import GraphLoop, TakenOver, Ticket
 from .micro_steps import split
 from .step_input import Int32Array, StepInput
 

@@ -24,7 +24,8 @@ from .request import Request
 from .request_check import check_params, check_token_ids
 from .sampler import SampledToken, sample, top_logprobs
 from .sampling_params import SamplingParams
-from .scheduler import Scheduler, SchedulerConfig
+from .scheduler import Scheduler
+from .scheduler_config import SchedulerConfig
 from .step_input import StepInput
 from .step_queue import StepQueue
 from .tokenizer import Tokenizer

@@ -15,45 +15,16 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 from operator import attrgetter
 
-from ..core.errors import ConfigError, RequestError
+from ..core.errors import RequestError
 from .batch import Batch, ScheduledRequest, count_tokens, next_part
 from .drafting import Drafting
 from .kv_cache import PageKey, PagePool, pages_for
 from .outputs import FinishReason
 from .prefix_cache import PrefixCache
 from .request import Request, RequestStatus
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """Limits of one engine. Raises ConfigError when one is not a positive integer.
-
-    max_batch_size: sequences in one step       max_num_tokens: tokens in one step
-    max_seq_len:    prompt and output tokens    max_input_len:  prompt tokens
-    page_size:      tokens per page             num_pages:      pages in the cache
-    enable_prefix_cache: use pages that an earlier request with the same beginning has computed
-    """
-
-    max_batch_size: int
-    max_num_tokens: int
-    max_seq_len: int
-    max_input_len: int
-    page_size: int
-    num_pages: int
-    enable_prefix_cache: bool = True
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "bool":
-                if not isinstance(value, bool):
-                    raise ConfigError(f"{field.name} is {value!r}; accepted: True or False")
-            elif not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field.name} is {value!r}; accepted: an integer of at least 1")
-
+from .scheduler_config import SchedulerConfig
 
 _place = attrgetter("place")
 

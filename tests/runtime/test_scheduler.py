@@ -10,7 +10,8 @@ import pytest
 from trtc.core.errors import ConfigError, RequestError
 from trtc.runtime.request import PRIORITY_STEP, Request, RequestStatus
 from trtc.runtime.sampling_params import SamplingParams
-from trtc.runtime.scheduler import Scheduler, SchedulerConfig
+from trtc.runtime.scheduler import Scheduler
+from trtc.runtime.scheduler_config import SchedulerConfig
 
 DEFAULTS = {
     "max_batch_size": 4,

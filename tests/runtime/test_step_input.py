@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from trtc.runtime.batch import Batch
 from trtc.runtime.request import Request
 from trtc.runtime.sampling_params import SamplingParams
-from trtc.runtime.scheduler import Batch, Scheduler, SchedulerConfig
+from trtc.runtime.scheduler import Scheduler
+from trtc.runtime.scheduler_config import SchedulerConfig
 from trtc.runtime.step_input import StepInput
 
 CONFIG = SchedulerConfig(
