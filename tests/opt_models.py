@@ -64,6 +64,11 @@ CUDA_VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 """Variants whose heads have sizes that the CUDA kernels serve."""
 
+LONG_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "positions_2048": {"hidden_size": 256, "max_position_embeddings": 2048},
+}
+"""As many positions as OPT has."""
+
 RANK_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "odd_sizes": {"hidden_size": 75, "num_attention_heads": 5, "ffn_dim": 77, "vocab_size": 101},
 }
@@ -72,7 +77,7 @@ RANK_VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 def hf_config_fields(variant: str) -> dict[str, Any]:
     """The arguments of OPTConfig for `variant`."""
-    fields = {**SIZES, **{**VARIANTS, **CUDA_VARIANTS, **RANK_VARIANTS}[variant]}
+    fields = {**SIZES, **{**VARIANTS, **CUDA_VARIANTS, **LONG_VARIANTS, **RANK_VARIANTS}[variant]}
     if fields["word_embed_proj_dim"] is None:
         fields["word_embed_proj_dim"] = fields["hidden_size"]
     return fields

@@ -86,12 +86,12 @@ def test_weights_that_come_while_torch_is_imported_are_those_of_the_files(tmp_pa
     assert tokens[0] == tokens[1]
 
 
-def logits_in_chunks(engine: Path, chunks: list[int]) -> torch.Tensor:
+def logits_in_chunks(engine: Path, chunks: list[int], tokens: list[int] = TOKENS) -> torch.Tensor:
     executor = load_executor(engine)
     sequence = PagedSequences(executor.page_size, executor.num_pages)
     rows, start = [], 0
     for size in chunks:
-        inputs = sequence.step({"a": TOKENS[start : start + size]})
+        inputs = sequence.step({"a": tokens[start : start + size]})
         step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
         rows.append(executor.execute(step).float().cpu())
         start += size
@@ -110,6 +110,20 @@ def test_logits(variant: str, dtype: DType, tmp_path: Path) -> None:
     for chunks in ([len(TOKENS)], [33, 36], [33, 3, 20, *[1] * (len(TOKENS) - 56)], [5, 32, 32]):
         error = max_error(logits_in_chunks(engine, chunks), reference)
         assert error <= tolerance, f"chunks {chunks[:3]}: {error} > {tolerance}"
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
+def test_all_positions_of_opt(dtype: DType, tmp_path: Path) -> None:
+    """2,048 of them, in prompts and up to the last single token: as float32 has them, and finite."""
+    tokens = torch.randint(3, 96, (2048,), generator=torch.Generator().manual_seed(1)).tolist()
+    engine = build(
+        "positions_2048", dtype, tmp_path, max_input_len=2047, max_seq_len=2048, max_num_tokens=2048
+    )
+    reference = hf_logits("positions_2048", tokens)
+    for chunks in ([2048], [1000, 1040, *[1] * 8]):
+        logits = logits_in_chunks(engine, chunks, tokens)
+        assert logits.isfinite().all()
+        assert max_error(logits, reference) <= logits_tolerance(dtype, reference), f"chunks {chunks[:2]}"
 
 
 @pytest.mark.parametrize("fmha", ["disable", "enable", "fp32_acc"])
