@@ -104,8 +104,8 @@ class QuantizedProducts:
             numbers = torch.empty(len(x), integers.shape[1], dtype=integers.dtype, device=x.device)
             scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
             self._quantize_rows(x.contiguous(), out=numbers, scale=scale, relu=relu)
-            # Not with fast sums, which are 1.2 times as fast for a prompt: for some numbers of rows the library has no kernel
-            # with them, and says so only when it is called.
+            # Not with fast sums, which are 1.2 times as fast for a prompt: with them an engine's first step, of few rows,
+            # failed on an H200 (CUBLAS_STATUS_NOT_SUPPORTED), while 48 rows and more had worked.
             y: torch.Tensor = torch._scaled_mm(
                 numbers, integers.t(), scale[:, None], row_scales, bias=bias, out_dtype=x.dtype
             )
