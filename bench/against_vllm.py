@@ -209,7 +209,10 @@ def run(
     except subprocess.TimeoutExpired:
         return {"kind": "error", "command": shown, "message": f"not done after {_LIMIT_S} s"}
     if result.returncode:
-        return {"kind": "error", "command": shown, "message": result.stderr[-2000:].strip()}
+        print(result.stderr, file=sys.stderr)
+        # The last line is what went wrong; those before it name files of this machine.
+        last = result.stderr.strip().splitlines()[-1:] or [f"ended with code {result.returncode}"]
+        return {"kind": "error", "command": shown, "message": last[0]}
     return None
 
 

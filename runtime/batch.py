@@ -29,6 +29,11 @@ class ScheduledRequest(NamedTuple):
         return self.first + self.num_tokens
 
     @property
+    def wants_token_alone(self) -> bool:
+        """Whether the largest logit's index is all that is asked of the part's logits."""
+        return self.request.params.plain_greedy and not self.num_prompt_rows
+
+    @property
     def num_rows(self) -> int:
         return self.num_prompt_rows + self.samples + len(self.draft)
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from ..core.engine import Engine
-from ..core.errors import EngineError
 from ..core.targets.cpu_step import Unsupported
 from .cpu_executor import COMPILED_TOKENS, CpuExecutor, step_tensors
+from .executor import token_list
 from .step_input import Int32Array, StepInput
 
 
@@ -70,9 +70,7 @@ class CpuLoopExecutor(CpuExecutor):
         tokens = np.zeros((ticket, self._num_loaded), np.int32)
         for row in tokens if len(self._loop_rows) else ():
             found = self._program.next_tokens(self._loop)
-            row[self._loop_rows] = found.numpy()
-            if row.min() < 0:
-                raise EngineError("the engine's logits are not finite: its weights or dtype overflow")
+            row[self._loop_rows] = token_list(found.numpy())
             self._loop["token_ids"].copy_(found)
             self._loop["positions"] += 1
             self._loop["kv_length"] += 1

@@ -295,9 +295,8 @@ class CudaExecutor(EngineLimits):
         places = np.flatnonzero(source >= 0).astype(np.int64)
         index = torch.from_numpy(np.stack((places, source[places]))).pin_memory()
         at, rows = index.to(self._device, non_blocking=True)
-        return at, self._chosen[rows].clamp_(
-            min=0
-        )  # a token that is none, for logits that were not finite, is found later
+        # That a token is none, because logits were not finite, is found when it is collected.
+        return at, self._chosen[rows].clamp_(min=0)
 
     # ---- DecodeLoop
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.errors import EngineError, RequestError
+from ..core.errors import RequestError
 from .bad_words import bad_words
 from .batch import Batch, ScheduledRequest
 from .beam_search import BeamSearch, candidates
 from .decode_ahead import DecodeAhead
 from .detokenizer import Detokenizer
 from .drafting import Drafting
-from .executor import DecodeLoop, Executor, GreedyChooser, PageCopier, StepStarter
+from .executor import DecodeLoop, Executor, GreedyChooser, PageCopier, StepStarter, token_list
 from .groups import Completion, Group, request_output
 from .outputs import Logprob, RequestOutput
 from .prompt_lookup import LookupStats, PromptLookup
@@ -213,12 +213,10 @@ class EngineCore:
         """Runs a step. Returns the next tokens, None for a beam: its search has got the candidates; and what the drafts are
         worth."""
         step = StepInput.from_batch(batch)
-        if self._chooser is None or not all(map(_needs_no_logits, batch.scheduled)):
+        if self._chooser is None or not all(part.wants_token_alone for part in batch.scheduled):
             logits = self.executor.execute(step)
             return self._sample(batch, logits), self._judge_drafts(batch, logits)
-        chosen = self._chooser.choose(step).tolist()
-        if min(chosen, default=0) < 0:
-            raise EngineError("the engine's logits are not finite: its weights or dtype overflow")
+        chosen = token_list(self._chooser.choose(step))
         sampled: list[SampledToken | None] = []
         verdicts: list[Verdict] = []
         end = 0
@@ -448,7 +446,3 @@ class EngineCore:
             )
             for token_id, entry in logprobs.items()
         }
-
-
-def _needs_no_logits(part: ScheduledRequest) -> bool:
-    return part.request.params.plain_greedy and not part.num_prompt_rows

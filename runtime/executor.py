@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ..core.errors import EngineError
+
 if TYPE_CHECKING:
     import torch
 
@@ -83,6 +85,14 @@ class GreedyChooser(Protocol):
     def choose(self, step: StepInput) -> Int32Array:
         """As `execute`, but returns of each row the token with the largest logit, the first of equals. [R], on the host.
         -1 where that logit is found not to be finite; a `DecodeLoop` may not look."""
+
+
+def token_list(chosen: Int32Array) -> list[int]:
+    """What a `GreedyChooser` chose. Raises EngineError where a logit was not finite."""
+    tokens: list[int] = chosen.tolist()
+    if min(tokens, default=0) < 0:
+        raise EngineError("the engine's logits are not finite: its weights or dtype overflow")
+    return tokens
 
 
 @runtime_checkable

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import EngineError
-from .batch import Batch, ScheduledRequest
-from .executor import StepStarter
+from .batch import Batch
+from .executor import StepStarter, token_list
 from .request import Request
 from .scheduler import Scheduler
 from .step_input import StepInput
@@ -42,7 +41,9 @@ class StepQueue:
     @staticmethod
     def takes(batch: Batch) -> bool:
         """Whether the device alone can find the tokens of `batch`, and nobody guesses what they will be."""
-        return bool(batch.scheduled) and all(map(_is_plain, batch.scheduled))
+        return bool(batch.scheduled) and all(
+            part.wants_token_alone and part.request.lookup is None for part in batch.scheduled
+        )
 
     def start(self, batch: Batch) -> None:
         """Starts a step that `takes` accepts."""
@@ -64,9 +65,7 @@ class StepQueue:
         """
         flight = self._flights[0]
         try:
-            chosen = self._executor.finish_step(flight.ticket).tolist()
-            if min(chosen, default=0) < 0:
-                raise EngineError("the engine's logits are not finite: its weights or dtype overflow")
+            chosen = token_list(self._executor.finish_step(flight.ticket))
         except BaseException:
             for one in reversed(self._flights):
                 self._scheduler.forget(one.batch)
@@ -80,8 +79,3 @@ class StepQueue:
         if self.is_empty:
             return {}
         return {request: row for row, request in enumerate(self._flights[-1].batch.sampling)}
-
-
-def _is_plain(part: ScheduledRequest) -> bool:
-    request = part.request
-    return request.params.plain_greedy and request.lookup is None and not part.num_prompt_rows

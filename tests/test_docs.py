@@ -64,6 +64,12 @@ def test_blocks_are_told_apart_by_their_info_string() -> None:
     assert [block.title for block in blocks(text)] == [None, None, None, "x.toml"]
 
 
+def test_results_name_no_file_of_the_machine_that_made_them() -> None:
+    results = sorted((ROOT / "bench" / "results").glob("*.json"))
+    found = [path.name for path in results if '  File \\"/' in path.read_text(encoding="utf-8")]
+    assert results and not found, "of a command that failed, its last line says why"
+
+
 def test_the_authors_page_starts_with_a_plugin_of_less_than_40_lines() -> None:
     first = next(blocks(AUTHORS_PAGE.read_text(encoding="utf-8")))
     assert first.title == "toy.py"

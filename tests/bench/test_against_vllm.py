@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,8 @@ def test_an_engine_that_is_there_is_taken(args: argparse.Namespace, tmp_path: Pa
     with opt_sizes.work_folder(None) as folder:
         assert folder.exists()
     assert not folder.exists()
+
+
+def test_a_benchmark_keeps_the_last_line_of_a_command_that_failed() -> None:
+    failed = against_vllm.run([sys.executable, "-c", "raise ValueError('no such thing')"])
+    assert failed is not None and failed["message"] == "ValueError: no such thing"
