@@ -55,7 +55,10 @@ def test_both_sides_are_timed(
     monkeypatch.setattr(ranks_vs_vllm, "run", for_cpu)
     mine = list(ours("125m", SHORT, tmp_path, args))
     assert [record["kind"] for record in mine] == ["build", "start", "setup", "batch", "batch"], mine
-    assert mine[3]["out_len"] == 3 and mine[3]["decode_ms_per_token"] > 0 and len(mine[3]["total_all"]) == 2
+    assert mine[3]["out_len"] == 3 and len(mine[3]["total_all"]) == 2
+    # Of so small a model the difference may be anything, on a machine that has other work even less than 0.
+    step_ms = 1e3 * (mine[3]["total_s"] - mine[3]["prefill_s"]) / 2
+    assert mine[3]["decode_ms_per_token"] == pytest.approx(step_ms, abs=2e-3)
     assert (mine[4]["batch"], mine[4]["in_len"]) == (2, 8) and "decode_ms_per_token" not in mine[4]
     assert not (tmp_path / "engine").exists()
     other = list(theirs("125m", SHORT, tmp_path, args))
