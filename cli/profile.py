@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.early_start import begin_loading
+from ..runtime.heap import without_collection
 from .run import write_json
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     engine_dir = begin_loading(args.engine_dir, verify=not args.no_verify)
-    from ..runtime.llm import LLM
-    from ..runtime.profiling import profile_engine
+    with without_collection():
+        from ..runtime.llm import LLM
+        from ..runtime.profiling import profile_engine
 
     profiles = []
     with LLM(engine_dir) as llm:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, RequestError
 from ..runtime.early_start import begin_loading
+from ..runtime.heap import keep_heap, without_collection
 from .common import add_kv_cache
 from .ranks import add_nproc, enter_job
 from .summarize import add_prompt_lookup
@@ -90,9 +91,10 @@ def main(args: argparse.Namespace) -> int:
     if code is not None:
         return code
     engine_dir = begin_loading(args.engine_dir)
-    from ..runtime.llm import LLM
-    from ..runtime.prompt_lookup import PromptLookup
-    from ..runtime.sampling_params import SamplingParams
+    with without_collection():
+        from ..runtime.llm import LLM
+        from ..runtime.prompt_lookup import PromptLookup
+        from ..runtime.sampling_params import SamplingParams
 
     prompts = read_prompts(args)
     if args.stream and len(prompts) != 1:
@@ -131,6 +133,7 @@ def main(args: argparse.Namespace) -> int:
         early_stopping=args.early_stopping,
     )
     with LLM(engine_dir, **load_options, enable_prefix_cache=args.enable_prefix_cache) as llm:
+        keep_heap(collect=False)
         if llm.tokenizer is None and (
             args.stop or args.bad_words or any(isinstance(p, str) for p in prompts)
         ):

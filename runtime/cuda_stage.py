@@ -103,7 +103,7 @@ class StageLoop(GraphLoop):
     def enqueue(self, count: int) -> Ticket:
         """See `GraphLoop.enqueue`."""
         assert count <= self.HISTORY // 2
-        bucket = self._bucket()
+        bucket = self._bucket(self._rows)
         for _ in range(count):
             self._replay()
             self._stage.spread(self._next_token[:bucket])
@@ -112,7 +112,7 @@ class StageLoop(GraphLoop):
 
     def _replay(self) -> torch.Tensor:
         graph, result = self._graph()  # captured before anything is under way
-        self._stage.take(self._take(self._bucket()))
+        self._stage.take(self._take(self._bucket(self._rows)))
         graph.replay()
         self._stage.give(result)
         return result

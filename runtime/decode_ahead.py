@@ -2,8 +2,8 @@
 
 While every running sequence decodes greedily, nobody can be admitted and prompt lookup has no guess that pays (`Drafting`),
 the host needs to decide nothing: it enqueues steps and reads their tokens one burst later. A sequence that ends is noticed
-late; the tokens it got since are dropped, and from the next burst on its row rests. Pages are given back only when no step is
-under way that could still write to them.
+late; the tokens it got since are dropped, and from the next burst on its row rests. Pages are given to others only when no step
+is under way that could still write to them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ HORIZONS = (128, 32, 8)
 CROWD = 32
 """Sequences of which one ends every few steps. While others wait for their places, each end would drain the device."""
 MAX_BURST = 8
-FEWEST = 0.75
-"""Share of the rows down to which it goes on as it is: rows at rest cost no attention, but are still rows of every product.
-A start costs the time to drain the device."""
 BURST_SECONDS = 0.0015
 """Steps are enqueued in bursts of about this long, so that the host's work for a burst hides behind the next one."""
 
@@ -138,14 +135,15 @@ class DecodeAhead:
         self._left -= count
 
     def _may_go_on(self) -> bool:
-        """Whether the same rows may run on: nobody waits who has a place now, or whose place somebody left."""
-        rows = len(self._requests)
-        if self._scheduler.waiting and (len(self._rows) < rows or not self._scheduler.only_decodes()):
+        """Whether the rows that are left may run on: nobody waits who has a place now, or whose place somebody left."""
+        if self._scheduler.waiting and (
+            len(self._rows) < len(self._requests) or not self._scheduler.only_decodes()
+        ):
             return False
-        return len(self._rows) > FEWEST * rows
+        return bool(self._rows)
 
     def _measure(self, count: int) -> None:
         now = self._clock()
         self._step_seconds = float(np.clip((now - self._last_collected) / count, 1e-5, 1.0))
         self._last_collected = now
-        self._scheduler.drafting.costs.measured(len(self._requests), None, self._step_seconds)
+        self._scheduler.drafting.costs.measured(len(self._rows), None, self._step_seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import pickle
@@ -18,6 +17,7 @@ from ..core.errors import EngineError, TrtcError
 from .engine_core import EngineCore
 from .engine_process import Limits, LogLine, News
 from .engine_thread import EngineThread, RequestStats, Submission
+from .heap import keep_heap
 from .load import load_executor
 from .output_stream import Update
 from .tokenizer import Tokenizer
@@ -105,8 +105,7 @@ def run(connection: Connection, engine_dir: str | os.PathLike[str], options: dic
         return
     ended: list[RequestStats] = []
     sys.setswitchinterval(SWITCH_S)
-    gc.collect()
-    gc.freeze()  # modules and weights stay: nobody need look through them again and again
+    keep_heap()
     sender.send(Limits.of(executor))
     take_commands(connection, EngineThread(core, ended.append, partial(NewsOutlet, sender, ended)))
     executor.close()

@@ -128,8 +128,8 @@ class DecodeLoop(Protocol):
         """Starts `count` steps after those under way and returns their ticket at once."""
 
     def loop_rest(self, rows: Sequence[int]) -> None:
-        """Computes nothing more for these rows in steps that are enqueued from now on; what `loop_collect` returns for them
-        has no meaning."""
+        """Computes nothing more for these of the rows that were loaded, in steps that are enqueued from now on; what
+        `loop_collect` returns for them has no meaning."""
 
     def loop_collect(self, ticket: Any) -> Int32Array:
         """Waits for the steps of a ticket; returns the tokens they chose, [count, B]."""

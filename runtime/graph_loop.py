@@ -28,13 +28,20 @@ class Ticket:
     """Steps that were enqueued: `event` tells when they are done."""
 
     event: torch.cuda.Event
+    count: int
+    num_loaded: int
+    """Rows that were loaded."""
+    loaded: npt.NDArray[np.int64]
+    """[rows] of the device: which of the rows that were loaded each is, -1 where it rests."""
     kv_length: Int32Array
     """[rows] before the first of these steps, that step's token included."""
-    count: int
+    history: npt.NDArray[np.int32]
+    """[rows, HISTORY]: where the steps write their tokens."""
 
 
 class GraphLoop:
-    """Decode steps as CUDA graphs, one for each bucket of batch sizes, captured when first needed.
+    """Decode steps as CUDA graphs, one for each bucket of batch sizes, captured when first needed. When so many rows rest that
+    the others fit a smaller bucket, the device moves these together and goes on there.
 
     Steps that verify guesses, whose rows may be tokens of one sequence, have graphs and buckets of their own.
     """
@@ -54,10 +61,17 @@ class GraphLoop:
 
         self._token_ids, self._positions, self._kv_length = state(size), state(size), state(size)
         self._next_token, self._page_table, self._row_start = state(size), state(size, pages), state(size + 1)
-        self._history = torch.zeros(size, self.HISTORY, dtype=torch.int32, pin_memory=True)
+        self._histories: dict[int, torch.Tensor] = {}
+        """One for each bucket: the tokens of steps in another may still be unread."""
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._rows, self._verify = 0, False
+        self._verify, self._num_loaded = False, 0
+        self._loaded: npt.NDArray[np.int64] = np.arange(0)
+        """Of each row of the device; see `Ticket`."""
         self._host_length: Int32Array = np.zeros(0, np.int32)
+
+    @property
+    def _rows(self) -> int:
+        return len(self._loaded)
 
     def max_rows(self, *, verify: bool) -> int:
         return self._buckets[verify][-1]
@@ -67,8 +81,9 @@ class GraphLoop:
     ) -> None:
         """Sets the rows of the next steps, or of one step that verifies guesses; the rest of their bucket is unused."""
         rows = len(token_ids)
-        self._rows, self._host_length, self._verify = rows, kv_length.copy(), verify
-        bucket = self._bucket()
+        self._num_loaded, self._loaded = rows, np.arange(rows)
+        self._host_length, self._verify = kv_length.copy(), verify
+        bucket = self._bucket(rows)
         padded = np.zeros((3, bucket), np.int32)
         padded[0, :rows], padded[1, :rows], padded[2, :rows] = token_ids, kv_length - 1, kv_length
         for tensor, values in zip((self._token_ids, self._positions, self._kv_length), padded, strict=True):
@@ -106,22 +121,40 @@ class GraphLoop:
         """Of the `count` steps that were started last."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        ticket = Ticket(event, self._host_length, count)
+        history = self._history(self._bucket(self._rows)).numpy()
+        ticket = Ticket(event, count, self._num_loaded, self._loaded, self._host_length, history)
         self._host_length = self._host_length + count
         return ticket
 
     def rest(self, rows: Sequence[int]) -> None:
-        """Makes these rows unused."""
-        index = torch.tensor(rows, dtype=torch.int64).pin_memory()
-        self._kv_length.index_fill_(0, index.to(self._device, non_blocking=True), 0)
+        """Makes these of the rows that were loaded unused."""
+        ending = np.isin(self._loaded, rows)
+        self._loaded = np.where(ending, -1, self._loaded)
+        running = np.flatnonzero(self._loaded >= 0)
+        if len(running) and self._bucket(len(running)) < self._bucket(self._rows):
+            self._move_together(running)
+        else:
+            self._kv_length.index_fill_(0, self._sent(np.flatnonzero(ending)), 0)
+
+    def _move_together(self, running: npt.NDArray[np.int64]) -> None:
+        """Leaves these rows of the device, as the first ones, and goes on in the bucket that holds them."""
+        rows, bucket = len(running), self._bucket(len(running))
+        index = self._sent(running)
+        for tensor in (self._token_ids, self._positions, self._kv_length, self._page_table):
+            tensor[:rows] = tensor[index]
+            tensor[rows:bucket] = 0
+        self._loaded, self._host_length = self._loaded[running], self._host_length[running]
+
+    def _sent(self, index: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(index).pin_memory().to(self._device, non_blocking=True)
 
     def collect(self, ticket: Ticket) -> Int32Array:
-        """[count, rows]: the tokens that the steps of `ticket` chose."""
+        """[count, rows that were loaded]: the tokens that the steps of `ticket` chose; 0 for rows that rest."""
         ticket.event.synchronize()
-        rows = np.arange(len(ticket.kv_length))
-        slots = (ticket.kv_length[None, :] + np.arange(ticket.count)[:, None]) % self.HISTORY
-        history: npt.NDArray[np.int32] = self._history.numpy()
-        tokens: Int32Array = history[rows[None, :], slots]
+        rows = np.flatnonzero(ticket.loaded >= 0)
+        slots = (ticket.kv_length[None, rows] + np.arange(ticket.count)[:, None]) % self.HISTORY
+        tokens = np.zeros((ticket.count, ticket.num_loaded), np.int32)
+        tokens[:, ticket.loaded[rows]] = ticket.history[rows[None, :], slots]
         return tokens
 
     def close(self) -> None:
@@ -131,11 +164,17 @@ class GraphLoop:
             graph.reset()
         self._graphs.clear()
 
-    def _bucket(self) -> int:
-        return next(size for size in self._buckets[self._verify] if size >= self._rows)
+    def _bucket(self, rows: int) -> int:
+        return next(size for size in self._buckets[self._verify] if size >= rows)
+
+    def _history(self, bucket: int) -> torch.Tensor:
+        """[bucket, HISTORY], pinned: steps of `bucket` rows write here what the host reads later."""
+        if bucket not in self._histories:
+            self._histories[bucket] = torch.zeros(bucket, self.HISTORY, dtype=torch.int32, pin_memory=True)
+        return self._histories[bucket]
 
     def _graph(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        key = (self._bucket(), self._verify)
+        key = (self._bucket(self._rows), self._verify)
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
         return self._graphs[key]
@@ -171,7 +210,7 @@ class GraphLoop:
             token_ids=self._token_ids[:bucket],
             positions=self._positions[:bucket],
             kv_length=self._kv_length[:bucket],
-            history=self._history[:bucket],
+            history=self._history(bucket),
         )
 
     def _choose(self, logits: torch.Tensor, state: LoopState) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ from ...core.errors import ConfigError
 from ..async_llm import AsyncLLM
 from ..engine_thread import RequestStats
 from ..engine_worker import SWITCH_S
+from ..heap import keep_heap
 from ..prompt_lookup import PromptLookup
 from ..worker import Worker
 from .app import Service, create_app
@@ -72,8 +72,7 @@ def serve(
             service = Service(llm, template, config, metrics, history, _facts(engine_dir))
             server = _Server(service, config)
             sys.setswitchinterval(SWITCH_S)
-            gc.collect()
-            gc.freeze()  # modules and weights stay: nobody need look through them again and again
+            keep_heap()
             server.run(sockets=[listener])
         finally:
             llm.shutdown()

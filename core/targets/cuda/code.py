@@ -65,7 +65,29 @@ VERIFY_ROWS = 32
 
 def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
     """Batch sizes for which a decode step is captured: a batch runs in the smallest that holds it."""
-    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, MAX_DECODE_BUCKET]
+    sizes = [
+        1,
+        2,
+        4,
+        8,
+        16,
+        24,
+        32,
+        48,
+        64,
+        96,
+        128,
+        192,
+        256,
+        320,
+        384,
+        448,
+        512,
+        640,
+        768,
+        896,
+        MAX_DECODE_BUCKET,
+    ]
     return (*(size for size in sizes if size < max_batch_size), min(max_batch_size, MAX_DECODE_BUCKET))
 
 
