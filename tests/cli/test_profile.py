@@ -56,6 +56,28 @@ def test_every_kernel_of_a_step_is_counted(
     assert "decode, batch 2: " in printed
 
 
+def test_whole_prompts_are_prefilled(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the tokens asked for, of which the prefix cache must know none."""
+    tokens: list[int] = []
+
+    def counted(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def changed(self: CpuProgram, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            tokens.append(len(inputs["token_ids"]))
+            return method(self, inputs)
+
+        return changed
+
+    for name in ("run", "next_tokens"):
+        monkeypatch.setattr(CpuProgram, name, counted(getattr(CpuProgram, name)))
+    assert (
+        main(
+            ["profile", "--engine-dir", str(engine), *["--batch", "2", "--input-len", "100", "--steps", "2"]]
+        )
+        == 0
+    )
+    assert tokens.count(200) > 3 and set(tokens) <= {200, 2}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
