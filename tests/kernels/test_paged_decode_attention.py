@@ -104,6 +104,11 @@ def arguments(plan: DecodePlan | None = None) -> dict[str, object]:
     }  # fmt: skip
 
 
+def test_a_third_stage_where_blocks_come_in_many_waves() -> None:
+    stages = [choose_plan(rows, 32, 32, 64, 1024).stages for rows in (8, 48, 64, 512)]
+    assert stages == [3, 2, 3, 3]
+
+
 def test_contract_accepts_slices_of_a_fused_buffer() -> None:
     """Oracle: the contract; q, k and v here share rows of one buffer."""
     assert arguments()["q"].stride(0) == 10 * 64  # type: ignore[attr-defined]
