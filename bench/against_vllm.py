@@ -198,16 +198,19 @@ def theirs(config: Path, args: argparse.Namespace) -> Iterator[Record]:
 
 
 def run(
-    command: Sequence[str], environment: Mapping[str, str] | None = None, stdout: Any = None
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    stdout: Any = None,
+    limit_s: float = _LIMIT_S,
 ) -> Record | None:
     """None when the command went well, otherwise a record of what it said."""
     shown = " ".join(command[1:])
     print(f"$ {shown}", flush=True)
     try:
         result = subprocess.run(command, env={**os.environ, **(environment or {})}, stdout=stdout,
-                                stderr=subprocess.PIPE, text=True, timeout=_LIMIT_S)  # fmt: skip
+                                stderr=subprocess.PIPE, text=True, timeout=limit_s)  # fmt: skip
     except subprocess.TimeoutExpired:
-        return {"kind": "error", "command": shown, "message": f"not done after {_LIMIT_S} s"}
+        return {"kind": "error", "command": shown, "message": f"not done after {limit_s:g} s"}
     if result.returncode:
         print(result.stderr, file=sys.stderr)
         # The last line is what went wrong; those before it name files of this machine.

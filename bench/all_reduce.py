@@ -3,7 +3,8 @@
     python -m trtc.bench.all_reduce --nproc 2 --json out/all-reduce.json
 
 Checks come first: every way gives the float64 sum within the type's error; our kernels, also in sequences of different sizes,
-the float32 sum in the order of ranks, rounded once, bit for bit. torch's own kernels know no float16 and run in bfloat16, as
+the float32 sum in the order of ranks, rounded once, bit for bit. Then sums with a residual and a norm, in one kernel and in
+two (`normed_sums.py`). torch's own kernels know no float16 and run in bfloat16, as
 many bytes. A time is that of one of LAUNCHES sums in a graph; the samples are replays of it. Rank 0 reports. A rank that is
 not done after LIMIT_S seconds says where it is and ends.
 """
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from ..core.errors import TrtcError
 from ..kernels.all_reduce import AllReduce, memory_bytes
 from ..kernels.all_reduce.reference import all_reduce as reference
+from ..kernels.all_reduce.reference import rounded_once
 from ..kernels.library import KernelLibrary
 from ..runtime.distributed import RankGroup, join
 from ..runtime.gpus import choose_device
@@ -34,12 +36,14 @@ from ..runtime.launcher import launch
 from ..runtime.peer_memory import lend_memory
 from ..runtime.placement import placement
 from .kernels.harness import environment, time_launches
+from .normed_sums import NormedRow, NormedSums
+from .normed_sums import table as normed_table
 
 RESULTS = Path(__file__).parent / "results" / "gpus-all-reduce.json"
 SIZES = tuple(1 << power for power in range(13, 23))
 """Bytes of one rank's part: 8 KB to 4 MB."""
 OURS = ("trtc", "trtc two-shot")
-LIMIT_S = 75
+LIMIT_S = 110
 LAUNCHES = 40
 REPLAYS = 30
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -191,21 +195,15 @@ class Rank:
             return Row(way, size, "", None, [], str(error).partition("\n")[0][:200])
 
 
-def rounded_once(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The float32 sum in the order of ranks, in the type of the parts."""
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts[0].dtype)
-
-
 def run_rank(path: Path | None, commit: str | None, checks_only: bool) -> None:
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     group = join(placement())
     with group.failing_together():
         rank = Rank(group)
-        if rank.kernel is not None:
+        normed = None if rank.kernel is None else NormedSums(group, rank.kernel)
+        if normed is not None:
             rank.check_sequences()
+            normed.check()
         if checks_only:
             assert rank.kernel is not None, "our kernel cannot be checked"
             for size in SIZES:
@@ -214,14 +212,24 @@ def run_rank(path: Path | None, commit: str | None, checks_only: bool) -> None:
             group.close()
             return
         rows: list[Row] = []
+        normed_rows: list[NormedRow] = []
+
+        def keep() -> None:
+            if group.rank == 0 and path is not None:
+                write(path, rows, normed_rows, group.size, commit)
+
         try:
             for way in rank.ways:
                 rows += [rank.measure(way, size) for size in SIZES]
-                if group.rank == 0 and path is not None:
-                    write(path, rows, group.size, commit)  # what is measured is kept
+                keep()
+            for row in normed.time() if normed is not None else ():
+                normed_rows.append(row)
+            keep()
         finally:
             if group.rank == 0:
                 show(rows, group.size)
+                for cells in normed_table([asdict(row) for row in normed_rows]):
+                    print("".join(f"{cell:>27}" for cell in cells))
     group.close()
 
 
@@ -256,15 +264,24 @@ def markdown(data: dict[str, Any]) -> str:
         ratio = f"{theirs / ours:.2f}" if ours and theirs else ""
         lines.append((f"{size >> 10} KB", *(f"{cell:.1f} us" if cell else "" for cell in cells), ratio))
     where = data["environment"]
+    normed = list(normed_table(data.get("normed", ())))
+    normed[1:1] = [("---",) * len(normed[0])]
+    normed_text = (
+        "\nWith a residual added and the norm of the sum, float16:\n\n"
+        + "".join(f"| {' | '.join(cells)} |\n" for cells in normed)
+        if len(normed) > 2
+        else ""
+    )
     return (
         "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        + normed_text
         + f"\n{data['ranks']} x {where['device']}, driver {where['driver']}, torch {where['torch']}, NCCL {where['nccl']}, "
         f"trtc at {where['commit'][:12]}; float16, torch's own kernels bfloat16; the median of replays of a CUDA graph of "
         f"{data['launches']} sums. Samples: `bench/results/{RESULTS.name}`.\n"
     )
 
 
-def write(path: Path, rows: list[Row], ranks: int, commit: str | None) -> None:
+def write(path: Path, rows: list[Row], normed: list[NormedRow], ranks: int, commit: str | None) -> None:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     variables = {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "TORCH_"))}
     known = {} if commit is None else {"commit": commit, "dirty": False}
@@ -273,6 +290,7 @@ def write(path: Path, rows: list[Row], ranks: int, commit: str | None) -> None:
         "launches": LAUNCHES,
         "environment": {**environment(), **known, "nccl": nccl, "variables": variables},
         "rows": [asdict(row) for row in rows],
+        "normed": [asdict(row) for row in normed],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -162,7 +162,7 @@ def theirs(size: str, planned: Plan, folder: Path, args: argparse.Namespace) -> 
                "--repeat", str(args.repeat), "--cases", *planned.cases, *steps]  # fmt: skip
     log = args.json.with_suffix(f".{size}.vllm.log")
     with log.open("w") as sink:
-        failed = run(command, environment, stdout=sink)
+        failed = run(command, environment, stdout=sink, limit_s=args.peer_limit_s)
     if failed:
         yield failed
     yield from (json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"kind"'))
@@ -235,6 +235,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, required=True)
     parser.add_argument("--tp-size", type=int, required=True, metavar="N")
     parser.add_argument("--peer", type=Path, help="folder with vLLM in site/")
+    parser.add_argument(
+        "--peer-limit-s", type=float, default=540, metavar="X",
+        help="vLLM is ended then; what it has timed by then is kept (default: %(default)g)",
+    )  # fmt: skip
     parser.add_argument("--arch", default="sm_90", help="what to compile for (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
     parser.add_argument("--work-dir", type=Path, default=Path("/dev/shm/trtc-ranks"), metavar="DIR",

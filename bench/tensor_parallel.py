@@ -85,6 +85,8 @@ def measure(size: str, tp_size: int, pp_size: int, scratch: Path, args: argparse
     words += ["--use-parallel-embedding"] if args.use_parallel_embedding and tp_size > 1 else []
     start = time.perf_counter()
     failed = None if is_built(engine) else run(words)
+    if args.build_only:
+        return [failed] if failed else []
     if failed is None:
         built = time.perf_counter()
         words = [
@@ -205,6 +207,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--work-dir", type=Path, metavar="DIR", help="keep models and engines here, and take those that are"
+    )
+    parser.add_argument(
+        "--build-only", action="store_true", help="build the engines into --work-dir, time nothing"
     )
     parser.add_argument("--commit", default="unknown", help="the commit that is measured")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..kernels.all_reduce import MAX_RANKS, AllReduce, memory_bytes
+from ..kernels.all_reduce.norm import AllReduceNorm
 from ..kernels.library import KernelLibrary
 from .distributed import RankGroup
 from .peer_memory import lend_memory
@@ -14,6 +15,10 @@ SENT_BYTES = 8 << 20
 each other GPU; more GPUs than two make larger sums in two steps, in which they send less. Above: NCCL, whose rings
 send less. On two H100s a part of 1 MB takes 9.4 us, one of 4 MB, the largest that is not NCCL's, 31.5 us; with NCCL 23.7 and
 42.1 us (`bench/results/gpus-all-reduce.json`). More GPUs were not measured."""
+
+NORMED_BYTES = 0
+"""Of a part, at most, of sums that one kernel makes together with the norm that follows: 0, none, since that has not been
+measured."""
 
 
 def largest_small_sum(ranks: int) -> int:
@@ -39,6 +44,7 @@ class GpuCommunicator:
         self._group, ranks = group, group.num_peers
         self.small: AllReduce | None = None
         """None where the GPUs cannot write each other's memory."""
+        self._normed: AllReduceNorm | None = None
         if not 1 < ranks <= MAX_RANKS:
             return
         limit, two_shot = largest_small_sum(ranks), largest_two_shot_sum(ranks)
@@ -46,12 +52,33 @@ class GpuCommunicator:
         if self._memory is not None:
             state = torch.zeros(2, dtype=torch.int32, device=device)
             self.small = AllReduce(library, self._memory.addresses, group.member, limit, state, two_shot)
+            self._normed = AllReduceNorm(self.small)
 
     def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
         """The sum over the ranks, the same bits on every rank; see `RankGroup.all_reduce`."""
         if self.small is not None and self.small.serves(x):
             return self.small(x, out=x if overwrite else torch.empty_like(x))
         return self._group.all_reduce(x, overwrite=overwrite)
+
+    def norms(self, x: torch.Tensor) -> bool:
+        """Whether `all_reduce_norm` serves `x`, and is faster than a sum and a norm."""
+        return self._normed is not None and x.nbytes <= NORMED_BYTES and self._normed.serves(x)
+
+    def all_reduce_norm(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        *,
+        out: torch.Tensor,
+        residual: torch.Tensor | None,
+        total: torch.Tensor | None,
+        kind: str,
+        epsilon: float,
+    ) -> None:
+        """See `AllReduceNorm`; `norms(x)`."""
+        assert self._normed is not None
+        self._normed(x, scale, shift, out=out, residual=residual, total=total, kind=kind, epsilon=epsilon)
 
     def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """The parts of all ranks, in rank order along `axis`."""

@@ -33,7 +33,14 @@ def rms_norm(
     return normed if bias is None else normed + bias
 
 
-def _check_affine(sig: Signature, first: int) -> None:
+NORMS: Mapping[str, Norm] = {"layer": layer_norm, "rms": rms_norm}
+"""By the names that ops with a norm inside have for them."""
+NORM_FLOPS = 8
+"""An element: mean, variance, scale and shift, about."""
+
+
+def check_affine(sig: Signature, first: int) -> None:
+    """Inputs `first` and the next: weight and bias of a norm, each optional. Attribute: eps."""
     x = sig[0]
     sig.attr("eps")
     for index, what in ((first, "weight"), (first + 1, "bias")):
@@ -44,18 +51,18 @@ def _check_affine(sig: Signature, first: int) -> None:
 
 
 def _infer(sig: Signature) -> tuple[TensorSpec, ...]:
-    _check_affine(sig, 1)
+    check_affine(sig, 1)
     return (sig[0],)
 
 
 def _infer_add(sig: Signature) -> tuple[TensorSpec, ...]:
     sig.require(sig[0] == sig[1], f"input {sig[0]} and residual {sig[1]} differ")
-    _check_affine(sig, 2)
+    check_affine(sig, 2)
     return (sig[0], sig[0])
 
 
 def _flops(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> int:
-    return 8 * outputs[-1].numel(sizes)  # mean, variance, scale and shift: about eight per element
+    return NORM_FLOPS * outputs[-1].numel(sizes)
 
 
 def _plain(norm: Norm) -> Callable[..., Any]:

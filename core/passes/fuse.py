@@ -140,6 +140,30 @@ def norm_linear(graph: Graph, node: Node) -> Rewrite | None:
     return result
 
 
+def all_reduce_norm(graph: Graph, node: Node) -> Rewrite | None:
+    """norm(all_reduce(x)) -> all_reduce_norm(x), add_norm(all_reduce(x), residual) -> all_reduce_norm(x, residual)
+
+    It also gives the sum. Not one of `RULES`: a target asks for it when it is clear what is added on which rank.
+    """
+    kind = NORMS.get(node.op.removeprefix("add_"))
+    if kind is None:
+        return None
+    adds = node.op not in NORMS
+    for tensor, residual in (node.used[:2], node.used[1::-1]) if adds else ((node.used[0], None),):
+        inner = graph.producers[tensor]
+        if inner.op != "all_reduce" or (adds and not only_reader(graph, tensor)):
+            continue
+        result = Rewrite(graph, (node, inner))
+        attrs = {"tp_size": inner.attrs["tp_size"], "norm": kind, "eps": node.attrs["eps"]}
+        affine = node.inputs[2 if adds else 1 :]
+        inputs = (inner.used[0], *((residual, *affine) if residual or affine else ()))
+        total, normed = result.add("all_reduce_norm", *inputs, name=node.name, **attrs)
+        result.replace(node.tensors[0] if adds else tensor, total)
+        result.replace(node.tensors[-1], normed)
+        return result
+    return None
+
+
 def dequantize_linear(graph: Graph, node: Node) -> Rewrite | None:
     """linear(x, dequantize(integers, scale, zero), ...) -> quantized_linear(x, integers, scale, zero, ...)"""
     weight = graph.producers[node.used[1]] if node.op == "linear" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,36 @@ def blocks(vectors: int) -> int:
     return min(MAX_BLOCKS, -(-vectors // THREADS))
 
 
+@dataclass(frozen=True)
+class Rooms:
+    """What the ranks lend each other, as the kernels on one of them take it; see `AllReduce`."""
+
+    rank: int
+    ranks: int
+    state: torch.Tensor
+    capacity: int
+    """Vectors of a sum in one step."""
+    pieces: int
+    """Vectors of one rank's piece of a sum in two."""
+    addresses: tuple[tuple[int, ...], tuple[int, ...]]
+    """For sums in one step, and in two: the memory of each of MAX_RANKS, then that of `rank`."""
+
+    def arguments(self, two_shot: bool) -> tuple[int, ...]:
+        """The kernels' arguments from the memory to the rank."""
+        return (*self.addresses[two_shot], self.state.data_ptr(), self.rank)
+
+    def room(self, two_shot: bool) -> int:
+        return self.pieces if two_shot else self.capacity
+
+    def limit(self, two_shot: bool) -> int:
+        """Bytes of the largest sum."""
+        return VECTOR_BYTES * (self.pieces * self.ranks if two_shot else self.capacity)
+
+    def is_large(self, x: torch.Tensor) -> bool:
+        """Whether a sum takes two steps."""
+        return x.nbytes > self.limit(False)
+
+
 class AllReduce:
     """Launcher of the all-reduce kernels on one rank. All ranks make the same launches in the same order.
 
@@ -85,30 +116,27 @@ class AllReduce:
         if any(address % VECTOR_BYTES for address in memory):
             raise KernelContractError(f"{OP}: memory is not {VECTOR_BYTES}-byte aligned")
         check_tensor(OP, "state", state, torch.int32, {"state": 2}, state)
-        self._library, self._rank, self._state = library, rank, state
-        self._ranks = len(memory)
-        self._capacity = _vectors(max_bytes)
-        self._pieces = _piece(_vectors(two_shot_bytes), len(memory))
-        behind = memory_bytes(max_bytes, len(memory))
-        self._memory = [_addresses(memory, rank, offset) for offset in (0, behind)]
-        """Of sums in one step, and in two."""
+        ranks, behind = len(memory), memory_bytes(max_bytes, len(memory))
+        self.library = library
+        self.rooms = Rooms(
+            rank,
+            ranks,
+            state,
+            _vectors(max_bytes),
+            _piece(_vectors(two_shot_bytes), ranks),
+            (_addresses(memory, rank, 0), _addresses(memory, rank, behind)),
+        )
         self._bound: dict[tuple[object, ...], BoundKernel] = {}
 
     def serves(self, x: torch.Tensor, *, two_shot: bool | None = None) -> bool:
         """Whether `x` is small enough, and whole vectors. two_shot: see `__call__`."""
-        limit = self._limit(self._is_large(x) if two_shot is None else two_shot)
+        limit = self.rooms.limit(self.rooms.is_large(x) if two_shot is None else two_shot)
         return (
             0 < x.nbytes <= limit
             and x.nbytes % VECTOR_BYTES == 0
             and x.data_ptr() % ALIGNMENT == 0
             and x.is_contiguous()
         )
-
-    def _is_large(self, x: torch.Tensor) -> bool:
-        return x.nbytes > self._capacity * VECTOR_BYTES
-
-    def _limit(self, two_shot: bool) -> int:
-        return VECTOR_BYTES * (self._pieces * self._ranks if two_shot else self._capacity)
 
     def __call__(
         self, x: torch.Tensor, *, out: torch.Tensor, dependent: bool = True, two_shot: bool | None = None
@@ -126,18 +154,11 @@ class AllReduce:
                dependent, two_shot)  # fmt: skip
         kernel = self._bound.get(key)
         if two_shot is None:
-            two_shot = self._is_large(x)
+            two_shot = self.rooms.is_large(x)
         if kernel is None:
             kernel = self._bound[key] = self._bind(x, out, dependent, two_shot)
         vectors = x.nbytes // VECTOR_BYTES
-        kernel(
-            *map(pointer, (out, x)),
-            *self._memory[two_shot],
-            pointer(self._state),
-            self._rank,
-            vectors,
-            self._pieces if two_shot else self._capacity,
-        )
+        kernel(*map(pointer, (out, x)), *self.rooms.arguments(two_shot), vectors, self.rooms.room(two_shot))
         return out
 
     def _bind(self, x: torch.Tensor, out: torch.Tensor, dependent: bool, two_shot: bool) -> BoundKernel:
@@ -146,19 +167,20 @@ class AllReduce:
         check_tensor(OP, "x", x, x.dtype, sizes, x)
         check_tensor(OP, "out", out, x.dtype, sizes, x)
         if not self.serves(x, two_shot=two_shot):
-            limit = self._limit(two_shot)
+            limit = self.rooms.limit(two_shot)
             raise KernelContractError(
                 f"{OP}: x has {x.nbytes} bytes; accepted: multiples of {VECTOR_BYTES} up to {limit}"
             )
-        (source,) = sources(element, self._ranks)
-        kernel = self._library.kernel(source, entry(element, self._ranks, two_shot=two_shot), SIGNATURE)
-        dependent = dependent and self._library.capability >= 90
+        ranks = self.rooms.ranks
+        (source,) = sources(element, ranks)
+        kernel = self.library.kernel(source, entry(element, ranks, two_shot=two_shot), SIGNATURE)
+        dependent = dependent and self.library.capability >= 90
         vectors = x.nbytes // VECTOR_BYTES
-        grid = (blocks(_piece(vectors, self._ranks) if two_shot else vectors),)
+        grid = (blocks(_piece(vectors, ranks) if two_shot else vectors),)
         return kernel.bind(LaunchShape(grid, (THREADS,), dependent=dependent))
 
 
 def _addresses(memory: Sequence[int], rank: int, offset: int) -> tuple[int, ...]:
-    """The kernels' arguments: the memory of every rank, then that of `rank`."""
+    """`Rooms.addresses` of one kind."""
     places = [address + offset for address in memory]
     return (*places, *[0] * (MAX_RANKS - len(memory)), places[rank])

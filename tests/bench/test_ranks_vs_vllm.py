@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ GIB = 1 << 30
 def args(tmp_path: Path) -> argparse.Namespace:
     (tmp_path / "site" / "vllm").mkdir(parents=True)
     (tmp_path / "site" / "vllm" / "__init__.py").write_text(VLLM)
-    return argparse.Namespace(peer=tmp_path, arch="sm_90", tp_size=1, repeat=2, keep=False, build_only=False,
+    return argparse.Namespace(peer=tmp_path, arch="sm_90", tp_size=1, repeat=2, keep=False, build_only=False, peer_limit_s=60,
                               commit="c" * 40, json=tmp_path / "result.json")  # fmt: skip
 
 
@@ -78,6 +79,18 @@ def test_a_side_that_fails_is_on_record(tmp_path: Path, args: argparse.Namespace
     (args.peer / "site" / "vllm" / "__init__.py").write_text("raise SystemExit('no GPU')")
     (failed,) = theirs("125m", SHORT, tmp_path, args)
     assert failed["kind"] == "error" and failed["message"] == "no GPU"
+
+
+def test_what_a_side_has_timed_is_kept_when_its_time_is_up(tmp_path: Path, args: argparse.Namespace) -> None:
+    args.peer_limit_s = 8
+    hangs = VLLM.replace(
+        "use_tqdm):\n", "use_tqdm):\n        import time; time.sleep(60 * (len(prompts) == 9))\n"
+    )
+    (args.peer / "site" / "vllm" / "__init__.py").write_text(hangs)
+    planned = dataclasses.replace(SHORT, cases=("1x8x1", "9x8x1"))
+    found = list(theirs("125m", planned, tmp_path, args))
+    assert [record["kind"] for record in found] == ["error", "setup", "batch"], found
+    assert found[0]["message"] == "not done after 8 s" and found[2]["batch"] == 1
 
 
 def test_what_fits() -> None:

@@ -65,3 +65,17 @@ def test_a_way_that_does_not_work_has_no_column() -> None:
         "| 8 KB | 4.0 us | 10.0 us | 2.50 |",
         "| 16 KB |  | 12.0 us |  |",
     ) and not after
+
+
+def test_sums_with_norms_have_a_table_of_their_own() -> None:
+    """Oracle: by hand. A way that is missing leaves its cell empty."""
+    where = {"device": "GPU", "driver": "5", "torch": "2", "nccl": "2.28", "commit": "abc"}
+    data: dict[str, Any] = {"ranks": 2, "launches": 40, "environment": where, "rows": []}
+    data["rows"] = [{"way": "trtc", "bytes": 1 << 13, "us": 4.0}]
+    assert "With a residual" not in all_reduce.markdown(data)
+    data["normed"] = [
+        {"way": way, "rows": 17, "columns": 2048, "us": us, "samples": [us]}
+        for way, us in (("sum, norm", 6.0), ("one kernel", 4.0))
+    ]
+    text = all_reduce.markdown(data)
+    assert "| 17 | 2048 | 68 KB | 6.00 us | 4.00 us |  |  | 1.50 |\n\n2 x GPU" in text

@@ -355,6 +355,20 @@ def test_collectives() -> None:
     assert infer("all_reduce", f32("T", 8), tp_size=2) == (f32("T", 8),)
     assert infer("all_gather", f32("T", 8), axis=-1, tp_size=4) == (f32("T", 32),)
     assert close(run("all_reduce", x, context=context, tp_size=2), 3 * x)
+    residual, weight, bias = values(5, 8), values(8), values(8)
+    for norm, alone in (("layer", "layer_norm"), ("rms", "rms_norm")):
+        attrs = {"tp_size": 2, "norm": norm, "eps": 1e-5}
+        assert infer("all_reduce_norm", f32("T", 8), None, f32(8), **attrs) == (f32("T", 8), f32("T", 8))
+        total, normed = run("all_reduce_norm", x, residual, weight, bias, context=context, **attrs)
+        assert close(total, 3 * x + residual)
+        assert close(normed, run(alone, 3 * x + residual, weight, bias, eps=1e-5))
+        # Three of the ranks' sum, one of the residual's, eight of the norm's.
+        whole = f32("T", 8)
+        assert cost("all_reduce_norm", whole, whole, **attrs | {"tp_size": 4}) == Cost(
+            (3 + 1 + 8) * 40, 4 * 4 * 40
+        )
+        total, normed = run("all_reduce_norm", x, context=context, **attrs)
+        assert close(total, 3 * x) and close(normed, run(alone, 3 * x, eps=1e-5))
     assert close(run("all_gather", x, context=context, axis=1, tp_size=2), np.concatenate([x, 2 * x], 1))
     with pytest.raises(AssertionError, match="all_reduce needs a communicator"):
         run("all_reduce", x, tp_size=2)
@@ -367,6 +381,7 @@ HALF = TensorSpec(DType.FLOAT16, ("T", 8))
 QKV = (f32("T", 4, 6), f32("T", 2, 6), f32("T", 2, 6))
 TABLES = (i32("B+1"), i32("B"), i32("B", "P"))
 ATTENTION = {"layer": 0, "scale": 1.0}
+SUM_NORM = {"tp_size": 2, "norm": "layer", "eps": 1e-5}
 
 
 @pytest.mark.parametrize(
@@ -442,6 +457,10 @@ ATTENTION = {"layer": 0, "scale": 1.0}
         ("all_gather", (X,), {"axis": 0, "tp_size": 2}, "axis 0 of float32[T, 8] is not a known size"),
         ("all_gather", (X,), {"axis": 2, "tp_size": 2}, "axis 2 is outside of float32[T, 8]"),
         ("all_reduce", (X,), {}, "attribute 'tp_size' is missing"),
+        ("all_reduce_norm", (X, f32("R", 8)), SUM_NORM, "input float32[T, 8] and residual float32[R, 8] differ"),
+        ("all_reduce_norm", (X, None, f32(4)), SUM_NORM, "weight float32[4] does not fit input float32[T, 8]"),
+        ("all_reduce_norm", (X,), SUM_NORM | {"norm": "none"}, "attribute norm is 'none'; accepted: ('layer', 'rms'"),
+        ("all_reduce_norm", (X,), {"tp_size": 2, "norm": "rms"}, "attribute 'eps' is missing"),
         ("weight", (), {"dtype": "float31", "shape": (1,)}, "attribute dtype is 'float31'"),
         ("input", (), {"dtype": "float32"}, "attribute 'shape' is missing"),
     ],
@@ -463,7 +482,7 @@ def test_the_table_knows_the_ops_of_the_design() -> None:
     assert op_names() >= {
         "input", "weight", "embedding", "linear", "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "rotary",
         "attention", "activation", "add", "mul", "reshape", "concat", "split", "slice", "transpose", "cast",
-        "select_rows", "all_reduce", "all_gather",
+        "select_rows", "all_reduce", "all_reduce_norm", "all_gather",
     }  # fmt: skip
 
 

@@ -49,12 +49,19 @@ def ops_of(graph: Graph) -> list[str]:
     return [node.op for node in graph.nodes if node.op not in ("input", "weight")]
 
 
-def check(before: Graph, *rules: Rule) -> Graph:
+def check(before: Graph, *rules: Rule, communicator: Any = None) -> Graph:
     """`before` rewritten; it verifies and has the value it had."""
     after = rewrite(before, rules).verify()
-    weights, inputs = random_weights(before), two_prompts(11)
-    assert max_error(evaluate(after, weights, inputs), evaluate(before, weights, inputs)) <= FLOAT64_ABS
+    given = random_weights(before), two_prompts(11), communicator
+    assert max_error(evaluate(after, *given), evaluate(before, *given)) <= FLOAT64_ABS
     return after
+
+
+class ThreeTimesAsMuch:
+    """The other ranks have twice what this one has."""
+
+    def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
+        return 3 * x
 
 
 def unchanged(before: Graph, *rules: Rule) -> bool:
@@ -284,6 +291,38 @@ def test_a_norm_of_no_sum_or_of_a_sum_with_a_vector_stays() -> None:
                      fuse.add_norm)  # fmt: skip
     g, x = small()
     assert unchanged(g.finish(g.add("layer_norm", x, name="n", eps=1e-5)), fuse.add_norm)
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["bare", "scale and shift"])
+@pytest.mark.parametrize("adds", ["no", "x", "residual"])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_a_sum_over_ranks_takes_the_norm_after_it_along(norm: str, adds: str, affine: bool) -> None:
+    """The sum is either input of an add_norm; other readers get it from the fused op, with what was added."""
+    g, x = small(**({"n_w": (8,), "n_b": (8,)} if affine else {}))
+    total = g.add("all_reduce", x, name="sum", tp_size=2)
+    weights = [g.weight("n_w"), g.weight("n_b")] if affine else []
+    if adds == "no":
+        stream, normed = total, g.add(norm, total, *weights, name="n", eps=1e-5)
+    else:
+        inputs = (total, x) if adds == "x" else (x, total)
+        stream, normed = g.add_many(f"add_{norm}", *inputs, *weights, name="n", eps=1e-5)
+    graph = g.finish(g.add("mul", stream, normed, name="out"))
+    after = check(graph, fuse.all_reduce_norm, communicator=ThreeTimesAsMuch())
+    assert ops_of(after) == ["embedding", "all_reduce_norm", "mul"]
+    (node,) = (node for node in after.nodes if node.op == "all_reduce_norm")
+    given = [x, *([None] if adds == "no" and affine else [] if adds == "no" else [x]), *weights]
+    assert node.inputs == tuple(given)
+    assert node.attrs == {"tp_size": 2, "norm": norm.removesuffix("_norm"), "eps": 1e-5}
+
+
+def test_a_sum_over_ranks_that_is_read_before_something_is_added_stays() -> None:
+    g, x = small()
+    total = g.add("all_reduce", x, name="sum", tp_size=2)
+    stream, normed = g.add_many("add_layer_norm", x, total, name="n", eps=1e-5)
+    out = g.add("add", g.add("mul", stream, normed, name="product"), total, name="out")
+    assert unchanged(g.finish(out), fuse.all_reduce_norm)
+    g, x = small()
+    assert unchanged(g.finish(g.add("layer_norm", x, name="n", eps=1e-5)), fuse.all_reduce_norm)
 
 
 @pytest.mark.parametrize("activation", [{}, {"activation": "gelu"}], ids=["plain", "with activation"])

@@ -1,5 +1,7 @@
 """What the ranks of `test_cuda_ranks` run: engines one after the other; what rank 0 computes goes to RESULTS.pt.
 
+Each with sums and norms in kernels of their own, and in one.
+
 python ranks_script.py RESULTS.pt ENGINE_DIR [ENGINE_DIR ...]
 """
 
@@ -8,11 +10,12 @@ from __future__ import annotations
 import faulthandler
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from trtc.runtime import cuda_stage
+from trtc.runtime import cuda_stage, gpu_communicator
 from trtc.runtime.executor import DecodeLoop, Executor, GreedyChooser, StepStarter
 from trtc.runtime.llm import LLM
 from trtc.runtime.sampling_params import SamplingParams
@@ -27,7 +30,7 @@ PROMPTS = [list(range(3, 3 + size)) for size in (9, 1, 33, 16, 2, 57)]
 cuda_stage.MICRO_STEP_TOKENS = (
     8  # so that steps of these short prompts are split over the stages of a pipeline
 )
-LIMIT_S = 80
+LIMIT_S = 100
 """A rank that is not done then says where it is and ends."""
 GREEDY = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
 
@@ -69,9 +72,10 @@ def compute(engine_dir: str | Path) -> dict[str, object]:
 
 def main(results: Path, *engine_dirs: str) -> None:
     found = {}
-    for engine_dir in engine_dirs:
+    for engine_dir, normed in product(engine_dirs, (False, True)):
+        gpu_communicator.NORMED_BYTES = (1 << 30) * normed
         try:
-            found[engine_dir] = compute(engine_dir)
+            found[engine_dir, normed] = compute(engine_dir)
         except (
             SystemExit
         ):  # a rank that has followed rank 0 to the end of one engine can follow it to the next

@@ -26,7 +26,7 @@ from .ranks_script import PROMPTS, TOKENS, compute
 
 pytestmark = pytest.mark.multi_gpu
 SCRIPT = Path(__file__).with_name("ranks_script.py")
-JOB_S = 90.0
+JOB_S = 110.0
 TRTC = [sys.executable, "-P", "-m", "trtc.cli"]
 
 
@@ -71,26 +71,30 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Path]:
     return made
 
 
+Results = dict[tuple[str, bool], Any]
+"""By the engine, and whether sums and norms were one kernel."""
+
+
 @pytest.fixture(scope="module")
-def results(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What every engine of tensor parallel computes, in one job of mpirun."""
     path = tmp_path_factory.mktemp("results") / "results.pt"
     return computed([engines[case] for case in CASES if case.pp_size == 1], path)
 
 
 @pytest.fixture(scope="module")
-def pipelined(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def pipelined(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
     """And every pipeline, in another."""
     path = tmp_path_factory.mktemp("pipelines") / "results.pt"
     return computed([engines[case] for case in CASES if case.pp_size > 1], path)
 
 
-def computed(engines: list[Path], path: Path) -> dict[str, Any]:
+def computed(engines: list[Path], path: Path) -> Results:
     words = [sys.executable, str(SCRIPT), str(path), *map(str, engines)]
     code, out, err = finish(mpirun((2, words)), JOB_S)
     assert (code, out) == (0, ""), err
     assert "no memory shared between GPUs" not in err, err
-    found: dict[str, Any] = torch.load(path)
+    found: Results = torch.load(path)
     return found
 
 
@@ -103,14 +107,15 @@ def assert_same_up_to_ties(variant: str, prompt: list[int], found: list[int], ex
         assert gap <= 2 * logits_tolerance(DType.FLOAT16, logits), f"token {parted} differs by {gap}"
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["sum, then norm", "in one kernel"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_two_ranks_compute_what_transformers_does(
-    case: Case, engines: dict[Case, Path], request: pytest.FixtureRequest
+    case: Case, normed: bool, engines: dict[Case, Path], request: pytest.FixtureRequest
 ) -> None:
     """Logits of prompts, chunks and CUDA graphs; and of greedy tokens, run ahead in graphs, each is the best by the float32
     logits for what came before it, or within the type's error of it."""
     results = request.getfixturevalue("results" if case.pp_size == 1 else "pipelined")
-    found = results[str(engines[case])]
+    found = results[str(engines[case]), normed]
     reference = hf_logits(case.variant, TOKENS)
     assert max_error(found["logits"], reference) <= logits_tolerance(case.dtype, reference)
     assert found["chosen"] == found["logits"].argmax(-1).tolist()  # by every rank, on its device
@@ -130,7 +135,7 @@ def test_the_kernel_of_small_sums(engines: dict[Case, Path]) -> None:
 
 
 def test_nproc_gives_the_tokens_of_one_rank(
-    engines: dict[Case, Path], results: dict[str, Any], tmp_path: Path
+    engines: dict[Case, Path], results: Results, tmp_path: Path
 ) -> None:
     """The launcher's ranks say what mpirun's did, and what one rank on one GPU says."""
     path = tmp_path / "out.json"
@@ -139,11 +144,11 @@ def test_nproc_gives_the_tokens_of_one_rank(
     code, _, err = finish([*words, "--output-json", str(path), "--engine-dir", str(engines[CASES[0]])], JOB_S)
     assert code == 0, err
     (found,) = json.loads(path.read_text())
-    assert found["token_ids"] == results[str(engines[CASES[0]])]["alone"]
+    assert found["token_ids"] == results[str(engines[CASES[0]]), False]["alone"]
     one = compute(engines[CASES[0]._replace(tp_size=1)])
     assert_same_up_to_ties(CASES[0].variant, PROMPTS[0], found["token_ids"], one["alone"])
     tolerance = logits_tolerance(DType.FLOAT16, one["logits"])
-    assert max_error(results[str(engines[CASES[0]])]["logits"], one["logits"]) <= tolerance
+    assert max_error(results[str(engines[CASES[0]]), False]["logits"], one["logits"]) <= tolerance
 
 
 def test_a_model_of_1_3b_says_on_two_ranks_what_it_says_on_one(

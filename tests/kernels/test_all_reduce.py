@@ -1,4 +1,4 @@
-"""all_reduce: the protocol, step by step in any order, and the contract. The kernel itself needs two GPUs: `tests/gpu`."""
+"""all_reduce: the protocol, step by step in any order, and the contract. The kernels themselves need two GPUs: `tests/gpu`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from trtc.kernels.all_reduce import AllReduce, blocks, memory_bytes, sources
+from trtc.kernels.all_reduce import AllReduce, blocks, memory_bytes, norm, sources
+from trtc.kernels.all_reduce.norm import AllReduceNorm
+from trtc.kernels.all_reduce.reference import all_reduce, all_reduce_norm, rounded_once
 from trtc.kernels.errors import KernelContractError
 from trtc.kernels.library import KernelLibrary
 
@@ -19,25 +21,63 @@ Memory = dict[tuple[str, int, int, int], tuple[int, int]]
 """Of a rank: (for what, room, from, index) -> (number, data)."""
 
 
-def rank_steps(rank: int, memory: list[Memory], sums: list[tuple[int, bool]], rooms: int) -> Iterator[bool]:
-    """What one rank does, a memory access a step, as all_reduce.cu has it; its blocks in a random order. Yields whether it
-    got on; asserts that it sums what belongs together. sums: (size, whether in two steps)."""
+WAYS = ("one step", "two steps", "rows", "rows in two steps")
+Sum = tuple[int, str]
+"""Vectors, or rows, and the way they are summed."""
+
+
+def rank_steps(rank: int, memory: list[Memory], sums: list[Sum], rooms: int) -> Iterator[bool]:
+    """What one rank does, a memory access a step, as the kernels have it; its blocks in a random order. Yields whether it
+    got on; asserts that it sums what belongs together."""
     order = random.Random(rank)
     ranks = len(memory)
     peers = [peer for peer in range(ranks) if peer != rank]
 
-    def receive(what: str, peer: int, index: int, expected: int) -> Iterator[bool]:
-        while memory[rank].get((what, room, peer, index), (0, 0))[0] != number:
+    def give(what: str, peer: int, slot: int, data: int) -> None:
+        memory[peer][what, room, rank, slot] = number, data
+
+    def receive(what: str, peer: int, slot: int, expected: int) -> Iterator[bool]:
+        while memory[rank].get((what, room, peer, slot), (0, 0))[0] != number:
             yield False
-        assert memory[rank][what, room, peer, index][1] == expected
+        assert memory[rank][what, room, peer, slot][1] == expected
         yield True
 
-    for number, (size, two_shot) in enumerate(sums, start=1):
+    def row_block(first: int, step: int, in_two: bool) -> Iterator[bool]:
+        """A block of all_reduce_norm.cu: rows `first`, `first + step`, ... In two steps, row r belongs to rank r % ranks."""
+
+        def give_part(row: int) -> Iterator[bool]:
+            if row < size:
+                for peer in [row % ranks] if in_two else peers:
+                    if peer != rank:
+                        give("piece" if in_two else "part", peer, slot(row), value(rank, number, row))
+                        yield True
+
+        def slot(row: int) -> int:
+            return row // ranks if in_two else row
+
+        yield from give_part(first)
+        for row in range(first, size, step):
+            yield from give_part(row + step)
+            owner = row % ranks
+            if in_two and owner != rank:
+                yield from receive("sum", owner, slot(row), total(ranks, number, row))
+                continue
+            for peer in peers:
+                yield from receive("piece" if in_two else "part", peer, slot(row), value(peer, number, row))
+            for peer in peers if in_two else ():
+                give("sum", peer, slot(row), total(ranks, number, row))
+                yield True
+
+    for number, (size, way) in enumerate(sums, start=1):
         room = number % rooms
-        if not two_shot:
+        if way.startswith("rows"):
+            count = 1 + rank % 3  # GPUs need not have as many blocks as each other
+            yield from side_by_side([row_block(i, count, way != "rows") for i in range(count)], order)
+            continue
+        if way == "one step":
             for index in shuffled(range(size), order):
                 for peer in peers:
-                    memory[peer]["part", room, rank, index] = number, value(rank, number, index)
+                    give("part", peer, index, value(rank, number, index))
                     yield True
             for index in shuffled(range(size), order):
                 for peer in peers:
@@ -47,19 +87,28 @@ def rank_steps(rank: int, memory: list[Memory], sums: list[tuple[int, bool]], ro
         for index in shuffled(range(piece), order):
             for peer in peers:
                 if (at := peer * piece + index) < size:
-                    memory[peer]["piece", room, rank, index] = number, value(rank, number, at)
+                    give("piece", peer, index, value(rank, number, at))
                     yield True
         for index in shuffled(range(min(piece, size - rank * piece)), order):
             at = rank * piece + index
             for peer in peers:
                 yield from receive("piece", peer, index, value(peer, number, at))
             for peer in peers:
-                memory[peer]["sum", room, rank, index] = number, total(ranks, number, at)
+                give("sum", peer, index, total(ranks, number, at))
                 yield True
         for index in shuffled(range(piece), order):
             for peer in peers:
                 if (at := peer * piece + index) < size:
                     yield from receive("sum", peer, index, total(ranks, number, at))
+
+
+def side_by_side(blocks: list[Iterator[bool]], order: random.Random) -> Iterator[bool]:
+    """A step of every block in turn; whether any of them got on."""
+    while blocks:
+        order.shuffle(blocks)
+        steps = [(block, next(block, None)) for block in blocks]
+        blocks = [block for block, got_on in steps if got_on is not None]
+        yield any(got_on is not False for _, got_on in steps)
 
 
 def shuffled(indices: range, order: random.Random) -> list[int]:
@@ -76,10 +125,10 @@ def value(rank: int, number: int, index: int) -> int:
     return (rank * 1000 + number) * 1000 + index
 
 
-def run(ranks: int, count: int, seed: int, rooms: int, two_shot: float = 0.0) -> bool:
-    """Whether all ranks come to the end, in one random order of their steps. two_shot: the share of sums in two steps."""
+def run(ranks: int, count: int, seed: int, rooms: int, ways: tuple[str, ...] = WAYS[:1]) -> bool:
+    """Whether all ranks come to the end, in one random order of their steps."""
     chance = random.Random(seed)
-    sums = [(chance.randint(1, 5 + ranks), chance.random() < two_shot) for _ in range(count)]
+    sums = [(chance.randint(1, 5 + ranks), chance.choice(ways)) for _ in range(count)]
     memory: list[Memory] = [{} for _ in range(ranks)]
     running = {rank: rank_steps(rank, memory, sums, rooms) for rank in range(ranks)}
     stuck: set[int] = set()
@@ -106,11 +155,13 @@ def test_two_rooms_are_enough() -> None:
     assert not all(run(2 + seed % 3, 6, seed, 1) for seed in range(300))
 
 
-def test_two_rooms_are_enough_for_sums_in_two_steps_too() -> None:
-    """Alone and among the others, also where there is no piece for every rank."""
-    for share in (1.0, 0.5):
-        assert all(run(2 + seed % 3, 6, seed, ROOMS, share) for seed in range(300))
-    assert not all(run(2 + seed % 3, 6, seed, 1, 0.5) for seed in range(300))
+@pytest.mark.parametrize("ways", [WAYS[1:2], WAYS[:2], WAYS[2:3], WAYS[3:], WAYS], ids=str)
+def test_two_rooms_are_enough_for_other_ways_too(ways: tuple[str, ...]) -> None:
+    """Alone and among the others, also where there is no piece for every rank. One room is enough in two steps alone, after
+    which a rank knows that all have read what it gave them first."""
+    assert all(run(2 + seed % 3, 6, seed, ROOMS, ways) for seed in range(300))
+    in_two = all(way.endswith("two steps") for way in ways)
+    assert all(run(2 + seed % 3, 6, seed, 1, ways) for seed in range(300)) == in_two
 
 
 def make(max_bytes: int = 1024, ranks: int = 2, two_shot_bytes: int = 0) -> AllReduce:
@@ -152,6 +203,64 @@ def test_contract_is_checked_before_anything_runs(x: torch.Tensor, out: torch.Te
     """Oracle: the text; no GPU is touched."""
     with pytest.raises(KernelContractError, match=says):
         make()(x, out=out)
+
+
+def test_reference_of_the_sum_and_its_norm() -> None:
+    """Oracle: by hand. In float16, 2048 + 1 is 2048 where it is rounded, and the residual comes last."""
+    parts = [
+        torch.tensor([[2048.0, -1.0]], dtype=torch.float16),
+        torch.tensor([[1.0, -1.0]], dtype=torch.float16),
+    ]
+    residual = torch.tensor([[1.0, 0.0]], dtype=torch.float16)
+    assert all_reduce(parts).tolist() == [[2049.0, -2.0]]
+    assert rounded_once(parts).tolist() == [[2048.0, -2.0]]
+    total, normed = all_reduce_norm(parts, residual=residual, epsilon=0.0)
+    assert total.tolist() == [[2050.0, -2.0]] and normed.tolist() == [[1.0, -1.0]]
+    _, normed = all_reduce_norm(parts, residual, kind="rms", epsilon=0.0)
+    assert torch.allclose(normed, torch.tensor([[2**0.5, 0.0]], dtype=torch.float64), atol=1e-5)
+
+
+def test_which_rows_are_normed_as_well() -> None:
+    """Oracle: the contract. In two steps a rank has room for its rows, which come whole."""
+    normed = AllReduceNorm(make(1024, 3, 6000))
+    assert normed.serves(torch.zeros(8, 64, dtype=torch.float16))
+    assert not normed.serves(torch.zeros(512, dtype=torch.float16))
+    assert not normed.serves(torch.zeros(2, 12, dtype=torch.float16))
+    assert not normed.serves(torch.zeros(8, 64, dtype=torch.float16).t())
+    assert not normed.serves(torch.zeros(0, 64, dtype=torch.float16))
+    assert not normed.serves(torch.zeros(9, 64, dtype=torch.float16), two_shot=False)
+    assert normed.serves(
+        torch.zeros(45, 64, dtype=torch.float16)
+    )  # 15 rows of 8 vectors each; there is room for 125
+    assert not normed.serves(torch.zeros(46, 64, dtype=torch.float16))
+    assert normed.serves(torch.zeros(2, 64, dtype=torch.float16), two_shot=True)
+    assert norm.sources("__half", 1) == norm.sources("__half", 9) == norm.sources("__half", 2, ()) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kind": "batch"}, "kind 'batch' is unknown; accepted: layer, rms"),
+        ({"out": torch.zeros(2, 8, dtype=torch.float16)}, r"out is \[2, 8\].*expected \[rows=2, columns=16\]"),
+        ({"residual": torch.zeros(2, 16)}, "residual is .* float32 on cpu; expected"),
+        ({"scale": torch.zeros(2, 16, dtype=torch.float16)}, r"scale is .*expected \[columns=16\]"),
+        ({"x": torch.zeros(40, 16, dtype=torch.float16), "out": torch.zeros(40, 16, dtype=torch.float16)},
+         r"x is \[40, 16\], 1280 bytes; accepted: up to 0 in rows of a multiple of 16 bytes, up to 65536 \(before "),
+    ],
+)  # fmt: skip
+def test_contract_of_the_norm(change: dict[str, object], says: str) -> None:
+    """Oracle: the text; no GPU is touched."""
+    like = torch.zeros(2, 16, dtype=torch.float16)
+    with pytest.raises(KernelContractError, match=f"all_reduce_norm: {says}"):
+        AllReduceNorm(make())(**{"x": like, "out": like, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("columns", "blocks_of"), [(768, [768]), (4096, [4096]), (5120, [2560] * 2), (9216, [3072] * 3)]
+)
+def test_blocks_share_long_rows(columns: int, blocks_of: list[int]) -> None:
+    assert norm._block_columns(columns, 8, norm.BLOCK_VECTORS) * len(blocks_of) >= columns
+    assert norm._block_columns(columns, 8, norm.BLOCK_VECTORS) == blocks_of[0]
 
 
 @pytest.mark.parametrize("ranks", [1, 9])

@@ -7,7 +7,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+from trtc.core.targets.cuda.sums import NormingCommunicator
 from trtc.kernels.all_reduce import AllReduce, memory_bytes
+from trtc.kernels.all_reduce.norm import AllReduceNorm
 from trtc.kernels.library import KernelLibrary
 from trtc.runtime import gpu_communicator, peer_memory
 from trtc.runtime.distributed import RankGroup
@@ -70,6 +72,27 @@ def test_small_sums_go_through_memory_all_else_through_nccl(monkeypatch: pytest.
     communicator.all_gather(small, 1)
     assert summed == [(limit, True), (limit, False)]
     assert group.calls == ["connect", ("nccl", limit + 16, True), ("nccl", 6, False), ("gather", 1)]
+
+
+def test_sums_up_to_a_size_are_made_with_their_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is shared memory, and up to the size at which that was measured to be faster."""
+    monkeypatch.setattr(gpu_communicator, "lend_memory", lent)
+    communicator = GpuCommunicator(cast(RankGroup, Group()), CPU, KernelLibrary())
+    assert isinstance(communicator, NormingCommunicator)
+    small, large = (torch.zeros(rows, 64, dtype=torch.float16) for rows in (8, 9))
+    monkeypatch.setattr(gpu_communicator, "NORMED_BYTES", small.nbytes)
+    assert communicator.norms(small) and not communicator.norms(large)
+    assert not communicator.norms(small[:, :12].contiguous())
+    given: list[Any] = []
+    monkeypatch.setattr(
+        AllReduceNorm, "__call__", lambda _, *args, **named: given.append((*args, *named.values()))
+    )
+    communicator.all_reduce_norm(
+        small, None, None, out=large, residual=small, total=None, kind="rms", epsilon=0.5
+    )
+    assert given == [(small, None, None, large, small, None, "rms", 0.5)]
+    monkeypatch.setattr(gpu_communicator, "lend_memory", lambda *_: None)
+    assert not GpuCommunicator(cast(RankGroup, Group()), CPU, KernelLibrary()).norms(small)
 
 
 def test_more_gpus_send_no_more() -> None:

@@ -21,6 +21,7 @@ from ....kernels import (
     quantize_rows,
     sampling,
 )
+from ....kernels.all_reduce import norm as all_reduce_norm
 from ....kernels.contract import ELEMENT_TYPES
 from ....kernels.errors import KernelContractError, KernelError
 from ....kernels.linear.formats import int4_name
@@ -40,7 +41,7 @@ from ...dtypes import DType
 from ...errors import BuildError, EngineError
 from ...graph import Graph, Node
 from ...ops.quantized import ACTIVATIONS
-from ...passes.fuse import PRODUCTS
+from ...passes.fuse import NORMS, PRODUCTS
 from ..base import CacheShape
 from .variants import decode_graph
 
@@ -144,6 +145,11 @@ def kernel_sources(
         *context_attention.sources(element, (shape.head_dim,), capability, fp8_cache=fp8_cache),
         *sampling.sources(ELEMENT_TYPES[logits_dtype]),
         *(source for ranks in _ranks(graph) for source in all_reduce.sources(element, ranks)),
+        *(
+            source
+            for ranks in _ranks(graph)
+            for source in all_reduce_norm.sources(element, ranks, _norms(graph))
+        ),
     )
 
 
@@ -155,6 +161,11 @@ def rounds_rows(node: Node) -> bool:
 def _ranks(graph: Graph) -> set[int]:
     """The number of ranks that `graph` sums over, where it does."""
     return {int(node.attrs["tp_size"]) for node in graph.nodes if node.op == "all_reduce"}
+
+
+def _norms(graph: Graph) -> set[str]:
+    """The kinds of norms in `graph`."""
+    return {NORMS[node.op] for node in graph.nodes if node.op in NORMS}
 
 
 def _linear_plans(

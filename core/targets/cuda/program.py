@@ -19,10 +19,11 @@ from ....kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
 from ...graph import Graph, Node
 from ...ops import ReferenceContext, get_op
 from ...ops.registry import Communicator
-from ...passes.rewrite import only_reader, remove_dead
+from ...passes.rewrite import remove_dead
 from ..program import Kernel, KernelFactory, Program
 from .large_products import QuantizedProducts, large_linear
-from .variants import decode_graph, prefill_graph, sum_on_first_rank
+from .sums import Sums
+from .variants import decode_graph, prefill_graph, rank_graph
 
 Pages = tuple[torch.Tensor, torch.Tensor]
 """k and v of one layer, each [num_pages, page_size, num_kv_heads, head_dim], in the model's dtype or float8_e4m3fn."""
@@ -137,7 +138,8 @@ class CudaProgram:
     def _program(self, graph: Graph, *, library_products: bool, residuals: bool) -> Program:
         """library_products: cuBLASLt for every product. The engine carries linear kernels for decode buckets only.
         residuals: whether products take them in."""
-        graph = sum_on_first_rank(graph, first=self._rank == 0, residuals=residuals)
+        graph = rank_graph(graph, first=self._rank == 0, residuals=residuals)
+        sums = Sums(graph, self._communicator, self._norm)
         kernels: dict[str, KernelFactory] = {
             "embedding": self._embedding_kernel,
             "linear": partial(self._linear_kernel, library_products),
@@ -147,7 +149,8 @@ class CudaProgram:
             "add_layer_norm": partial(self._add_norm_kernel, "layer"),
             "add_rms_norm": partial(self._add_norm_kernel, "rms"),
             "attention": self._attention_kernel,
-            "all_reduce": partial(self._all_reduce_kernel, graph),
+            "all_reduce": sums.all_reduce,
+            "all_reduce_norm": sums.all_reduce_norm,
             **self._foreign,
         }
         return Program(graph, self._weights, kernels, ReferenceContext(communicator=self._communicator))
@@ -223,14 +226,6 @@ class CudaProgram:
             )
 
         return run
-
-    def _all_reduce_kernel(self, graph: Graph, node: Node) -> Kernel:
-        assert self._communicator is not None, f"{node.name}: ranks that cannot talk to each other"
-        (summand,) = node.used
-        # These give tensors of their own, not views.
-        fresh = graph.producers[summand].op in ("linear", "quantized_linear", "embedding")
-        overwrite = fresh and only_reader(graph, summand)
-        return partial(self._communicator.all_reduce, overwrite=overwrite)
 
     def _quantized_linear_kernel(self, library_products: bool, graph: Graph, node: Node) -> Kernel:
         activation = node.attrs.get("activation", "none")

@@ -47,6 +47,15 @@ def _norm_product(rows: int, capability: int, graph: Graph, node: Node) -> Rewri
     return fuse.norm_linear(graph, node) if fits else None
 
 
+def rank_graph(graph: Graph, *, first: bool, residuals: bool) -> Graph:
+    """`graph`, of a prefill or decode step, as a rank runs it; the first and the others, see `sum_on_first_rank`.
+
+    Then sums and the norms behind them are one op: what is added is clear by now.
+    """
+    graph = sum_on_first_rank(graph, first=first, residuals=residuals)
+    return rewrite(graph, (fuse.all_reduce_norm,)).verify("graph of a rank")
+
+
 def sum_on_first_rank(graph: Graph, *, first: bool, residuals: bool) -> Graph:
     """`graph` with what is added to a sum over the ranks added by the first rank alone, to its part of the sum.
 

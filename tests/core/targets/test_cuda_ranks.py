@@ -17,15 +17,17 @@ from trtc.core.errors import BuildError, EngineError
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext, get_op, op_names
+from trtc.core.ops.norm import NORMS
 from trtc.core.passes.stage import STAGE_INPUT
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import nearest
 from trtc.core.sharding import ShardingOptions
 from trtc.core.targets.base import CacheShape
+from trtc.core.targets.cuda import program as program_module
 from trtc.core.targets.cuda.code import code_file, kernel_sources, read_code
 from trtc.core.targets.cuda.program import CudaProgram
 from trtc.core.targets.cuda.target import TARGET
-from trtc.core.targets.cuda.variants import decode_graph, prefill_graph, sum_on_first_rank
+from trtc.core.targets.cuda.variants import decode_graph, prefill_graph, rank_graph
 from trtc.kernels.library import KernelLibrary
 from trtc.kernels.sampling import ADVANCE_ENTRY
 from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
@@ -105,8 +107,8 @@ def test_ranks_compute_what_one_does(
         graph, weights = parts[rank]
         context = ReferenceContext(filled_cache(graph, 16, 32, torch.float64), group)
         sequences, first = PagedSequences(16, 32), rank == 0
-        prefill = sum_on_first_rank(prefill_graph(graph), first=first, residuals=False)
-        decode = sum_on_first_rank(decode_graph(graph, rows=1, capability=90), first=first, residuals=True)
+        prefill = rank_graph(prefill_graph(graph), first=first, residuals=False)
+        decode = rank_graph(decode_graph(graph, rows=1, capability=90), first=first, residuals=True)
         prompt = interpret(prefill, weights | sequences.step(PROMPT), context)
         return torch.cat([prompt, interpret(decode, weights | sequences.step(TOKEN), context)])
 
@@ -115,21 +117,26 @@ def test_ranks_compute_what_one_does(
         assert max_error(found, expected) <= FLOAT64_ABS
 
 
+VIEWS = {"input", "weight", "reshape", "split", "cast"}
+
+
 def test_a_decode_step_of_a_rank_has_seven_kernels_a_layer(checkpoint) -> None:
     """The five of one rank and two sums: nothing is added outside of a product or a norm, and norms without weights stay
-    inside of products."""
-    views = {"input", "weight", "reshape", "split", "cast"}
+    inside of products, others in the sums before them."""
     for rank, how in product(range(2), (None, WeightFormat("int8"))):
-        linear = "linear" if how is None else "quantized_linear"
-        norm = [] if how is None else ["layer_norm"]  # which has weights of its own before integers
-        layer = [*norm, linear, "attention", linear, "all_reduce", *norm, linear, linear, "all_reduce"]
+        linear, summed, norm = (
+            ("linear", "all_reduce", [])
+            if how is None
+            else ("quantized_linear", "all_reduce_norm", ["layer_norm"])
+        )  # before there are integers, a norm has weights of its own
+        layer = [linear, "attention", linear, summed, linear, linear, summed]
         graph, _ = planned(checkpoint("cuda_pre_norm"), EMBEDDINGS["none"], rank, how)
-        decode = sum_on_first_rank(
-            decode_graph(graph, rows=1, capability=90), first=rank == 0, residuals=True
-        )
-        work = [node.op.removeprefix("add_") for node in decode.nodes if node.op not in views]
-        assert work == ["embedding", *layer * 2, "linear", "all_gather"]
-        parts = [decode.producers[node.used[0]] for node in decode.nodes if node.op == "all_reduce"]
+        decode = rank_graph(decode_graph(graph, rows=1, capability=90), first=rank == 0, residuals=True)
+        work = [node.op for node in decode.nodes if node.op not in VIEWS]
+        last = [*layer[:-1], "all_reduce"]  # before the head, which is no integers and norms its input
+        assert work == ["embedding", *norm, *layer, *last, "linear", "all_gather"]
+        sums = [node for node in decode.nodes if node.op.startswith("all_reduce")]
+        parts = [decode.producers[node.used[0]] for node in sums]
         weights = 1 if how is None else 2
         # Bias and residual; but a residual goes into the norm that follows, if there is one.
         added = [2, 2, 2, 2] if how is None else [1, 1, 1, 2]
@@ -137,9 +144,42 @@ def test_a_decode_step_of_a_rank_has_seven_kernels_a_layer(checkpoint) -> None:
         assert [len(part.used) for part in parts] == expected
 
 
-def test_the_program_exchanges_through_its_communicator(checkpoint) -> None:
+def test_sums_of_more_rows_are_made_with_the_norms_behind_them(checkpoint) -> None:
+    """Where no product norms its rows: residual, sum and norm are one kernel; and so after every layer of a post-norm model."""
+    for variant, rows, before in (
+        ("cuda_pre_norm", 32, ["embedding", "embedding", "all_reduce_norm"]),
+        ("cuda_pre_norm", 128, ["embedding", "embedding", "all_reduce_norm"]),
+        ("cuda_post_norm_projected", 32, ["embedding", "all_reduce", "embedding", "linear"]),
+    ):
+        graph, _ = planned(checkpoint(variant), EMBEDDINGS["vocabulary"], 1)
+        decode = decode_graph(graph, rows=rows, capability=90, fuse_residuals=rows <= 64)
+        work = [
+            node.op
+            for node in rank_graph(decode, first=False, residuals=rows <= 64).nodes
+            if node.op not in VIEWS
+        ]
+        layer = ["linear", "attention", "linear", "all_reduce_norm", "linear", "linear", "all_reduce_norm"]
+        last = ["linear"] * (len(work) - len(before) - 2 * len(layer) - 1)
+        assert work == [*before, *layer * 2, *last, "all_gather"] and len(last) in (1, 2)
+
+
+def reference_norm(x, scale, shift, *, out, residual, total, kind: str, epsilon: float) -> None:
+    """In place of the launcher of the norm kernels."""
+    if residual is not None:
+        total.copy_(x + residual)
+        x = total
+    out.copy_(NORMS[kind](x, scale, shift, epsilon))
+
+
+@pytest.mark.parametrize("variant", ["cuda_post_norm_projected", "cuda_pre_norm"])
+@pytest.mark.parametrize("norming", [False, True], ids=["sum, then norm", "in one kernel"])
+def test_the_program_exchanges_through_its_communicator(
+    norming: bool, variant: str, checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real program of every rank, its kernels replaced by references: prompts, through the collectives."""
-    source = checkpoint("cuda_post_norm_projected")
+    monkeypatch.setattr(program_module, "LayerNorm", lambda _: reference_norm)
+    source = checkpoint(variant)
+    fused: list[tuple[bool, bool, bool]] = []
     parts = [planned(source, EMBEDDINGS["vocabulary"], rank) for rank in range(2)]
     overwritten: list[bool] = []
 
@@ -152,11 +192,25 @@ def test_the_program_exchanges_through_its_communicator(checkpoint) -> None:
             total = self._group.all_reduce(x.clone())  # threads hand each other their very tensors
             return x.copy_(total) if overwrite else total
 
+    class Norming(Watching):
+        """As one kernel: what it is given is what it may write."""
+
+        def norms(self, x: torch.Tensor) -> bool:
+            return True
+
+        def all_reduce_norm(self, x, scale, shift, *, out, residual, total, kind, epsilon) -> None:
+            fused.append((residual is not None, total is not None, total is x))
+            found = self._group.all_reduce(x.clone())
+            found = found if residual is None else found + residual
+            out.copy_(NORMS[kind](found, scale, shift, epsilon))
+            if total is not None:
+                total.copy_(found)
+
     def run(rank: int, group: RankCommunicator) -> torch.Tensor:
         graph, weights = parts[rank]
         cache = filled_cache(graph, 16, 32, torch.float64)
         context = ReferenceContext(cache)
-        computed = op_names() - {"input", "weight", "all_reduce", "all_gather"}
+        computed = op_names() - {"input", "weight", "all_reduce", "all_reduce_norm", "all_gather"}
         program = CudaProgram(
             graph,
             weights,
@@ -167,7 +221,7 @@ def test_the_program_exchanges_through_its_communicator(checkpoint) -> None:
             kernels={
                 op: lambda node: partial(get_op(node.op).reference, context, node.attrs) for op in computed
             },
-            communicator=Watching(group),
+            communicator=(Norming if norming else Watching)(group),
             rank=rank,
         )
         sequences = PagedSequences(16, 32)
@@ -177,7 +231,11 @@ def test_the_program_exchanges_through_its_communicator(checkpoint) -> None:
     expected = torch.cat(expected_logits(source))
     for found in run_ranks(2, run):
         assert max_error(found, expected) <= FLOAT64_ABS
-    assert overwritten and all(overwritten)  # products and lookups of their own, which nobody reads again
+    # Of products and lookups of their own, which nobody reads again.
+    assert all(overwritten) and bool(overwritten) == (not norming or variant != "cuda_pre_norm")
+    # Of a layer's two, and of the lookup where a norm follows it: with a residual, the sum kept where it is one in turn.
+    kept = [(True, True, True)] * 4 if variant == "cuda_pre_norm" else [(True, False, False)] * 3
+    assert Counter(fused) == Counter([*kept, (True, False, False)] * 2 * len(parts) if norming else [])
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
