@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from .graph_loop import GraphLoop, TakenOver, Ticket
 from .kv_cache import pages_for
 from .step_input import Int32Array, StepInput
 from .weight_loading import EarlyWeights, weights_on_gpu
+
+_log = logging.getLogger(__name__)
 
 CACHE_FRACTION = 0.9
 """Share of the GPU memory left after the weights that the KV cache takes when nothing else is said, at most."""
@@ -297,6 +300,16 @@ class CudaExecutor(EngineLimits):
         at, rows = index.to(self._device, non_blocking=True)
         # That a token is none, because logits were not finite, is found when it is collected.
         return at, self._chosen[rows].clamp_(min=0)
+
+    # ---- Preparer
+
+    def prepare(self) -> bool:
+        """See `Preparer.prepare`: captures one more CUDA graph."""
+        try:
+            return self._loop.prepare()
+        except torch.OutOfMemoryError:
+            _log.warning("too little GPU memory is left to capture CUDA graphs ahead of their first use")
+            return False
 
     # ---- DecodeLoop
 

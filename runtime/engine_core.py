@@ -16,7 +16,7 @@ from .beam_search import BeamSearch, candidates
 from .decode_ahead import DecodeAhead
 from .detokenizer import Detokenizer
 from .drafting import Drafting
-from .executor import DecodeLoop, Executor, GreedyChooser, PageCopier, StepStarter, token_list
+from .executor import DecodeLoop, Executor, GreedyChooser, PageCopier, Preparer, StepStarter, token_list
 from .groups import Completion, Group, request_output
 from .outputs import Logprob, RequestOutput
 from .prompt_lookup import LookupStats, PromptLookup
@@ -319,6 +319,10 @@ class EngineCore:
                         sequence.detokenizer.finish()
                     ended.append(sequence.request)
         return ended
+
+    def prepare(self) -> bool:
+        """For an idle moment: does a piece of what a later step would wait for; False: nothing was left. See `Preparer`."""
+        return isinstance(self.executor, Preparer) and self.executor.prepare()
 
     def check_integrity(self) -> None:
         """Raises AssertionError when requests, pages or groups have come out of step."""

@@ -195,6 +195,7 @@ class EngineThread:
         self._awaiting_first_token: set[Submission] = set()
         self._ended_tokens = (0, 0)
         self._refusal: str | None = None
+        self._unprepared = True
         self.failure: str | None = None
         """Why the engine cannot run any more; None while it can."""
         self._thread = threading.Thread(target=self._run, name="trtc-engine", daemon=True)
@@ -281,10 +282,12 @@ class EngineThread:
         self._fail_all(reason)
 
     def _take_commands(self) -> bool:
-        """Runs what is in line, and waits for something when there is nothing else to do. False: stop."""
+        """Runs what is in line, and prepares for later steps or waits when there is nothing else to do. False: stop."""
         while not self._core.has_unfinished or not self._commands.empty():
             if self._commands.empty():
                 self._outlet.idle()
+            while self._unprepared and self._commands.empty():
+                self._unprepared = self._core.prepare()
             command = self._commands.get()
             if command is None:
                 return False

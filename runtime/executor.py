@@ -114,6 +114,14 @@ class StepStarter(Protocol):
 
 
 @runtime_checkable
+class Preparer(Protocol):
+    """What an executor offers beyond `Executor` when steps wait, the first time, for what could have been made before."""
+
+    def prepare(self) -> bool:
+        """Makes a piece of it, which takes about a tenth of a second; runs no step. False: nothing was left."""
+
+
+@runtime_checkable
 class DecodeLoop(Protocol):
     """What an executor offers beyond `Executor` when its device can repeat greedy decode steps without the host.
 

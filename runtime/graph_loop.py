@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,8 @@ class GraphLoop:
         self._histories: dict[int, torch.Tensor] = {}
         """One for each bucket: the tokens of steps in another may still be unread."""
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._pool: Any = None
+        """Memory of all graphs: never do two run at a time, and of none is anything but its logits wanted afterwards."""
         self._verify, self._num_loaded = False, 0
         self._loaded: npt.NDArray[np.int64] = np.arange(0)
         """Of each row of the device; see `Ticket`."""
@@ -72,6 +75,15 @@ class GraphLoop:
     @property
     def _rows(self) -> int:
         return len(self._loaded)
+
+    def prepare(self) -> bool:
+        """Captures one more graph of decode steps. False: all have been."""
+        missing = (size for size in self._buckets[False] if (size, False) not in self._graphs)
+        bucket = next(missing, None)
+        if bucket is None:
+            return False
+        self._graphs[bucket, False] = self._capture(bucket, False)
+        return True
 
     def max_rows(self, *, verify: bool) -> int:
         return self._buckets[verify][-1]
@@ -196,9 +208,10 @@ class GraphLoop:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         # Other threads, NCCL's among them, may call CUDA meanwhile: what they do is not in the graph and does not spoil it.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = decode(inputs, rows)
             self._choose(logits, state)
+        self._pool = graph.pool()
         return graph, logits
 
     def _inputs(self, bucket: int) -> dict[str, torch.Tensor]:

@@ -41,6 +41,29 @@ class SteppedToy(ToyExecutor):
         return super().execute(step)
 
 
+@dataclass
+class PreparingToy(SteppedToy):
+    """Has pieces to prepare; each waits until it is allowed."""
+
+    pieces: int = 4
+    begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    order: list[str] = field(default_factory=list)
+
+    def prepare(self) -> bool:
+        if not self.pieces:
+            self.order.append("nothing")
+            return False
+        self.begun.release()
+        assert self.allowed.acquire(timeout=LIMIT_S), "the test allows too few pieces"
+        self.pieces -= 1
+        self.order.append("piece")
+        return True
+
+    def execute(self, step: StepInput) -> torch.Tensor:
+        self.order.append("step")
+        return super().execute(step)
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(work, LIMIT_S))
 
@@ -54,6 +77,28 @@ def assert_idle(llm: AsyncLLM) -> None:
     llm._core.check_integrity()
     assert not llm._core.has_unfinished
     assert llm.stats().num_used_pages == llm.stats().num_running == llm.stats().num_waiting == 0
+
+
+def test_an_idle_engine_prepares_until_somebody_comes() -> None:
+    """A request waits for one piece at most; the rest follows when it has ended, and nobody asks again when all is done."""
+    executor = PreparingToy()
+
+    async def main() -> None:
+        async with AsyncLLM.from_executor(executor) as llm:
+            executor.allowed.release()
+            for _ in range(2):  # the first piece is done, the second under way
+                assert await asyncio.to_thread(executor.begun.acquire, timeout=LIMIT_S)
+            reader = asyncio.create_task(read(llm, [5, 6], greedy(2)))
+            while llm._engine._commands.empty():
+                await asyncio.sleep(0.001)
+            executor.allowed.release(10)
+            assert (await reader)[-1].outputs[0].token_ids == greedy_tokens([5, 6], 2, ignore_eos=True)
+            await read(llm, [7], greedy(1))
+            assert_idle(llm)
+
+    run(main())
+    assert executor.order[:4] == ["piece", "piece", "step", "step"]
+    assert executor.order.count("piece") == 4 and executor.order.count("nothing") <= 1
 
 
 def test_tasks_share_the_engine_and_each_gets_its_own_tokens() -> None:

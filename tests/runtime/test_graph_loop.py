@@ -123,3 +123,21 @@ def test_rows_that_are_left_go_on_in_the_bucket_that_holds_them() -> None:
     found, buckets = run([5] * 30, [2, {0, 3}, 1, {29}, 2, set(range(4, 20)), 3, set(range(30)), 1], 1)
     assert buckets == [32, 32, 32, 32, 32, 16, 16, 16, 16]
     assert [len(tokens) for tokens in found] == [2, 8, 8, 2, *[5] * 16, *[8] * 9, 3]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_graphs_are_prepared_one_by_one() -> None:
+    rule = Rule()
+    loop = Loop(cast(CudaProgram, rule), cast(Sampling, rule), torch.device("cpu"), 9, PAGES)
+    loop.load(
+        np.array([3, 4], np.int32),
+        np.array([5, 6], np.int32),
+        np.arange(2 * PAGES, dtype=np.int32).reshape(2, PAGES),
+    )
+    loop.enqueue(1)
+    known = loop._graphs[2, False]
+    assert [loop.prepare() for _ in range(6)] == [True] * 4 + [False] * 2
+    assert (
+        sorted(loop._graphs) == [(size, False) for size in (1, 2, 4, 8, 9)]
+        and loop._graphs[2, False] is known
+    )
