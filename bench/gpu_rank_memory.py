@@ -102,6 +102,8 @@ def main() -> int:
         cases = list(product(args.sizes, EMBEDDINGS))
         with ThreadPoolExecutor(len(cases)) as pool:
             engines = list(pool.map(lambda case: build(*case, folder, args), cases))
+        if args.build_only:
+            return 0
         command = [
             sys.executable,
             "-m",
@@ -169,6 +171,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--arch", default="sm_90", help="what to compile for (default: %(default)s)")
     parser.add_argument(
         "--work-dir", type=Path, metavar="DIR", help="keep models and engines here, and take those that are"
+    )
+    parser.add_argument(
+        "--build-only", action="store_true", help="build the engines into --work-dir, measure nothing"
     )
     parser.add_argument("--commit", default="unknown", help="the commit that is measured")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
