@@ -188,12 +188,12 @@ class AsyncLLM:
     @property
     def failure(self) -> str | None:
         """Why the engine cannot run any more: it failed, or was shut down. None while it runs."""
-        return self._engine.failure
+        return self._engine.desk.failure
 
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Takes no new requests and waits for those it has. False when that took longer than `timeout_s`."""
-        self._engine.refuse("the engine is draining and takes no new requests")
-        return await asyncio.to_thread(self._engine.wait_idle, timeout_s)
+        self._engine.desk.refuse("the engine is draining and takes no new requests")
+        return await asyncio.to_thread(self._engine.desk.wait_idle, timeout_s)
 
     def shutdown(self) -> None:
         """Ends the engine after the step under way and releases it; unfinished requests get an EngineError.

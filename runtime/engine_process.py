@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.errors import EngineError, RequestError
+from ..core.errors import EngineError
+from .desk import Desk
 from .engine_core import EngineCore
 from .engine_thread import EngineStats, OnFinished, RequestStats, Streams, Submission
 from .executor import Executor, PageCopier
@@ -104,12 +105,7 @@ class EngineProcess:
         """Blocks until the engine is loaded; raises what loading it raises."""
         self._on_finished = on_finished
         self._streams = Streams()
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self._submissions: dict[str, Submission] = {}
-        self._refusal: str | None = None
-        self.failure: str | None = None
-        """Why the engine cannot run any more; None while it can."""
+        self.desk = Desk()
         self._sending = threading.Lock()
         self._connection, self._process = worker.connection, worker.process
         self.executor = self._loaded(worker)
@@ -120,30 +116,13 @@ class EngineProcess:
 
     def submit(self, submission: Submission) -> None:
         """See `EngineThread.submit`."""
-        with self._lock:
-            if self.failure is not None:
-                raise EngineError(self.failure)
-            if self._refusal is not None:
-                raise RequestError(self._refusal)
-            if submission.request_id in self._submissions:
-                raise RequestError(f"request id {submission.request_id!r} is in use by an unfinished request")
-            self._submissions[submission.request_id] = submission
+        self.desk.register(submission)
         self._send({name: getattr(submission, name) for name in _SENT})
 
     def cancel(self, submission: Submission) -> None:
         """See `EngineThread.cancel`."""
-        if self._submissions.get(submission.request_id) is submission:
+        if self.desk.holds(submission):
             self._send(submission.request_id)
-
-    def refuse(self, reason: str) -> None:
-        """From now on no request is taken; those that were go on."""
-        with self._lock:
-            self._refusal = reason
-
-    def wait_idle(self, timeout_s: float | None = None) -> bool:
-        """Blocks until no request is left. False when that took longer than `timeout_s`."""
-        with self._idle:
-            return self._idle.wait_for(lambda: not self._submissions, timeout_s)
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises RequestError, naming value and limit, when the engine cannot serve the request. For any thread."""
@@ -189,25 +168,21 @@ class EngineProcess:
                     self._take(message)
         except (EOFError, OSError):
             reason = f"the engine's process has ended: exit code {self._process.wait()}"
-            if self.failure is None:
+            if self.desk.failure is None:
                 _logger.error(reason)
             self._fail(reason)
 
     def _take(self, news: News) -> None:
-        updates = [(self._submissions[name], update) for name, update in news.updates]
-        ended = [self._submissions[stats.request_id] for stats in news.ended]
+        updates = [(self.desk.known(name), update) for name, update in news.updates]
+        ended = [self.desk.known(stats.request_id) for stats in news.ended]
         if news.failure is not None:  # before anybody hears of it: from here on `submit` raises
-            with self._lock:
-                self.failure = self.failure or news.failure
+            self.desk.fail(news.failure)
         for stats in news.ended:
             if self._on_finished is not None:
                 self._on_finished(stats)
         if news.stats is not None:
             self._stats = news.stats
-        with self._idle:
-            for submission in ended:
-                del self._submissions[submission.request_id]
-            self._idle.notify_all()
+        self.desk.remove(ended)
         for submission in self._streams.deliver(updates):
             self.cancel(submission)
         if news.failure is not None:
@@ -216,15 +191,11 @@ class EngineProcess:
 
     def _fail(self, reason: str) -> None:
         """Ends what is left, of which the process has not told anything."""
-        with self._lock:
-            self.failure = self.failure or reason
-            left = list(self._submissions.values())
+        left = self.desk.fail(reason)
         if self._on_finished is not None:
             for submission in left:
                 self._on_finished(submission.stats("error"))
-        with self._idle:
-            self._submissions.clear()
-            self._idle.notify_all()
+        self.desk.remove(left)
         self._streams.fail(left, reason)
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Literal, Protocol, TypeAlias
 
-from ..core.errors import EngineError, RequestError
+from .desk import Desk
 from .engine_core import EngineCore
 from .output_stream import Cutter, OutputStream, Update
 from .outputs import FinishReason, RequestOutput
@@ -189,53 +189,23 @@ class EngineThread:
         self._on_finished = on_finished
         self._outlet: Outlet = Streams() if outlet is None else outlet(self)
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self._submissions: dict[str, Submission] = {}
+        self.desk = Desk()
+        self._counting = threading.Lock()
         self._awaiting_first_token: set[Submission] = set()
         self._ended_tokens = (0, 0)
-        self._refusal: str | None = None
         self._unprepared = True
-        self.failure: str | None = None
-        """Why the engine cannot run any more; None while it can."""
         self._thread = threading.Thread(target=self._run, name="trtc-engine", daemon=True)
         self._thread.start()
 
     def submit(self, submission: Submission) -> None:
-        """Hands a request to the engine. Raises RequestError for an id in use or while draining, EngineError when
-        the engine does not run any more."""
-        with self._lock:
-            if self.failure is not None:
-                raise EngineError(self.failure)
-            if self._refusal is not None:
-                raise RequestError(self._refusal)
-            if submission.request_id in self._submissions:
-                raise RequestError(f"request id {submission.request_id!r} is in use by an unfinished request")
-            self._submissions[submission.request_id] = submission
-            self._commands.put(partial(self._add, submission))
+        """Hands a request to the engine. Raises as `Desk.register` does."""
+        self.desk.register(submission)
+        self._commands.put(partial(self._add, submission))
 
     def cancel(self, submission: Submission) -> None:
         """Ends a request and frees its pages after the step under way; nothing happens when it has ended."""
-        if self._submissions.get(submission.request_id) is submission:
+        if self.desk.holds(submission):
             self._commands.put(partial(self._cancel, submission))
-
-    @property
-    def is_idle(self) -> bool:
-        return not self._submissions
-
-    def find(self, request_id: str) -> Submission | None:
-        """The unfinished request of that id."""
-        return self._submissions.get(request_id)
-
-    def refuse(self, reason: str) -> None:
-        """From now on no request is taken; those that were go on."""
-        with self._lock:
-            self._refusal = reason
-
-    def wait_idle(self, timeout_s: float | None = None) -> bool:
-        """Blocks until no request is left. False when that took longer than `timeout_s`."""
-        with self._idle:
-            return self._idle.wait_for(lambda: not self._submissions, timeout_s)
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises RequestError, naming value and limit, when the engine cannot serve the request. For any thread."""
@@ -261,8 +231,8 @@ class EngineThread:
 
     def _token_counts(self) -> tuple[int, int]:
         """Prompt tokens computed and output tokens chosen since the start."""
-        with self._lock:
-            counts = [self._ended_tokens, *(each.token_counts() for each in self._submissions.values())]
+        with self._counting:
+            counts = [self._ended_tokens, *(each.token_counts() for each in self.desk.unfinished())]
         prompt, output = zip(*counts, strict=True)
         return sum(prompt), sum(output)
 
@@ -308,7 +278,7 @@ class EngineThread:
         self._awaiting_first_token.add(submission)
 
     def _cancel(self, submission: Submission) -> None:
-        if self._submissions.get(submission.request_id) is submission:
+        if self.desk.holds(submission):
             self._core.cancel(submission.request_id)
             self._end(submission, "abort")
 
@@ -322,7 +292,7 @@ class EngineThread:
         for group in changed:
             if not group.reports:
                 continue
-            submission = self._submissions[group.request_id]
+            submission = self.desk.known(group.request_id)
             update = submission.cutter.update(group, self._core.tokenizer)
             updates.append((submission, update))
             if update.finished:
@@ -338,15 +308,12 @@ class EngineThread:
         if self._on_finished is not None:
             self._on_finished(submission.stats(outcome, update))
         prompt, chosen = submission.token_counts()
-        with self._idle:
+        with self._counting:
             self._ended_tokens = (self._ended_tokens[0] + prompt, self._ended_tokens[1] + chosen)
-            del self._submissions[submission.request_id]
-            self._idle.notify_all()
+            self.desk.remove([submission])
 
     def _fail_all(self, reason: str) -> None:
-        with self._lock:  # from here on `submit` raises
-            self.failure = reason
-            left = list(self._submissions.values())
+        left = self.desk.fail(reason)
         for submission in left:
             self._core.cancel(submission.request_id)
             self._end(submission, "error")

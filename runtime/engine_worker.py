@@ -63,7 +63,7 @@ class NewsOutlet:
 
     def deliver(self, updates: list[tuple[Submission, Update]]) -> list[Submission]:
         # With the last answer goes what the engine is like afterwards: who has it may ask for that.
-        due = self._engine.is_idle or time.monotonic() - self._stats_at > STATS_S
+        due = self._engine.desk.is_idle or time.monotonic() - self._stats_at > STATS_S
         if updates or self._ended or due:
             self._send([(submission.request_id, update) for submission, update in updates], due)
         return []
@@ -124,5 +124,5 @@ def take_commands(connection: Connection, engine: EngineThread) -> None:
         if isinstance(command, dict):
             with suppress(EngineError):  # it has failed, which was said
                 engine.submit(Submission(**command, stream=None))
-        elif (submission := engine.find(command)) is not None:
+        elif (submission := engine.desk.find(command)) is not None:
             engine.cancel(submission)

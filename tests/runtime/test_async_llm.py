@@ -73,7 +73,7 @@ async def read(llm: AsyncLLM, prompt: Any, params: SamplingParams, **options: An
 
 
 def assert_idle(llm: AsyncLLM) -> None:
-    assert llm._engine.wait_idle(LIMIT_S), "a request is stuck"
+    assert llm._engine.desk.wait_idle(LIMIT_S), "a request is stuck"
     llm._core.check_integrity()
     assert not llm._core.has_unfinished
     assert llm.stats().num_used_pages == llm.stats().num_running == llm.stats().num_waiting == 0
@@ -157,7 +157,7 @@ def test_a_slow_reader_misses_outputs_and_no_tokens() -> None:
             outputs = []
             async for output in llm.generate([5], greedy(30)):
                 outputs.append(output)
-                await asyncio.to_thread(llm._engine.wait_idle, LIMIT_S)
+                await asyncio.to_thread(llm._engine.desk.wait_idle, LIMIT_S)
             assert len(outputs) <= 3, "outputs pile up"
             assert outputs[-1].outputs[0].token_ids == greedy_tokens([5], 30, ignore_eos=True)
 

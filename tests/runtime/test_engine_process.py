@@ -100,13 +100,13 @@ def test_a_reader_that_leaves_frees_its_pages(llm: AsyncLLM) -> None:
     async def leave() -> None:
         outputs = llm.generate([3, 4], greedy(100))
         await anext(outputs)
-        assert llm._engine._submissions
+        assert llm._engine.desk.unfinished()
         await outputs.aclose()
 
     ENDED.clear()
     asyncio.run(leave())
     until(lambda: idle(llm) and [stats.outcome for stats in ENDED] == ["abort"])
-    assert llm._engine.wait_idle(LIMIT_S)
+    assert llm._engine.desk.wait_idle(LIMIT_S)
 
 
 def test_errors_of_loading_are_those_of_an_llm(folder: Path, tmp_path: Path) -> None:
