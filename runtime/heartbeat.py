@@ -151,8 +151,10 @@ class Heartbeat:
 
     def _end(self, message: str | None) -> NoReturn:
         """Ends the process at once: its main thread may be waiting for the lost rank and cannot be reached."""
-        if message is None:
-            time.sleep(COURTESY_S)
-        else:
-            print(f"trtc: error: {message}", file=sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            if message is None:
+                time.sleep(COURTESY_S)
+            else:
+                print(f"trtc: error: {message}", file=sys.stderr, flush=True)
+        finally:  # whoever has read what we say may be gone
+            os._exit(1)

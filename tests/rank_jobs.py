@@ -73,12 +73,14 @@ def ranks_of(command: list[str]) -> dict[int, int]:
     return found
 
 
-def lose(rank: int, how: signal.Signals, command: list[str], first_token: Callable[[Any], None]) -> str:
+def lose(
+    rank: int, how: signal.Signals, command: list[str], first_token: Callable[[Any], None], ranks: int = 2
+) -> str:
     """Sends `how` to a rank once there is a token; returns stderr when all ranks are gone in time with an error."""
     with job(command) as process:
         first_token(process)
         pids = {found: pid for pid, found in ranks_of(command).items()}
-        assert len(pids) == 2, f"expected two ranks at work, found {pids}"
+        assert len(pids) == ranks, f"expected {ranks} ranks at work, found {pids}"
         os.kill(pids[rank], how)
         start = time.monotonic()
         while ranks_of(command):

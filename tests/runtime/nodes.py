@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -41,6 +42,16 @@ class Nodes:
     def inside(self, index: int, command: Sequence[str]) -> list[str]:
         """`command`, run on one of the nodes."""
         return ["nsenter", "-t", str(self.holders[index]), "-n", "-u", "-m", f"-w{os.getcwd()}", *command]
+
+    def cut(self) -> None:
+        """Takes the network from both: what is sent is lost, and nobody is told."""
+        _do(*self.inside(0, _words("ip link set eth0 down")))
+
+    def end_all(self) -> None:
+        """Kills whatever runs on the nodes: Open MPI waits long for its other half, on a node that it cannot reach."""
+        for holder in self.holders:
+            for pid in _company(holder):
+                os.kill(pid, signal.SIGKILL)
 
     def mpirun(self, count: int, *command: str) -> list[str]:
         """`count` ranks of `command`, the first of them on the first node."""
@@ -100,6 +111,18 @@ def _holder(ready: Path) -> Iterator[int]:
         yield process.pid
     finally:
         process.communicate()
+
+
+def _company(holder: int) -> list[int]:
+    """The other processes in the network of `holder`."""
+    network, found = os.readlink(f"/proc/{holder}/ns/net"), []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdecimal() and os.readlink(folder / "ns/net") == network:
+                found.append(int(folder.name))
+        except OSError:  # gone, or not ours to see
+            continue
+    return [pid for pid in found if pid != holder]
 
 
 def _agent(folder: Path, holders: Sequence[int]) -> Path:

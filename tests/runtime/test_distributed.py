@@ -345,6 +345,57 @@ def test_ranks_with_different_engines_are_refused(ranks_engine: RanksEngine) -> 
     assert "has engine.json " in err and "every rank needs the same trtc, the same engine" in err
 
 
+OTHER_VERSION = """
+import sys
+import trtc
+
+trtc.__version__ = "9.9"
+from trtc.cli.main import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("differs", ["version", "options"])
+def test_ranks_of_another_version_or_with_other_options_are_refused(
+    differs: str, ranks_engine: RanksEngine
+) -> None:
+    """Before anything runs, with what each of the two has."""
+    words = ["run", "--input-ids", "2,5", "--engine-dir", str(ranks_engine(Case("pre_norm", 2)))]
+    one, other = ([sys.executable, "-P", "-m", "trtc.cli", *words] for _ in range(2))
+    if differs == "version":
+        other = [sys.executable, "-P", "-c", OTHER_VERSION, *words]
+    else:
+        other += ["--kv-cache-memory-bytes", str(1 << 22)]
+    code, out, err = finish(mpirun((1, one), (1, other)))
+    assert (code, out) == (1, "")
+    theirs = "trtc 9.9" if differs == "version" else "kv_cache_memory_bytes 4194304"
+    host = socket.gethostname()
+    named = rf"trtc run: error: rank 1 on {host} \(process \d+\) has {theirs}, rank 0 on {host} "
+    assert re.search(named, err), err
+    assert "every rank needs the same trtc, the same engine and the same options" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 3])
+def test_a_rank_that_is_killed_under_mpirun_ends_stages_of_several(
+    lost: int, ranks_engine: RanksEngine, tmp_path: Path
+) -> None:
+    """Two stages of two ranks each: the first rank, which schedules and which all others listen to, and the last."""
+    engine = shutil.copytree(ranks_engine(Case("pre_norm", 2, 2, dim=0)), tmp_path / "engine")
+    results = tmp_path / "results.json"
+    script = [sys.executable, str(SCRIPT), str(results), "100", *[str(engine)] * 50]
+
+    def first_token(process: subprocess.Popen[str]) -> None:
+        while not results.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+
+    err = lose(lost, signal.SIGKILL, mpirun((4, script)), first_token, ranks=4)
+    assert re.search(rf"process rank {lost} with PID \d+ on node \S+ exited on signal 9", err), err
+
+
 @pytest.mark.parametrize(
     ("tp_size", "processes", "says"),
     [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -37,3 +40,33 @@ def test_a_stage_that_waits_is_not_behind_the_one_it_waits_for(
             beat.start()
         with ThreadPoolExecutor(3) as pool:
             assert set(pool.map(Heartbeat.wait_for_verdict, stages)) == {NAMES[guilty]}
+
+
+ALONE = """
+import threading
+from torch.distributed import HashStore
+from trtc.runtime import heartbeat
+
+heartbeat.INTERVAL_S, heartbeat.SILENCE_S = 0.05, 0.5
+store = HashStore()
+store.set("beat/1", heartbeat.FIRST)
+heartbeat.Heartbeat(store, 0, ("rank 0", "rank 1")).start()
+threading.Event().wait(60)
+"""
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["somebody listens", "nobody listens"])
+def test_a_rank_ends_when_another_is_lost_even_if_nobody_hears_why(heard: bool) -> None:
+    """As when mpirun is gone, too: what the rank writes to is closed."""
+    reads, writes = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", ALONE], stderr=writes) as process:
+        os.close(writes)
+        if not heard:
+            os.close(reads)
+        try:
+            assert process.wait(timeout=30) == 1
+        finally:
+            process.kill()
+    if heard:
+        with os.fdopen(reads) as said:
+            assert "trtc: error: rank 1 died or hangs: no sign of life for " in said.read()

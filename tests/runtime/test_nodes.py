@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,43 +17,81 @@ import pytest
 from trtc.core.build import build_engine
 from trtc.core.sharding import ShardingOptions
 from trtc.tests.opt_models import BUILD, OptCheckpoint
+from trtc.tests.rank_jobs import LIMIT_S, job, ranks_of
 
-from .nodes import NAMES, NotPermitted, two_nodes
+from .nodes import NAMES, Nodes, NotPermitted, two_nodes
 from .ranks_script import generate
 
 SCRIPT = Path(__file__).with_name("ranks_script.py")
 TOKENS = 6
+SPLITS = (ShardingOptions(tp_size=2), ShardingOptions(pp_size=2))
 ROOT = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    if not Path(sys.executable).with_name("mpirun").exists():
+        pytest.skip("Open MPI is not installed: pip install 'trtc[mpi]'")
+    try:
+        with two_nodes() as made:
+            yield made
+    except NotPermitted as refusal:
+        pytest.skip(f"this machine does not let us make network namespaces: {refusal}")
+
+
+def built(checkpoint: OptCheckpoint, split: ShardingOptions, folder: Path) -> Path:
+    engine = folder / f"engine-{split.tp_size}-{split.pp_size}"
+    build = replace(BUILD, tp_size=split.tp_size, pp_size=split.pp_size)
+    build_engine(checkpoint.family, checkpoint.config, checkpoint.weights(sharding=split), build, engine)
+    return engine
 
 
 @pytest.mark.slow
 def test_two_machines_give_the_tokens_of_one_rank(
     opt_checkpoint: Callable[[str], OptCheckpoint],
     opt_engine: Callable[[str], Path],
+    nodes: Nodes,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A layer over two machines, and a stage on each."""
-    if not Path(sys.executable).with_name("mpirun").exists():
-        pytest.skip("Open MPI is not installed: pip install 'trtc[mpi]'")
-    checkpoint, engines = opt_checkpoint("pre_norm"), []
-    for sharding in (ShardingOptions(tp_size=2), ShardingOptions(pp_size=2)):
-        engines.append(tmp_path / f"engine-{sharding.tp_size}-{sharding.pp_size}")
-        build = replace(BUILD, tp_size=sharding.tp_size, pp_size=sharding.pp_size)
-        weights = checkpoint.weights(sharding=sharding)
-        build_engine(checkpoint.family, checkpoint.config, weights, build, engines[-1])
+    engines = [built(opt_checkpoint("pre_norm"), split, tmp_path) for split in SPLITS]
     results, seen = tmp_path / "results.json", tmp_path / "hosts"
     command = [sys.executable, str(SCRIPT), str(results), str(TOKENS), *map(str, engines)]
     for name, value in ROOT.items():
         monkeypatch.setenv(name, value)
-    try:
-        with two_nodes() as nodes:
-            shell = f'hostname >> {seen}; exec "$@"'
-            job = nodes.mpirun(2, "sh", "-c", shell, "sh", *command)
-            done = subprocess.run(job, capture_output=True, text=True, timeout=240)
-    except NotPermitted as refusal:
-        pytest.skip(f"this machine does not let us make network namespaces: {refusal}")
+    shell = f'hostname >> {seen}; exec "$@"'
+    words = nodes.mpirun(2, "sh", "-c", shell, "sh", *command)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert sorted(seen.read_text().split()) == sorted(NAMES)
     expected = generate(opt_engine("pre_norm"), TOKENS)
     assert json.loads(results.read_text()) == {str(engine): expected for engine in engines}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS, ids=["a layer over both", "a stage on each"])
+def test_a_cut_cable_ends_the_job_on_both_machines(
+    split: ShardingOptions, opt_checkpoint: Callable[[str], OptCheckpoint], nodes: Nodes, tmp_path: Path
+) -> None:
+    """Neither side is told: packets are lost. All ranks are gone in time, and the first machine says which one it has lost.
+    mpirun, which waits for its own half on the other machine, is no part of the promise."""
+    engine, results = built(opt_checkpoint("pre_norm"), split, tmp_path), tmp_path / "results.json"
+    # Again and again, so that it does not end by itself.
+    script = [sys.executable, str(SCRIPT), str(results), "100", *[str(engine)] * 100]
+    with job(nodes.mpirun(2, *script)) as process:
+        try:
+            while not results.exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.01)
+            assert sorted(ranks_of(script).values()) == [0, 1]
+            nodes.cut()
+            start = time.monotonic()
+            while left := ranks_of(script):
+                assert time.monotonic() - start < LIMIT_S, f"still there: {left}"
+                time.sleep(0.05)
+        finally:
+            nodes.end_all()
+        _, err = process.communicate(timeout=LIMIT_S)
+    assert f"trtc: error: rank 1 on {NAMES[1]} (process " in err
+    assert "died or hangs: no sign of life for 5 s; the job ends" in err
