@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 from trtc.core.build import plan
 from trtc.core.dtypes import DType
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import nearest
+from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.targets.cuda.large_products import QuantizedProducts
 from trtc.kernels.library import KernelLibrary
 from trtc.kernels.linear.quantized import for_kernels
@@ -41,4 +43,17 @@ def products(graph: Graph, weights: Weights, library: KernelLibrary) -> tuple[We
         if node.op == "quantized_linear":
             integers, scale = node.used[1:3]
             made[integers], made[scale] = for_kernels(weights[integers], weights[scale])
-    return made, QuantizedProducts(graph, made, library)
+    return made, QuantizedProducts(graph, made, library, linear)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """What `CublasLt.linear` computes, in torch."""
+    y = functional.linear(x, weight, bias)
+    y = y if activation == "none" else ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual

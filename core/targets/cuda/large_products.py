@@ -1,4 +1,4 @@
-"""Products of more rows than the decode kernels are for: cuBLASLt, through torch.
+"""Products of more rows than the decode kernels are for: cuBLASLt.
 
 Integer weights are dequantized one after the other into one matrix, unless activations are to be e4m3 numbers as the weights
 are, on a GPU whose library multiplies these with a scale for every row of both.
@@ -6,7 +6,7 @@ are, on a GPU whose library multiplies these with a scale for every row of both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -28,11 +28,24 @@ _MULTIPLE = 16
 """Of which both sizes of a matrix of e4m3 numbers are multiples."""
 
 
-class QuantizedProducts:
-    """The products of a graph with integer weights. weights: as the kernels read them."""
+LargeLinear = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, str], torch.Tensor
+]
+"""`(x, weight, bias, residual, activation) -> activation(x weight^T + bias) + residual`"""
 
-    def __init__(self, graph: Graph, weights: Mapping[str, torch.Tensor], library: KernelLibrary) -> None:
-        self._weights = weights
+
+class QuantizedProducts:
+    """The products of a graph with integer weights. weights: as the kernels read them; multiply: by a weight that has been
+    dequantized."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Mapping[str, torch.Tensor],
+        library: KernelLibrary,
+        multiply: LargeLinear,
+    ) -> None:
+        self._weights, self._multiply = weights, multiply
         self._library = library
         self._dequantize, self._quantize_rows = Dequantize(library), QuantizeRows(library)
         self._row_scales: dict[str, torch.Tensor] = {}
@@ -83,7 +96,7 @@ class QuantizedProducts:
             # The next weight is made when this one has been multiplied.
             weight = self._scratch[: integers.shape[0] * x.shape[1]].view(-1, x.shape[1])
             self._dequantize(integers, scale, out=weight)
-            return large_linear(x, weight, bias, residual, activation)
+            return self._multiply(x, weight, bias, residual, activation)
 
         return run
 
@@ -123,24 +136,6 @@ class QuantizedProducts:
             return False
         readers = graph.users[node.name]
         return len(readers) == 1 and readers[0].used[0] == node.name and self.takes_fp8(readers[0])
-
-
-def large_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str,
-) -> torch.Tensor:
-    """activation(x weight^T + bias) + residual with many rows: cuBLASLt, bias and ReLU in its epilogue."""
-    if bias is None:
-        y = x @ weight.t()
-    elif activation == "relu":
-        y = torch._addmm_activation(bias, x, weight.t())
-        activation = "none"
-    else:
-        y = torch.addmm(bias, x, weight.t())
-    return finished(y, activation, residual)
 
 
 def finished(y: torch.Tensor, activation: str, residual: torch.Tensor | None) -> torch.Tensor:
