@@ -11,9 +11,9 @@ from trtc.core.build import plan
 from trtc.core.dtypes import DType
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
+from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import nearest
-from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.targets.cuda.large_products import QuantizedProducts
 from trtc.kernels.library import KernelLibrary
 from trtc.kernels.linear.quantized import for_kernels

@@ -1,7 +1,7 @@
 """Products of many rows by cuBLASLt, without torch in between.
 
-For two things that torch does not ask it for: a residual beside the bias in the epilogue, and another algorithm than the first of
-those that it proposes.
+For two things that torch does not ask it for: a residual beside the bias in the epilogue, and another algorithm than the
+first of those that it proposes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ...ops.elementwise import ACTIVATIONS
 WORKSPACE_BYTES = 32 << 20
 CANDIDATES = 8
 PREFERRED = (24, 5)
-"""(tile, cluster) as cuBLASLt numbers them: 256 features by 128 rows, clusters of 1 by 2. The first of its proposals takes 3.5 % more
-time for a layer of 6.7B or 1.3B with 16,384 rows on an H200, whose power, not its clock, is the limit then."""
+"""(tile, cluster) as cuBLASLt numbers them: 256 features by 128 rows, clusters of 1 by 2. With its first proposals a layer of 6.7B
+or 1.3B with 16,384 rows takes 3.5 % more time on an H200, whose power is the limit then."""
 PREFERRED_CAPABILITY, PREFERRED_ROWS = (9, 0), 8192
 """Where this has been measured: on Hopper, from so many rows on."""
 
@@ -101,7 +101,7 @@ class _Plan:
 
 
 class CublasLt:
-    """Products on one GPU, one thread and one stream at a time, for they share a workspace. Nothing is made before the first."""
+    """Products on one GPU, one thread and one stream at a time, for they share a workspace. Nothing is made before one."""
 
     def __init__(self) -> None:
         self._plans: dict[_Key, _Plan] = {}
@@ -116,11 +116,12 @@ class CublasLt:
         residual: torch.Tensor | None,
         activation: str,
     ) -> torch.Tensor:
-        """activation(x weight^T + bias) + residual, [rows, features]; rounded once where the activation is none or ReLU, and only one
-        of ReLU and the residual is asked for.
+        """activation(x weight^T + bias) + residual, [rows, features]; rounded once where the activation is none or
+        ReLU, and only one of ReLU and the residual is asked for.
 
-        x: [rows, columns], at least one row; weight: [features, columns]; bias: [features]; residual: [rows, features]. float16 or
-        bfloat16, all the same; sums are float32. activation: one of ACTIVATIONS. Raises DeviceError when cuBLASLt refuses.
+        x: [rows, columns], at least one row; weight: [features, columns]; bias: [features]; residual: [rows, features].
+        float16 or bfloat16, all the same; sums are float32. activation: one of ACTIVATIONS. Raises DeviceError when
+        cuBLASLt refuses.
         """
         adds = residual is not None and activation == "none"
         y = self._product(x, weight, bias, residual if adds else None, activation == "relu")

@@ -22,7 +22,7 @@ class Library:
     def __init__(self, shapes: list[tuple[int, int]]) -> None:
         self._shapes = shapes
 
-    def cublasLtMatmulAlgoConfigGetAttribute(  # noqa: N802 (its name)
+    def cublasLtMatmulAlgoConfigGetAttribute(
         self, proposal: Any, attribute: int, value: Any, size: int, written: Any
     ) -> int:
         tile, cluster = self._shapes[proposal._obj.algorithm[0]]
