@@ -21,8 +21,8 @@ from ...ops.elementwise import ACTIVATIONS
 WORKSPACE_BYTES = 32 << 20
 CANDIDATES = 8
 PREFERRED = (24, 5)
-"""(tile, cluster) as cuBLASLt numbers them: 256 features by 128 rows, clusters of 1 by 2. With its first proposals a layer of 6.7B
-or 1.3B with 16,384 rows takes 3.5 % more time on an H200, whose power is the limit then."""
+"""(tile, cluster) as cuBLASLt numbers them: 256 features by 128 rows, clusters of 1 by 2. With its first proposals a layer of
+6.7B or 1.3B with 16,384 rows takes 3.5 % more time on an H200, whose power is the limit then."""
 PREFERRED_CAPABILITY, PREFERRED_ROWS = (9, 0), 8192
 """Where this has been measured: on Hopper, from so many rows on."""
 
