@@ -138,13 +138,14 @@ class CublasLt:
         relu: bool,
     ) -> torch.Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
-        out = x.new_empty(x.shape[0], weight.shape[0])
+        out = x.new_empty(len(x), len(weight))
         addend = out if residual is None else residual.contiguous()
         places = [tensor.data_ptr() for tensor in (weight, x, addend, out)]
         epilogue = (_EPILOGUE_RELU if relu else 0) | (0 if bias is None else _EPILOGUE_BIAS)
+        rows, columns = x.shape
         plan = self._plan(
             _Key(
-                x.dtype, *x.shape, weight.shape[0], x.stride(0), weight.stride(0), epilogue or _EPILOGUE_PLAIN,
+                x.dtype, rows, columns, weight.shape[0], x.stride(0), weight.stride(0), epilogue or _EPILOGUE_PLAIN,
                 residual is not None, common_alignment(places),
             )
         )  # fmt: skip
