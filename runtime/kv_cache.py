@@ -113,8 +113,11 @@ def extend_keys(keys: list[PageKey], token_ids: Sequence[int], page_size: int, c
     Each key is a cryptographic hash over the one before it and the tokens of its page, so that equal keys mean equal tokens
     from the first on; no request can be made to find the pages of another text.
     """
-    while len(keys) < count:
-        start = len(keys) * page_size
-        tokens = array("i", token_ids[start : start + page_size])
-        assert len(tokens) == page_size, f"page {len(keys)} of {len(token_ids)} tokens is not full"
-        keys.append(blake2b((keys[-1] if keys else b"") + tokens.tobytes(), digest_size=32).digest())
+    first, missing = len(keys) * page_size, max(0, count - len(keys)) * page_size
+    tokens = array("i", token_ids[first : first + missing])
+    assert len(tokens) == missing, f"page {count - 1} of {len(token_ids)} tokens is not full"
+    pages, size = tokens.tobytes(), page_size * tokens.itemsize
+    for start in range(0, len(pages), size):
+        keys.append(
+            blake2b((keys[-1] if keys else b"") + pages[start : start + size], digest_size=32).digest()
+        )

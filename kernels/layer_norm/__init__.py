@@ -19,6 +19,9 @@ SIGNATURE = "PPPPPPif"
 MAX_THREADS = 512
 VECTORS = (1, 2, 3)
 """Accepted 16-byte vectors per thread."""
+MANY_ROWS, WIDE = 1024, 256
+"""Rows, and vectors of one, from which on two vectors a thread are faster: bandwidth counts then, and not how soon a row is
+done."""
 
 
 def entry(element: str, vectors: int, kind: str) -> str:
@@ -79,7 +82,8 @@ class LayerNorm:
         rows, columns = x.shape
         element = element_type("layer_norm", x)
         count = columns * x.element_size() // 16
-        vectors = next(size for size in VECTORS if count <= MAX_THREADS * size)
+        least = 2 if rows >= MANY_ROWS and count >= WIDE else 1
+        vectors = next(size for size in VECTORS if size >= least and count <= MAX_THREADS * size)
         threads = min(MAX_THREADS, -(-count // (vectors * 32)) * 32)
         kernel = self._library.kernel(sources(element)[0], entry(element, vectors, kind), SIGNATURE)
         return kernel.bind(

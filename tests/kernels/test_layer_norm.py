@@ -58,7 +58,7 @@ def test_contract_is_checked_before_anything_runs(change: dict[str, object], mes
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 768), (3, 520), (65, 4096), (2, 6144)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 768), (3, 520), (65, 4096), (2, 6144), (1024, 2048)])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize("adds", [False, True])
 def test_kernels(

@@ -21,10 +21,9 @@ from ...ops.elementwise import ACTIVATIONS
 WORKSPACE_BYTES = 32 << 20
 CANDIDATES = 8
 PREFERRED = (24, 5)
-"""(tile, cluster) as cuBLASLt numbers them: 256 features by 128 rows, clusters of 1 by 2. With its first proposals a layer of
-6.7B or 1.3B with 16,384 rows takes 3.5 % more time on an H200, whose power is the limit then."""
+"""(tile, cluster) as cuBLASLt numbers them: 256 features by 128 rows, clusters of 1 by 2. See bench/notes/kernels_linear.md."""
 PREFERRED_CAPABILITY, PREFERRED_ROWS = (9, 0), 8192
-"""Where this has been measured: on Hopper, from so many rows on."""
+"""Where it has been seen to be faster than what cuBLASLt proposes first: on Hopper, from so many rows on."""
 
 _MOST_PLANS = 1024
 """Kept at once: a plan is for a number of rows, and steps with prompts have any."""
@@ -213,9 +212,12 @@ class CublasLt:
             self._call(
                 "cublasLtMatmulPreferenceSetAttribute", preference, number, ctypes.byref(value), ctypes.sizeof(value)
             )  # fmt: skip
-        found, count = (Proposal * CANDIDATES)(), ctypes.c_int()
+        wanted = (
+            CANDIDATES if key.rows >= PREFERRED_ROWS else 1
+        )  # asking for 8 takes half as long again, 0.5 ms
+        found, count = (Proposal * wanted)(), ctypes.c_int()
         self._call(
-            "cublasLtMatmulAlgoGetHeuristic", self._handle, operation, weight, x, y, y, preference, CANDIDATES,
+            "cublasLtMatmulAlgoGetHeuristic", self._handle, operation, weight, x, y, y, preference, wanted,
             found, ctypes.byref(count),
         )  # fmt: skip
         self._call("cublasLtMatmulPreferenceDestroy", preference)
