@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 from ...kernels import append_kv, context_attention, paged_decode_attention, sampling
-from ...kernels.context_attention.plan import HOPPER_KEYS, LARGE_TILES, SMALL_TILE
+from ...kernels.context_attention.plan import HOPPER_KEYS, LARGE_TILES, SMALL_TILE, persistent_tiles
 from ...kernels.context_attention.reference import context_attention as reference_context
 from ...kernels.library import KernelLibrary
 from ...kernels.nvrtc import KernelSource, compile_kernel
@@ -46,6 +46,8 @@ LAYERS = {
 }
 VOCAB_SIZE = 50272
 MIN_LAUNCHES = 24
+MULTIPROCESSORS = 132
+"""Of an H100 or H200."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,8 @@ def time_context(
             for b in batches
         ]  # fmt: skip
         name = f"context {size} {len(lengths)} x {lengths[0]}" + (f" + {past}" if past else "")
-        config = f"{'wgmma' if plan.hopper else 'mma'} {plan.accumulation} {plan.rows} x {plan.keys} {label}"
+        kernel = "persistent" if plan.blocks else "wgmma" if plan.hopper else "mma"
+        config = f"{kernel} {plan.accumulation} {plan.rows} x {plan.keys} {label}"
         yield compute_row(name, config, time_launches(launches * 4), flops, moved, torch_us)
 
 
@@ -207,9 +210,14 @@ def context_candidates(chosen: context_attention.ContextPlan) -> Iterator[contex
     """Other plans that could serve the same batch."""
     large, small = LARGE_TILES[chosen.head_dim], SMALL_TILE
     for (rows, keys), accumulation in itertools.product((large, small), context_attention.ACCUMULATIONS):
-        yield dataclasses.replace(chosen, rows=rows, keys=keys, accumulation=accumulation, hopper=False)
+        yield dataclasses.replace(
+            chosen, rows=rows, keys=keys, accumulation=accumulation, hopper=False, blocks=0
+        )
+    hopper = dataclasses.replace(chosen, accumulation="float32", hopper=True, blocks=0)
     for rows in (64, 128, 192):
-        yield dataclasses.replace(chosen, rows=rows, keys=HOPPER_KEYS, accumulation="float32", hopper=True)
+        yield dataclasses.replace(hopper, rows=rows, keys=HOPPER_KEYS)
+    for rows, keys in persistent_tiles(chosen.head_dim):
+        yield dataclasses.replace(hopper, rows=rows, keys=keys, blocks=MULTIPROCESSORS)
 
 
 def time_sdpa_context(model: Model, num_seqs: int, length: int) -> float:

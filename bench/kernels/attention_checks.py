@@ -12,7 +12,7 @@ import torch
 from ...kernels.append_kv import AppendKv
 from ...kernels.append_kv.reference import append_kv as reference_append_kv
 from ...kernels.context_attention import ContextAttention, ContextPlan
-from ...kernels.context_attention.plan import HOPPER_KEYS, LARGE_TILES, SMALL_TILE
+from ...kernels.context_attention.plan import HOPPER_KEYS, LARGE_TILES, SMALL_TILE, persistent_tiles
 from ...kernels.context_attention.reference import context_attention as reference_context
 from ...kernels.library import KernelLibrary
 from ...kernels.paged import as_bytes, is_fp8
@@ -176,10 +176,13 @@ def context_plans(
     tiles = [(*LARGE_TILES[model.head_dim], False), (*SMALL_TILE, False)]
     if library.capability == 90 and accumulation == "float32":
         tiles += [(rows, HOPPER_KEYS, True) for rows in (64, 128, 192)]
+    sizes = (num_tokens, num_seqs, model.num_heads, model.head_dim)
     for rows, keys, hopper in tiles:
-        yield ContextPlan(
-            num_tokens, num_seqs, model.num_heads, model.head_dim, rows, keys, accumulation, hopper
-        )
+        yield ContextPlan(*sizes, rows, keys, accumulation, hopper)
+    if library.capability == 90 and accumulation == "float32" and model.cache_dtype is None:
+        for rows, keys in persistent_tiles(model.head_dim):
+            for blocks in (3, library.multiprocessors):  # many pieces of work for each, and few
+                yield ContextPlan(*sizes, rows, keys, accumulation, True, blocks)
 
 
 def check_context(

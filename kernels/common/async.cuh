@@ -36,6 +36,11 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// Arrives at an mbarrier, which counts it as any other arrival, when this thread's copies up to here have landed.
+__device__ __forceinline__ void copy_async_arrive(unsigned int barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
 // Brings the line of `pointer` to L2, for a later read.
 __device__ __forceinline__ void prefetch_l2(const void* pointer) {
     asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(pointer)));

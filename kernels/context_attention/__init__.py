@@ -24,7 +24,8 @@ class ContextAttention:
 
     def __init__(self, library: KernelLibrary) -> None:
         self._library = library
-        self._bound: dict[tuple[object, ...], BoundKernel] = {}
+        self._bound: dict[tuple[object, ...], tuple[BoundKernel, ContextPlan]] = {}
+        self._counters: torch.Tensor | None = None
 
     def __call__(
         self,
@@ -64,32 +65,39 @@ class ContextAttention:
         """
         tensors = (q, k, v, k_cache, v_cache, query_start, kv_length, page_table, out)
         key = (*contract_key(*tensors), accumulation, dependent, plan)
-        kernel = self._bound.get(key)
-        if kernel is None:
+        bound = self._bound.get(key)
+        if bound is None:
             check(*tensors, accumulation)
-            kernel = self._bound[key] = self._bind(
+            bound = self._bound[key] = self._bind(
                 q, is_fp8(k_cache), kv_length.shape[0], accumulation, dependent, plan
             )
+        kernel, plan = bound
+        counters, pieces = ((pointer(self._counters),), (plan.pieces,)) if plan.blocks else ((), ())
         num_kv_heads = k.shape[1]
         kernel(
-            *map(pointer, tensors), q.stride(0), k.stride(0), v.stride(0), out.stride(0), kv_length.shape[0],
+            *map(pointer, tensors), *counters, q.stride(0), k.stride(0), v.stride(0), out.stride(0), kv_length.shape[0],
             num_kv_heads, q.shape[1] // num_kv_heads, page_shift(k_cache), page_table.shape[1], scale * LOG2_E,
-            int(append),
+            int(append), *pieces,
         )  # fmt: skip
         return out
 
     def _bind(
         self, q: torch.Tensor, fp8_cache: bool, num_seqs: int, accumulation: str, dependent: bool,
         plan: ContextPlan | None,
-    ) -> BoundKernel:  # fmt: skip
+    ) -> tuple[BoundKernel, ContextPlan]:  # fmt: skip
+        import torch
+
         num_tokens, num_heads, head_dim = q.shape
         plan = plan or choose_plan(
             num_tokens, num_seqs, num_heads, head_dim, accumulation=accumulation,
             capability=self._library.capability, multiprocessors=self._library.multiprocessors,
+            fp8_cache=fp8_cache,
         )  # fmt: skip
         source = plan.source(ELEMENT_TYPES[str(q.dtype).removeprefix("torch.")], fp8_cache=fp8_cache)
-        kernel = self._library.kernel(source, source.entries[0], SIGNATURE)
-        return kernel.bind(plan.launch_shape(dependent and self._library.capability >= 90))
+        kernel = self._library.kernel(source, source.entries[0], plan.signature)
+        if plan.blocks and self._counters is None:
+            self._counters = q.new_zeros(2, dtype=torch.int32)
+        return kernel.bind(plan.launch_shape(dependent and self._library.capability >= 90)), plan
 
 
 def check(

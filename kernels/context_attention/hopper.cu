@@ -12,8 +12,8 @@
 #include "common/async.cuh"
 #include "common/fp8.cuh"
 #include "common/softmax_tiles.cuh"
-#include "common/wgmma.cuh"
 #include "context_attention/block.cuh"
+#include "context_attention/panels.cuh"
 
 namespace trtc {
 
@@ -22,24 +22,6 @@ constexpr int kGroupRows = 64;
 constexpr int kKeys = 64;              // keys of a tile
 constexpr float kRescaleSlack = 8.0f;  // log2: probabilities may reach 2^8 before sums are rescaled
 constexpr int kStages = 3;             // tiles of k and v: one in use, two on their way
-
-// `kRows` rows of kHeadDim elements in shared memory.
-template <int kHeadDim, int kRows>
-struct Panels {
-    static constexpr int kRest = kHeadDim - 64;  // dims of the second panel
-    static constexpr int kRowBytes = 128;
-    static constexpr int kRestBytes = kRest * 2;
-    static constexpr int kRestStart = kRows * kRowBytes;
-    static constexpr int kBytes = kRows * kHeadDim * 2;
-
-    // Byte offset of a 16-byte piece of a row.
-    static __device__ __forceinline__ uint32 offset(int row, int piece) {
-        if constexpr (kRest > 0) {
-            if (piece >= 8) return kRestStart + swizzled<kRestBytes>(row, piece - 8);
-        }
-        return swizzled<kRowBytes>(row, piece);
-    }
-};
 
 // q, k, v, out, the caches and tables: as in context_attention.cu. Grid (query heads, slots).
 template <typename T, int kHeadDim, int kGroups, typename C = T>

@@ -30,6 +30,23 @@ HOPPER_LONG_ROWS = {64: 128, 80: 192, 96: 192, 128: 192}
 HOPPER_SMALL_ROWS = 64
 LONG_TOKENS = 1024
 
+PERSISTENT_TILES = {64: (128, 128), 80: (192, 64), 96: (128, 128), 128: (128, 128)}
+"""head_dim -> (query rows of a block, keys of a tile) of persistent.cu, one block a multiprocessor."""
+PERSISTENT_TOKENS = {64: 384, 80: 1024, 96: 384, 128: 384}
+"""head_dim -> new tokens of a sequence, on average, from which on these are fastest."""
+PERSISTENT_SMALL_TILES = {64: (64, 64), 96: (64, 64), 128: (64, 64)}
+"""As PERSISTENT_TILES, two blocks a multiprocessor: for shorter sequences, and for few. Without one, hopper.cu is faster."""
+PERSISTENT_SHARED = 226 * 1024
+PERSISTENT_SMALL_SHARED = 112 * 1024
+"""Bytes of dynamic shared memory that a block of it takes, at most: of 64 rows two share a multiprocessor."""
+PERSISTENT_STAGES = 8
+
+
+def persistent_tiles(head_dim: int) -> tuple[tuple[int, int], ...]:
+    """(query rows, keys) that persistent.cu is used with."""
+    small = PERSISTENT_SMALL_TILES.get(head_dim)
+    return (PERSISTENT_TILES[head_dim], *([small] if small else []))
+
 
 @dataclass(frozen=True)
 class ContextPlan:
@@ -37,6 +54,7 @@ class ContextPlan:
 
     rows:   query rows of one head that a block handles, a multiple of 64; keys: keys it takes at a time.
     hopper: hopper.cu (float32 sums, sm_90a only), else context_attention.cu.
+    blocks: persistent.cu (as hopper.cu, but for a cache of e4m3 numbers) with so many blocks, where it is not 0.
     """
 
     num_tokens: int
@@ -47,9 +65,15 @@ class ContextPlan:
     keys: int
     accumulation: str
     hopper: bool
+    blocks: int = 0
 
     def source(self, element: str, *, fp8_cache: bool = False) -> KernelSource:
         """The file and its one entry for CUDA type `element`."""
+        if self.blocks:
+            assert not fp8_cache, "persistent.cu copies pages as they are"
+            sizes = f"{self.head_dim}, {self.rows // 64}, {self.keys}"
+            entry = f"trtc::context_attention_persistent<{element}, {sizes}>"
+            return KernelSource(FOLDER / "persistent.cu", (entry,))
         cache = f", {FP8_ELEMENT}" if fp8_cache else ""
         if self.hopper:
             entry = f"trtc::context_attention_hopper<{element}, {self.head_dim}, {self.rows // 64}{cache}>"
@@ -63,13 +87,34 @@ class ContextPlan:
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the query rows, and the stages of k and v."""
         row_bytes, stages = (self.head_dim * 2, 3) if self.hopper else ((self.head_dim // 8 | 1) * 16, 2)
+        if self.blocks:
+            limit = (PERSISTENT_SMALL_SHARED if self.rows == 64 else PERSISTENT_SHARED) // row_bytes
+            buffers = 2 if (limit - 2 * self.rows) // (2 * self.keys) >= 3 else 1
+            stages = min(PERSISTENT_STAGES, (limit - buffers * self.rows) // (2 * self.keys))
+            return (buffers * self.rows + stages * 2 * self.keys) * row_bytes
         return (self.rows + stages * 2 * self.keys) * row_bytes
 
+    @property
+    def slots(self) -> int:
+        """Of `rows` query rows. Every sequence wastes less than one, however the tokens are divided among them."""
+        return self.num_tokens // self.rows + self.num_seqs
+
+    @property
+    def pieces(self) -> int:
+        """Blocks' worth of work: slots of every head."""
+        return self.slots * self.num_heads
+
+    @property
+    def signature(self) -> str:
+        """Of the kernel's arguments; persistent.cu has counters after `out`, and the number of pieces last."""
+        return SIGNATURE.replace("i", "Pi", 1) + "i" if self.blocks else SIGNATURE
+
     def launch_shape(self, dependent: bool) -> LaunchShape:
+        if self.blocks:
+            threads, grid = self.rows * 2 + 128, (min(self.blocks, self.pieces),)
+            return LaunchShape(grid, (threads,), self.shared_bytes, dependent=dependent)
         threads = self.rows * 2 if self.hopper else WARPS * 32
-        # Every sequence wastes less than one block, however the tokens are divided among them.
-        slots = self.num_tokens // self.rows + self.num_seqs
-        return LaunchShape((self.num_heads, slots), (threads,), self.shared_bytes, dependent=dependent)
+        return LaunchShape((self.num_heads, self.slots), (threads,), self.shared_bytes, dependent=dependent)
 
 
 def choose_plan(
@@ -81,19 +126,31 @@ def choose_plan(
     accumulation: str = "float32",
     capability: int = 90,
     multiprocessors: int = 132,
+    fp8_cache: bool = False,
 ) -> ContextPlan:
-    """The kernel with the most rows per block, unless that leaves multiprocessors without work."""
+    """The kernel with the most rows per block, unless that leaves multiprocessors without work.
+
+    On Hopper persistent.cu wherever it has been measured to be faster; hopper.cu for caches of e4m3 numbers.
+    """
     if accumulation not in ACCUMULATIONS:
         accepted = ", ".join(ACCUMULATIONS)
         raise KernelContractError(
             f"context_attention: accumulation {accumulation!r} is unknown; accepted: {accepted}"
         )
     hopper = capability == HOPPER_CAPABILITY and accumulation == "float32"
+    sizes = (num_tokens, num_seqs, num_heads, head_dim)
+    if hopper and not fp8_cache:
+        tile, blocks = PERSISTENT_TILES[head_dim], multiprocessors
+        few = num_tokens // tile[0] * num_heads < 2 * blocks
+        if few or num_tokens < PERSISTENT_TOKENS[head_dim] * num_seqs:
+            tile, blocks = PERSISTENT_SMALL_TILES.get(head_dim, (0, 0)), 2 * multiprocessors
+        if tile[0]:
+            return ContextPlan(*sizes, *tile, accumulation, hopper, blocks)
     hopper_rows = HOPPER_LONG_ROWS if num_tokens >= LONG_TOKENS * num_seqs else HOPPER_ROWS
     rows, keys = (hopper_rows[head_dim], HOPPER_KEYS) if hopper else LARGE_TILES[head_dim]
     if num_tokens // rows * num_heads < 2 * multiprocessors:
         rows, keys = (HOPPER_SMALL_ROWS, HOPPER_KEYS) if hopper else SMALL_TILE
-    return ContextPlan(num_tokens, num_seqs, num_heads, head_dim, rows, keys, accumulation, hopper)
+    return ContextPlan(*sizes, rows, keys, accumulation, hopper)
 
 
 def sources(
@@ -102,7 +159,15 @@ def sources(
     """The files with every kernel that `choose_plan` can ask for, for CUDA type `element`."""
     batches = ((1, 1), (1 << 20, 1), (1 << 20, 1 << 20))  # few rows, long sequences, short ones
     plans = [
-        choose_plan(*batch, 1, head_dim, accumulation=accumulation, capability=capability, multiprocessors=1)
+        choose_plan(
+            *batch,
+            1,
+            head_dim,
+            accumulation=accumulation,
+            capability=capability,
+            multiprocessors=1,
+            fp8_cache=fp8_cache,
+        )
         for head_dim in head_dims
         for batch in batches
         for accumulation in (ACCUMULATIONS if element == "__half" else ("float32",))

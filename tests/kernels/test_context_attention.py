@@ -55,7 +55,30 @@ def test_plans_fit_the_hardware(capability: int, head_dim: int) -> None:
         # The worst division: all sequences but one have a single token more than whole blocks.
         lengths = [1] * (num_seqs - 1) + [num_tokens - num_seqs + 1]
         needed = sum(-(-length // plan.rows) for length in lengths)
-        assert plan.launch_shape(dependent=False).grid[1] >= needed
+        assert plan.slots >= needed
+
+
+@pytest.mark.parametrize(
+    ("batch", "head_dim", "fp8_cache", "expected"),
+    [
+        ((32768, 64, 32), 128, False, (128, 128, 132)),
+        ((16384, 57, 32), 64, False, (64, 64, 264)),  # short
+        ((512, 1, 32), 128, False, (64, 64, 264)),  # few
+        ((8192, 4, 32), 80, False, (192, 64, 132)),
+        ((32768, 64, 32), 80, False, (64, 64, 0)),
+        ((32768, 64, 32), 128, True, (128, 64, 0)),
+    ],
+)
+def test_plans_of_hopper(
+    batch: tuple[int, int, int], head_dim: int, fp8_cache: bool, expected: tuple[int, int, int]
+) -> None:
+    """Oracle: bench/notes/kernels_attention.md. Blocks, where they stay, are no more than there is work."""
+    plan = choose_plan(*batch, head_dim, fp8_cache=fp8_cache)
+    assert (plan.rows, plan.keys, plan.blocks) == expected
+    grid = plan.launch_shape(dependent=False).grid
+    assert grid == ((min(plan.blocks, plan.pieces),) if plan.blocks else (batch[2], plan.slots))
+    names = [entry for one in sources("__half", (head_dim,), fp8_cache=fp8_cache) for entry in one.entries]
+    assert plan.source("__half", fp8_cache=fp8_cache).entries[0] in names
 
 
 def test_half_accumulation_is_served_by_the_mma_kernel() -> None:
