@@ -53,7 +53,10 @@ def main() -> int:
             name = f"{size}-tp{tp_size}" + (f"-pp{pp_size}" if pp_size > 1 else "")
             with work_folder(args.work_dir and args.work_dir / name) as scratch:
                 records = list(measure(size, tp_size, pp_size, scratch, args))
-            data["runs"].append({"model": size, "tp_size": tp_size, "pp_size": pp_size, "records": records})
+            when = {key: data[key] for key in ("date", "commit", "driver")}
+            data["runs"].append(
+                {"model": size, "tp_size": tp_size, "pp_size": pp_size, **when, "records": records}
+            )
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(data, indent=1) + "\n")
             print(
@@ -136,10 +139,27 @@ def markdown(data: Record) -> str:
     setup = next(record for record in records if record["kind"] == "setup")
     batch = next(record for record in records if record["kind"] == "batch")
     return (
-        f"{text}\n{setup['device']}, driver {data['driver']}, torch {setup['torch']}, trtc at {data['commit']} on "
-        f"{data['date']}; OPT with random weights, {setup['dtype']}, greedy, {batch['in_len']} tokens in, {batch['out_len']} "
-        f"out. Efficiency is the speed-up by how many times more GPUs it takes. Samples: `bench/results/{RESULTS.name}`.\n"
+        f"{text}\n{where_and_when(data)}; OPT with random weights, {setup['dtype']}, greedy, {batch['in_len']} tokens in, "
+        f"{batch['out_len']} out. Efficiency is the speed-up by how many times more GPUs it takes. Samples: "
+        f"`bench/results/{RESULTS.name}`.\n"
     )
+
+
+def where_and_when(data: Record) -> str:
+    """What the runs of a file were measured on, and at; models that were measured apart are named."""
+    found: dict[str, list[str]] = {}
+    for one in data["runs"]:
+        setup = next((record for record in one["records"] if record["kind"] == "setup"), None)
+        if setup is not None:
+            said = {key: one.get(key, data[key]) for key in ("driver", "commit", "date")}
+            text = (
+                f"{setup['device']}, driver {said['driver']}, torch {setup['torch']}, trtc at {said['commit']} "
+                f"on {said['date']}"
+            )
+            found.setdefault(text, []).append(one["model"])
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{', '.join(dict.fromkeys(models))}: {text}" for text, models in found.items())
 
 
 def pipeline_markdown(data: Record) -> str:

@@ -51,6 +51,19 @@ def test_speed_up_and_efficiency() -> None:
     )
 
 
+def test_models_that_were_measured_apart_are_named() -> None:
+    data: dict[str, Any] = {
+        "driver": "5",
+        "commit": "abc",
+        "date": "today",
+        "runs": [run(1, 3.0, 0.1), run(2, 2.0, 0.1)],
+    }
+    data["runs"].append({**run(1, 9.0, 0.2), "model": "13b", "commit": "def"})
+    assert tensor_parallel.where_and_when(data) == (
+        "1.3b: GPU, driver 5, torch 2, trtc at abc on today; 13b: GPU, driver 5, torch 2, trtc at def on today"
+    )
+
+
 def test_a_way_that_does_not_work_has_no_column() -> None:
     rows = [
         {"way": way, "bytes": 1 << 13, "us": us}
