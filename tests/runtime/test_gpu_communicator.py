@@ -74,25 +74,29 @@ def test_small_sums_go_through_memory_all_else_through_nccl(monkeypatch: pytest.
     assert group.calls == ["connect", ("nccl", limit + 16, True), ("nccl", 6, False), ("gather", 1)]
 
 
-def test_sums_up_to_a_size_are_made_with_their_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is shared memory, and up to the size at which that was measured to be faster."""
+def test_sums_of_some_sizes_are_made_with_their_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is shared memory between two GPUs, and of sizes for which that was measured to be faster."""
     monkeypatch.setattr(gpu_communicator, "lend_memory", lent)
     communicator = GpuCommunicator(cast(RankGroup, Group()), CPU, KernelLibrary())
     assert isinstance(communicator, NormingCommunicator)
-    small, large = (torch.zeros(rows, 64, dtype=torch.float16) for rows in (8, 9))
-    monkeypatch.setattr(gpu_communicator, "NORMED_BYTES", small.nbytes)
-    assert communicator.norms(small) and not communicator.norms(large)
-    assert not communicator.norms(small[:, :12].contiguous())
+    sizes = {rows: torch.zeros(rows, 4096, dtype=torch.float16) for rows in (63, 64, 288, 289)}
+    assert {rows: communicator.norms(x) for rows, x in sizes.items()} == {
+        63: False,
+        64: True,
+        288: True,
+        289: False,
+    }
+    x = sizes[64]
+    assert not communicator.norms(x.view(-1))
+    assert not GpuCommunicator(cast(RankGroup, Group(3)), CPU, KernelLibrary()).norms(x)
     given: list[Any] = []
     monkeypatch.setattr(
         AllReduceNorm, "__call__", lambda _, *args, **named: given.append((*args, *named.values()))
     )
-    communicator.all_reduce_norm(
-        small, None, None, out=large, residual=small, total=None, kind="rms", epsilon=0.5
-    )
-    assert given == [(small, None, None, large, small, None, "rms", 0.5)]
+    communicator.all_reduce_norm(x, None, None, out=x, residual=x, total=None, kind="rms", epsilon=0.5)
+    assert given == [(x, None, None, x, x, None, "rms", 0.5)]
     monkeypatch.setattr(gpu_communicator, "lend_memory", lambda *_: None)
-    assert not GpuCommunicator(cast(RankGroup, Group()), CPU, KernelLibrary()).norms(small)
+    assert not GpuCommunicator(cast(RankGroup, Group()), CPU, KernelLibrary()).norms(x)
 
 
 def test_more_gpus_send_no_more() -> None:
