@@ -95,6 +95,19 @@ __device__ __forceinline__ void send_to_rank(uint32 destination, const float2& v
         : "memory");
 }
 
+// As above, 4 bytes.
+__device__ __forceinline__ void send_to_rank(uint32 destination, float value, uint32 barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there, counter;\n"
+        "mapa.shared::cluster.u32 there, %0, %3;\n"
+        "mapa.shared::cluster.u32 counter, %1, %3;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %2, [counter];\n"
+        "}\n" ::"r"(destination),
+        "r"(barrier), "f"(value), "r"(rank)
+        : "memory");
+}
+
 // Copies the box of `map` at (column, row) to shared memory; `barrier` counts its bytes.
 __device__ __forceinline__ void copy_tensor(uint32 destination, const TensorMap& map, int column, int row,
                                             uint32 barrier) {

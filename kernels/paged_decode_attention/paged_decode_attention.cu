@@ -23,6 +23,7 @@
 #include "common/cluster.cuh"
 #include "common/fp8.cuh"
 #include "common/softmax_tiles.cuh"
+#include "common/tensor_copy.cuh"
 
 namespace trtc {
 
@@ -233,8 +234,16 @@ __global__ void __launch_bounds__(kWarps * 32)
     const int split = blockIdx.z;
     const int splits = gridDim.z;
     allow_dependents();  // at once: they are given room only when every block of this grid has its own
-    if constexpr (kCluster)
-        cluster_arrive();  // "I run": waited for before anything is stored into another block
+    const int floats = part_floats<kHeadDim>(heads);
+    __shared__ __align__(8) uint64 parts_full;  // of the first split: counts the bytes of all parts
+    if constexpr (kCluster) {
+        if (threadIdx.x == 0) {
+            barrier_init(shared_address(&parts_full), 1);
+            barrier_init_fence();
+            barrier_expect(shared_address(&parts_full), splits * floats * sizeof(float));
+        }
+        cluster_arrive_relaxed();  // "I run": waited for before anything is sent to another block
+    }
     if (!early) wait_for_predecessors();
 
     // Tile `index` of this warp. A tile never crosses a page.
@@ -343,7 +352,6 @@ __global__ void __launch_bounds__(kWarps * 32)
     __syncthreads();  // all stages are free: the warps meet in the same memory
 
     float* const warp_parts = reinterpret_cast<float*>(shared);
-    const int floats = part_floats<kHeadDim>(heads);
     {
         float* const part = warp_parts + warp * floats;
 #pragma unroll
@@ -367,16 +375,22 @@ __global__ void __launch_bounds__(kWarps * 32)
     __syncthreads();
 
     const int block_row = sequence * gridDim.x + blockIdx.x;
-    float *split_parts, *split_part;
+    float* split_parts;
     if constexpr (kCluster) {
         split_parts = reinterpret_cast<float*>(shared + kWarps * kStages * L::kStageBytes);
-        split_part = in_rank(split_parts, 0) + split * floats;
         cluster_wait();
     } else {
         split_parts =
             partial + static_cast<long long>(block_row) * splits * part_floats<kHeadDim>(min(kHeads, group));
-        split_part = split_parts + split * floats;
     }
+    const auto hand_over = [&](int at, float value) {
+        float* const place = split_parts + split * floats + at;
+        if constexpr (kCluster) {
+            send_to_rank(shared_address(place), value, shared_address(&parts_full), 0);
+        } else {
+            *place = value;
+        }
+    };
     for (int i = threadIdx.x; i < heads * kHeadDim; i += kThreads) {
         const int head = i / kHeadDim;
         const int dim = i % kHeadDim;
@@ -388,16 +402,17 @@ __global__ void __launch_bounds__(kWarps * 32)
             out_row[i] = from_float<T>(output / sum);
             continue;
         }
-        split_part[i] = output;
+        hand_over(i, output);
         if (dim == 0) {
-            split_part[heads * kHeadDim + head] = maximum;
-            split_part[heads * (kHeadDim + 1) + head] = sum;
+            hand_over(heads * kHeadDim + head, maximum);
+            hand_over(heads * (kHeadDim + 1) + head, sum);
         }
     }
     if (splits == 1) return;
     if constexpr (kCluster) {
-        cluster_sync();
+        // What was sent needs its sender no more; a cluster barrier would wait until all writes of a block are visible.
         if (split != 0) return;
+        barrier_wait_cluster(shared_address(&parts_full), 0);
     } else {
         __shared__ bool is_last;
         __threadfence();  // each thread's part is visible before the block is counted
