@@ -101,7 +101,8 @@ def affine_into_linear(graph: Graph, node: Node) -> Rewrite | None:
 
     The norm's own weights vanish from the step, so that a kernel can norm in front of its product with nothing to read.
     Not where W is quantized: g would have to be folded before the weights were rounded, in a checkpoint that any target
-    (and one that does not fold) builds from; the norm keeps its two vectors, which are nothing beside W.
+    (and one that does not fold) builds from; the norm keeps its two vectors, which are nothing beside W. Nor where a lookup
+    in a part of the vocabulary reads W too: the table was split to be held once, and W * g would be another.
     """
     inner = graph.producers[node.used[0]] if node.op == "linear" else None
     if inner is None or inner.op not in NORMS or len(inner.inputs) == 1 or not only_reader(graph, inner.name):
@@ -109,6 +110,8 @@ def affine_into_linear(graph: Graph, node: Node) -> Rewrite | None:
     scale, shift = (*inner.inputs, None)[1:3]
     _, weight, bias, *rest = (*node.inputs, None, None)[: max(3, len(node.inputs))]
     if weight is None or scale is None or not is_constant(graph, weight):
+        return None
+    if any(reader.op == "embedding" and reader.attrs.get("masked") for reader in graph.users[weight]):
         return None
     result = Rewrite(graph, (node, inner))
     (normed,) = result.add(inner.op, inner.used[0], name=inner.name, **inner.attrs)

@@ -414,6 +414,16 @@ def test_the_weights_of_a_norm_stay_where_it_has_none_or_others_read_it() -> Non
     )
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_weights_of_a_norm_stay_before_a_table_that_is_split(masked: bool) -> None:
+    """It is there once, for a lookup in a part of the vocabulary and as the head."""
+    g, _ = small(scale=(8,))
+    x = g.add("embedding", "token_ids", g.weight("table"), name="part", offset=0, masked=masked)
+    normed = g.add("layer_norm", x, g.weight("scale"), name="normed", eps=1e-5)
+    graph = g.finish(g.add("linear", normed, g.weight("table"), name="head"))
+    assert unchanged(graph, fuse.affine_into_linear) == masked
+
+
 def test_a_norm_with_another_reader_stays() -> None:
     g, x = small(a_w=(8, 8))
     normed = g.add("layer_norm", x, name="normed", eps=1e-5)

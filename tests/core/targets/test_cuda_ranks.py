@@ -117,6 +117,25 @@ def test_ranks_compute_what_one_does(
         assert max_error(found, expected) <= FLOAT64_ABS
 
 
+def test_a_vocabulary_that_is_split_is_held_once(checkpoint) -> None:
+    """As lookup and as head; otherwise the last norm's scale goes into a head of its own, which that norm then rides in."""
+    source = checkpoint("cuda_pre_norm")
+    vocab, hidden = source.config.vocab_size, source.config.hidden_size
+    held = {}
+    for name, sharding in EMBEDDINGS.items():
+        graph, _ = planned(source, sharding, 1)
+        matrices = [node.outputs[0].shape for node in graph.weights if node.outputs[0].rank == 2]
+        held[name] = sum(1 for shape in matrices if set(shape) & {vocab, vocab // 2})
+        assert [node.op for node in graph.nodes if node.op == "layer_norm" and len(node.inputs) > 1] == (
+            ["layer_norm"] if name == "vocabulary" else []
+        )
+    assert (
+        held == {"none": 2, "vocabulary": 1, "hidden": 2}
+        and vocab % 2 == 0
+        and hidden not in (vocab, vocab // 2)
+    )
+
+
 VIEWS = {"input", "weight", "reshape", "split", "cast"}
 
 
