@@ -106,8 +106,9 @@ def table(data: dict[str, Any], name: str = RESULTS.name) -> str:
     header = ("model", "case", "trtc", "vLLM", "ratio", "aim", "% of read limit", "ratio at the limit")
     lines = [header, ("---",) * len(header), *rows(data)]
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    setup = next(r for r in data["models"]["125m"]["trtc"] if r["kind"] == "setup")
-    peer = next(r for r in data["models"]["125m"]["vllm"] if r["kind"] == "setup")
+    others = data.get("other_runs", {})
+    sides = next(sides for model, sides in data["models"].items() if model not in others)
+    setup, peer = (next(r for r in sides[side] if r["kind"] == "setup") for side in ("trtc", "vllm"))
     return (
         f"{text}\n{data['device']}, driver {data['driver']}, float16, random weights, greedy, 512 tokens in and 128 out; "
         f"trtc at {data['commit']}{' with local changes' if data['dirty'] else ''} and vLLM {peer['vllm']} in one run on "
@@ -120,8 +121,12 @@ def table(data: dict[str, Any], name: str = RESULTS.name) -> str:
 
 
 def remark(data: dict[str, Any]) -> str:
-    """What whoever measured has to say about it, as a sentence; nothing where there is no note."""
-    return f"{data['note']}. " if "note" in data else ""
+    """Which models are of other runs on such a GPU, where there are any, and what whoever measured has to say."""
+    others = [
+        f"OPT-{model.upper()} in a run of {run['date']} at {run['commit']} ({run['read_bandwidth_gb_s']:.0f} GB/s). "
+        for model, run in data.get("other_runs", {}).items()
+    ]
+    return "".join(others) + (f"{data['note']}. " if "note" in data else "")
 
 
 def plans_table(data: dict[str, Any]) -> str:

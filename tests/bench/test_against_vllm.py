@@ -113,3 +113,27 @@ def test_an_engine_that_is_there_is_taken(args: argparse.Namespace, tmp_path: Pa
 def test_a_benchmark_keeps_the_last_line_of_a_command_that_failed() -> None:
     failed = against_vllm.run([sys.executable, "-c", "raise ValueError('no such thing')"])
     assert failed is not None and failed["message"] == "ValueError: no such thing"
+
+
+def test_rows_of_other_runs_say_of_which() -> None:
+    """The line below the table names the run of the models that were measured in it, and that of each other."""
+
+    def sides(bandwidth: int) -> dict[str, object]:
+        setup = {"kind": "setup", "torch": "2.11", "vllm": "0.24", "read_bandwidth_gb_s": bandwidth}
+        batch = {
+            "kind": "batch",
+            "batch": 64,
+            "decode_ms_per_token": 1.0,
+            "decode_percent_of_read_limit": 50.0,
+        }
+        return {side: [setup, {**batch, "prefill_s": 0.1}] for side in ("trtc", "vllm")}
+
+    data = {
+        "commit": "newer", "date": "day 2", "dirty": False, "device": "a GPU", "driver": "5", "note": "Alone",
+        "models": {"125m": sides(4100), "6.7b": sides(4200)},
+    }  # fmt: skip
+    assert "4100 GB/s" in table.table(data)
+    data["other_runs"] = {"125m": {"commit": "older", "date": "day 1", "read_bandwidth_gb_s": 4100}}
+    text = table.table(data)
+    assert "trtc at newer" in text and "4200 GB/s; a step" in text
+    assert "OPT-125M in a run of day 1 at older (4100 GB/s). Alone. Samples" in text
