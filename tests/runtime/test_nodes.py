@@ -6,6 +6,8 @@ The machines are namespaces (`nodes.py`): other host names, other addresses, no 
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ import pytest
 from trtc.core.build import build_engine
 from trtc.core.sharding import ShardingOptions
 from trtc.tests.opt_models import BUILD, OptCheckpoint
-from trtc.tests.rank_jobs import LIMIT_S, job, ranks_of
+from trtc.tests.rank_jobs import LIMIT_S, finish, job, lose, ranks_of
 
 from .nodes import NAMES, Nodes, NotPermitted, two_nodes
 from .ranks_script import generate
@@ -29,11 +31,12 @@ ROOT = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_A
 
 
 @pytest.fixture
-def nodes() -> Iterator[Nodes]:
+def nodes(request: pytest.FixtureRequest) -> Iterator[Nodes]:
+    """With a slot each, or as many as a test's parameter says."""
     if not Path(sys.executable).with_name("mpirun").exists():
         pytest.skip("Open MPI is not installed: pip install 'trtc[mpi]'")
     try:
-        with two_nodes() as made:
+        with two_nodes(getattr(request, "param", 1)) as made:
             yield made
     except NotPermitted as refusal:
         pytest.skip(f"this machine does not let us make network namespaces: {refusal}")
@@ -95,3 +98,34 @@ def test_a_cut_cable_ends_the_job_on_both_machines(
         _, err = process.communicate(timeout=LIMIT_S)
     assert f"trtc: error: rank 1 on {NAMES[1]} (process " in err
     assert "died or hangs: no sign of life for 5 s; the job ends" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [2], indirect=True)
+def test_two_ranks_on_each_of_two_machines(
+    opt_checkpoint: Callable[[str], OptCheckpoint],
+    opt_engine: Callable[[str], Path],
+    nodes: Nodes,
+    tmp_path: Path,
+) -> None:
+    """Stages of two ranks that share a vocabulary, then the same over both machines; and a rank of the other machine killed:
+    Open MPI names it and its machine, and nobody is left on either."""
+    splits = (ShardingOptions(2, True, 0, pp_size=2), ShardingOptions(4))
+    engines = [built(opt_checkpoint("pre_norm"), split, tmp_path) for split in splits]
+    results = tmp_path / "results.json"
+    command = [sys.executable, str(SCRIPT), str(results), str(TOKENS), *map(str, engines)]
+    code, out, err = finish(nodes.mpirun(4, *command))
+    assert (code, out) == (0, ""), err
+    expected = generate(opt_engine("pre_norm"), TOKENS)
+    assert json.loads(results.read_text()) == {str(engine): expected for engine in engines}
+
+    results.unlink()
+    script = [sys.executable, str(SCRIPT), str(results), "100", *[str(engines[0])] * 100]
+
+    def first_token(process: subprocess.Popen[str]) -> None:
+        while not results.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+
+    err = " ".join(lose(3, signal.SIGKILL, nodes.mpirun(4, *script), first_token, ranks=4).split())
+    assert re.search(rf"process rank 3 with PID \d+ on node {NAMES[1]} exited on signal 9", err), err
