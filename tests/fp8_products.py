@@ -43,7 +43,7 @@ def products(graph: Graph, weights: Weights, library: KernelLibrary) -> tuple[We
         if node.op == "quantized_linear":
             integers, scale = node.used[1:3]
             made[integers], made[scale] = for_kernels(weights[integers], weights[scale])
-    return made, QuantizedProducts(graph, made, library, linear)
+    return made, QuantizedProducts(graph, made, library)
 
 
 def linear(

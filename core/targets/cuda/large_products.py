@@ -1,4 +1,4 @@
-"""Products of more rows than the decode kernels are for: cuBLASLt.
+"""Products of more rows than the decode kernels are for: cuBLASLt, through torch.
 
 Integer weights are dequantized one after the other into one matrix, unless activations are to be e4m3 numbers as the weights
 are, on a GPU whose library multiplies these with a scale for every row of both.
@@ -6,7 +6,7 @@ are, on a GPU whose library multiplies these with a scale for every row of both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -28,24 +28,11 @@ _MULTIPLE = 16
 """Of which both sizes of a matrix of e4m3 numbers are multiples."""
 
 
-LargeLinear = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, str], torch.Tensor
-]
-"""`(x, weight, bias, residual, activation) -> activation(x weight^T + bias) + residual`"""
-
-
 class QuantizedProducts:
-    """The products of a graph with integer weights. weights: as the kernels read them; multiply: by a weight that has been
-    dequantized."""
+    """The products of a graph with integer weights. weights: as the kernels read them."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        weights: Mapping[str, torch.Tensor],
-        library: KernelLibrary,
-        multiply: LargeLinear,
-    ) -> None:
-        self._weights, self._multiply = weights, multiply
+    def __init__(self, graph: Graph, weights: Mapping[str, torch.Tensor], library: KernelLibrary) -> None:
+        self._weights = weights
         self._library = library
         self._dequantize, self._quantize_rows = Dequantize(library), QuantizeRows(library)
         self._row_scales: dict[str, torch.Tensor] = {}
@@ -96,7 +83,7 @@ class QuantizedProducts:
             # The next weight is made when this one has been multiplied.
             weight = self._scratch[: integers.shape[0] * x.shape[1]].view(-1, x.shape[1])
             self._dequantize(integers, scale, out=weight)
-            return self._multiply(x, weight, bias, residual, activation)
+            return large_linear(x, weight, bias, residual, activation)
 
         return run
 
@@ -136,6 +123,28 @@ class QuantizedProducts:
             return False
         readers = graph.users[node.name]
         return len(readers) == 1 and readers[0].used[0] == node.name and self.takes_fp8(readers[0])
+
+
+def large_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """activation(x weight^T + bias) + residual with many rows: cuBLASLt through torch, bias and ReLU in its epilogue.
+
+    For CUDA graphs, and for weights that have been dequantized; float weights in steps with prompts have `cublaslt.py`, which
+    has not been tried in these two.
+    """
+    if bias is None:
+        y = x @ weight.t()
+    elif activation == "relu":
+        y = torch._addmm_activation(bias, x, weight.t())
+        activation = "none"
+    else:
+        y = torch.addmm(bias, x, weight.t())
+    return finished(y, activation, residual)
 
 
 def finished(y: torch.Tensor, activation: str, residual: torch.Tensor | None) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ...ops.registry import Communicator
 from ...passes.rewrite import remove_dead
 from ..program import Kernel, KernelFactory, Program
 from .cublaslt import CublasLt
-from .large_products import QuantizedProducts
+from .large_products import QuantizedProducts, large_linear
 from .sums import Sums
 from .variants import decode_graph, prefill_graph, rank_graph
 
@@ -92,7 +92,7 @@ class CudaProgram:
         self._graph, self._cache, self._library = graph, cache, library
         self._weights = _quantized_for_kernels(graph, weights)
         self._cublaslt = CublasLt()
-        self._large_products = QuantizedProducts(graph, self._weights, library, self._cublaslt.linear)
+        self._large_products = QuantizedProducts(graph, self._weights, library)
         self._accumulation, self._max_kv_length = accumulation, max_kv_length
         self._embedding, self._norm, self._linear = Embedding(library), LayerNorm(library), Linear(library)
         self._quantized_linear, self._dequantize = QuantizedLinear(library), Dequantize(library)
@@ -221,7 +221,8 @@ class CudaProgram:
                 return x.new_empty(0, weight.shape[0])
             if library_products or not outruns_cublas(x.shape[0], weight.shape[0]):
                 assert norm is None, f"{node.name}: a norm is fused into a product of {x.shape[0]} rows"
-                return self._cublaslt.linear(x, weight, bias, residual, activation)
+                multiply = self._cublaslt.linear if library_products else large_linear
+                return multiply(x, weight, bias, residual, activation)
             out = x.new_empty(x.shape[0], weight.shape[0])
             return self._linear(
                 x.contiguous(), weight, bias, out=out, residual=residual, activation=activation, norm=norm

@@ -2,7 +2,7 @@
 
 An engine has one graph. What is fused on top of it depends on the rows of a step: with few rows a linear layer is one read
 of its weight, and everything around it (norm, bias, activation, residual) is free inside that kernel; with many rows the
-product is a library's, which takes in a bias and a residual; where it cannot, the sum joins the norm instead.
+product is a library's, and the sum joins the norm instead, or in a step with prompts the product's epilogue.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def decode_graph(graph: Graph, *, rows: int, capability: int, fuse_residuals: bo
     """`graph` for steps of one token per sequence, each wanting its logits.
 
     rows: tokens of a step; capability: of the GPU, 90 for sm_90. They decide which products norm their input.
-    fuse_residuals: whether all products of this number of rows add to their result, and not those of float weights alone; where
-    they cannot, the sum joins the norm.
+    fuse_residuals: whether products of this number of rows add to their result; where they cannot, the sum joins the norm.
     """
     graph = all_rows(graph)
-    graph = rewrite(graph, (fuse.linear_residual if fuse_residuals else _library_residual,))
+    if fuse_residuals:
+        graph = rewrite(graph, (fuse.linear_residual,))
     graph = rewrite(graph, (partial(_norm_product, rows, capability),))
     return rewrite(graph, (fuse.add_norm,)).verify("decode graph")
 

@@ -110,13 +110,13 @@ def test_decode_graph_has_few_kernels(tmp_path: Path) -> None:
     assert work == ["embedding", *["linear", "attention", "linear", "linear", "linear"] * 2, "linear"]
 
 
-def test_graph_of_many_rows_sums_in_its_products(tmp_path: Path) -> None:
+def test_graph_of_many_rows_sums_in_its_norms(tmp_path: Path) -> None:
     """Where a library multiplies, a residual is no kernel of its own; and nothing widens logits that nobody reads so."""
     graph, _ = planned(checkpoint("cuda_pre_norm", tmp_path))
     decode = narrow_logits(decode_graph(graph, rows=65, capability=90, fuse_residuals=False))
     views = {"input", "weight", "reshape", "split"}
     work = [node.op for node in decode.nodes if node.op not in views]
-    layer = ["linear", "attention", "linear", "layer_norm", "linear", "linear", "layer_norm"]
+    layer = ["linear", "attention", "linear", "add_layer_norm", "linear", "linear", "add_layer_norm"]
     assert work == ["embedding", "layer_norm", *layer * 2, "linear"]
     assert decode.outputs == (decode.nodes[-1].name,) and "cast" in [node.op for node in graph.nodes]
 
