@@ -13,8 +13,8 @@ from .peer_memory import lend_memory
 SENT_BYTES = 8 << 20
 """What a GPU sends for one sum at most, in the kernels' packets, twice as large as what they hold: in one step its part, to
 each other GPU; more GPUs than two make larger sums in two steps, in which they send less. Above: NCCL, whose rings
-send less. On two H100s a part of 1 MB takes 9.4 us, one of 4 MB, the largest that is not NCCL's, 31.5 us; with NCCL 23.7 and
-42.1 us (`bench/results/gpus-all-reduce.json`). More GPUs were not measured."""
+send less. On two H200s a part of 1 MB takes 8.8 us, one of 4 MB, the largest that is not NCCL's, 29.6 us; with NCCL 23.9 and
+41.2 us (`bench/results/gpus-all-reduce.json`). More GPUs were not measured."""
 
 NORMED_RANKS, NORMED_BYTES = 2, range(512 << 10, (2304 << 10) + 1)
 """GPUs, and bytes of a part, whose sums one kernel makes together with the norm that follows. On two H200s that takes 3 to 13 %
