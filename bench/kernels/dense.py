@@ -30,6 +30,7 @@ from ...kernels.linear.plan import (
     MAX_NARROW_FEATURES,
     SHARED_LIMITS,
     SMALL_WEIGHT,
+    AnyPlan,
     StreamPlan,
     TilePlan,
     plan_stream,
@@ -37,6 +38,7 @@ from ...kernels.linear.plan import (
     plan_warpgroup,
 )
 from ...kernels.linear.reference import linear as reference_linear
+from ...kernels.linear.stripe_plan import StripePlan
 from .harness import (
     Row,
     WeightPool,
@@ -71,7 +73,7 @@ def layers(size: str) -> Iterator[tuple[str, int, int]]:
     yield "logits", VOCABULARY, hidden
 
 
-def label(plan: Plan) -> str:
+def label(plan: AnyPlan) -> str:
     """A short name of a plan, for the table."""
     if isinstance(plan, StreamPlan):
         held = " held" * plan.held_x
@@ -81,6 +83,10 @@ def label(plan: Plan) -> str:
         return (
             f"multicast features {plan.features_per_block} copies {plan.copies} split {plan.split} {stages}"
         )
+    if isinstance(plan, StripePlan):
+        alone = " alone" * bool(plan.least_bytes)
+        steps = f"steps {plan.steps}, {plan.early_steps} early{alone}"
+        return f"stripe blocks {plan.blocks} warps {plan.warps} tiles {plan.tiles} {steps}"
     kind = "tile" if isinstance(plan, TilePlan) else "warpgroup"
     return f"{kind} features {plan.features_per_block} cluster {plan.cluster} stages {plan.stages}"
 

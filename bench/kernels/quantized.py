@@ -24,10 +24,11 @@ from ...core.quantize.integers import dequantize, pack_int4
 from ...kernels.library import KernelLibrary
 from ...kernels.linear import FLOAT, Linear, choose_plan
 from ...kernels.linear.formats import WEIGHTS, StoredWeight
-from ...kernels.linear.plan import Plan
+from ...kernels.linear.plan import AnyPlan
 from ...kernels.linear.quantized import Dequantize, QuantizedLinear, for_kernels
 from ...kernels.linear.quantized_plan import QuantizedPlan, choose_quantized, quantized_stream, quantized_tile
 from ...kernels.linear.reference import linear as reference_linear
+from ...kernels.linear.stripe_plan import fits_stripe, plan_stripe
 from ...kernels.nvrtc import KernelSource, compile_kernel
 from .dense import HIDDEN, TOLERANCE, label, layers, median_us, take_turns
 from .harness import (  # fmt: skip
@@ -110,13 +111,26 @@ def candidates(rows: int, features: int, columns: int, how: str, sweep: bool) ->
                 ring_bytes=ring << 10,
             )
             plans[plan] = None
+    if sweep and fits_stripe(rows, columns, WEIGHTS[how]):
+        for blocks, warps, tiles, kib, early in (
+            (132, 8, 4, 114, 1),
+            (132, 16, 2, 114, 1),
+            (132, 16, 2, 226, 2),
+            (264, 8, 4, 112, 2),
+        ):
+            stripe = plan_stripe(
+                rows, features, columns, weight=how, blocks=blocks, warps=warps, tiles=tiles, residents=blocks // 132,
+                block_bytes=kib << 10, most_steps=3, early_steps=early,
+            )  # fmt: skip
+            if stripe is not None:
+                plans[stripe] = None
     if sweep and rows >= 8:
         for cluster, stages in itertools.product((1, 2, 4), (4, 8)):
             plans[quantized_tile(rows, features, columns, weight=how, cluster=cluster, stages=stages)] = None
     return list(plans)
 
 
-def compile_all(library: KernelLibrary, plans: list[Plan]) -> None:
+def compile_all(library: KernelLibrary, plans: list[AnyPlan]) -> None:
     """Compiles the kernels of `plans` side by side; the library then finds them."""
     wanted = {(plan.source.path, plan.entry("__half")) for plan in plans}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -218,7 +232,7 @@ def main() -> None:
         for size, rows in itertools.product(given.sizes, given.rows)
         for name, features, columns in layers(size)
     ]
-    plans: list[Plan] = []
+    plans: list[AnyPlan] = []
     for _, rows, _, features, columns in shapes:
         plans.append(choose_plan(rows, features, columns))
         for how in given.formats:

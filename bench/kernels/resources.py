@@ -20,6 +20,7 @@ from ...kernels import all_reduce, append_kv, embedding, layer_norm, linear, qua
 from ...kernels.all_reduce import norm as all_reduce_norm
 from ...kernels.context_attention.plan import sources as context_attention_sources
 from ...kernels.contract import ELEMENT_TYPES
+from ...kernels.linear.plan import AnyPlan
 from ...kernels.linear.quantized import dequantize_sources
 from ...kernels.linear.quantized_plan import choose_quantized
 from ...kernels.nvrtc import CI_ARCHITECTURES, KernelSource, compile_kernel, compile_target
@@ -61,7 +62,7 @@ def linear_plans(arch: str) -> Iterator[linear.Plan]:
 INTEGERS = ("int8", "fp8", "int4/64", "int4/128", "int4zero/128")
 
 
-def quantized_plans(arch: str) -> Iterator[linear.Plan]:
+def quantized_plans(arch: str) -> Iterator[AnyPlan]:
     """Plans of the layers of a 6.7B decoder for decode batches, whose norms are kernels of their own, and some with a norm."""
     capability, multiprocessors, hidden = (
         int(arch.removeprefix("sm_")),

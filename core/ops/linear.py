@@ -59,7 +59,7 @@ def linear(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """activation(norm(x) weight^T + bias) + residual, with activation and norm as `attrs` say."""
+    """activation(norm(x) weight^T + bias) + residual, with activation and norm, without weights, as `attrs` say."""
     if "norm" in attrs:
         x = NORMS[attrs["norm"]](x, None, None, attrs["eps"])
     y = F.linear(x, weight, bias)

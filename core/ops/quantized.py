@@ -11,6 +11,7 @@ from ..quantize.integers import dequantize
 from ..spec import TensorSpec
 from .attention import FP8_MAX
 from .linear import NORMS, check_linear, linear
+from .norm import check_affine
 from .registry import Attrs, Op, ReferenceContext, Signature, register, widen
 
 ACTIVATIONS = "activations"
@@ -44,6 +45,10 @@ def _infer_dequantize(sig: Signature) -> tuple[TensorSpec, ...]:
 def _infer_linear(sig: Signature) -> tuple[TensorSpec, ...]:
     if ACTIVATIONS in sig.attrs:
         sig.attr(ACTIVATIONS, "fp8")
+    if "norm" in sig.attrs:
+        check_affine(sig, 6)
+    else:
+        sig.require(len(sig.inputs) <= 6, "weights of a norm without a norm")
     return (check_linear(sig, _weight(sig, 1), bias=4, residual=5),)
 
 
@@ -66,11 +71,13 @@ def _linear_reference(
     zero: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    norm_scale: torch.Tensor | None = None,
+    norm_shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if "norm" in attrs:
+        x = NORMS[attrs["norm"]](x, norm_scale, norm_shift, attrs["eps"])
+        attrs = {name: value for name, value in attrs.items() if name != "norm"}
     if ACTIVATIONS in attrs:
-        if "norm" in attrs:
-            x = NORMS[attrs["norm"]](x, None, None, attrs["eps"])
-            attrs = {name: value for name, value in attrs.items() if name != "norm"}
         x = rounded_rows(x)
     return linear(attrs, x, dequantize(integers, scale, zero), bias, residual)
 
@@ -97,7 +104,8 @@ integers: int8 or float8_e4m3fn [out, in], or uint8 [out, in / 2] with two of fo
 zero: int8 of the shape of the scales. Never evaluated by the build: that would undo what quantization is for.
 """
 QUANTIZED_LINEAR = register(Op("quantized_linear", _infer_linear, _linear_reference, _linear_flops))
-"""`quantized_linear(x[..., in], integers, scale, zero?, bias[out]?, residual[..., out]?; activation?, norm?, eps?,
-activations?)` -> [..., out]: `linear` with the weight that `dequantize` gives. A pass makes it for targets that read integers
+"""`quantized_linear(x[..., in], integers, scale, zero?, bias[out]?, residual[..., out]?, norm_scale[in]?, norm_shift[in]?;
+activation?, norm?, eps?, activations?)` -> [..., out]: `linear` with the weight that `dequantize` gives, and a norm that may
+have weights. A pass makes it for targets that read integers
 in the product. With activations fp8, the rows that are multiplied are rounded to e4m3 numbers with a scale each; a target may
 leave them as they are in steps where that is no slower."""

@@ -130,15 +130,21 @@ def affine_into_linear(graph: Graph, node: Node) -> Rewrite | None:
 def norm_linear(graph: Graph, node: Node) -> Rewrite | None:
     """linear(norm(x), W, ...) -> linear(x, W, ...; norm), where nothing else reads the norm and it has no weights
 
-    The same of quantized_linear. Not one of `RULES`: whether it pays depends on the number of rows, which a target knows
-    when it plans a step.
+    The same of quantized_linear, which takes the norm's weights along. Not one of `RULES`: whether it pays depends on the
+    number of rows, which a target knows when it plans a step.
     """
     inner = graph.producers[node.used[0]] if node.op in PRODUCTS and "norm" not in node.attrs else None
-    if inner is None or inner.op not in NORMS or len(inner.inputs) > 1 or not only_reader(graph, inner.name):
+    if inner is None or inner.op not in NORMS or not only_reader(graph, inner.name):
         return None
+    weights = inner.inputs[1:]
+    if weights and node.op != "quantized_linear":
+        return None
+    rest = [*node.inputs[1:]]
+    if weights:
+        rest += [None] * (PRODUCTS[node.op] - len(rest)) + [*weights]
     attrs = {**node.attrs, "norm": NORMS[inner.op], "eps": inner.attrs["eps"]}
     result = Rewrite(graph, (node, inner))
-    (tensor,) = result.add(node.op, inner.used[0], *node.inputs[1:], name=node.name, **attrs)
+    (tensor,) = result.add(node.op, inner.used[0], *rest, name=node.name, **attrs)
     result.replace(node.name, tensor)
     return result
 

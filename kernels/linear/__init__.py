@@ -29,6 +29,7 @@ from .plan import (
     outruns_cublas,
     sources,
 )
+from .stripe_plan import STRIPE_SIGNATURE, StripePlan
 
 if TYPE_CHECKING:
     import torch
@@ -55,20 +56,26 @@ SIGNATURES = {
     TilePlan: TILE_SIGNATURE,
     WarpgroupPlan: WARPGROUP_SIGNATURE,
     MulticastPlan: MULTICAST_SIGNATURE,
+    StripePlan: STRIPE_SIGNATURE,
 }
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of the rows of x, without parameters of its own, fused in front of a linear layer.
+    """A norm of the rows of x, fused in front of a linear layer.
 
-    A norm's scale g and shift s belong into the layer: W' = W * g and b' = b + W s.
-    weight_sums: [out_features] float32, `weight_sums(W')`, for kind "layer"; None for kind "rms".
+    A norm's scale g and shift s belong into the layer, W' = W * g and b' = b + W s, except where integer weights have no room
+    for them.
+    weight_sums: [out_features] float32, `weight_sums(W')`, for kind "layer"; None for kind "rms", and for kernels that norm x
+                 before the product (`StripePlan`).
+    scale, shift: [in_features] in the dtype of x, or None; for those kernels only.
     """
 
     weight_sums: torch.Tensor | None
     kind: str = "layer"
     epsilon: float = 1e-5
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
 
 
 def weight_sums(weight: torch.Tensor) -> torch.Tensor:
@@ -207,8 +214,13 @@ def check_epilogue(
     out: torch.Tensor,
     activation: str,
     norm: Norm | None,
+    *,
+    norms_rows: bool = False,
 ) -> None:
-    """Raise KernelContractError unless everything but the weight fits x [rows, in_features] and `features`."""
+    """Raise KernelContractError unless everything but the weight fits x [rows, in_features] and `features`.
+
+    norms_rows: the kernel norms x before the product, not the sums after it.
+    """
     import torch
 
     if activation not in ACTIVATIONS:
@@ -227,7 +239,15 @@ def check_epilogue(
     ):
         if tensor is not None:
             check_tensor(op, name, tensor, x.dtype, sizes, x)
-    if norm and norm.kind == "layer":
+    if norm and norms_rows:
+        for name, tensor in (("norm.scale", norm.scale), ("norm.shift", norm.shift)):
+            if tensor is not None:
+                check_tensor(op, name, tensor, x.dtype, {"in_features": columns}, x)
+    elif norm and (norm.scale is not None or norm.shift is not None):
+        raise KernelContractError(
+            f"{op}: the kernel for these sizes norms without scale and shift; fold them into the weight"
+        )
+    elif norm and norm.kind == "layer":
         if norm.weight_sums is None:
             raise KernelContractError(
                 f"{op}: a layer norm needs weight_sums, the float32 sums of the weight's rows"

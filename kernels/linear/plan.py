@@ -15,8 +15,10 @@ from .multicast_plan import MulticastPlan, choose_multicast, takes_multicast
 from .sizes import BLOCK_BYTES as BLOCK_BYTES
 from .sizes import FOLDER as FOLDER
 from .sizes import NORMS as NORMS
+from .sizes import RESERVED_BYTES as RESERVED_BYTES
 from .sizes import SWIZZLED_ROW_BYTES, round_up
 from .sizes import ceil_div as ceil_div
+from .stripe_plan import StripePlan
 
 LANE_COLUMNS = 8
 LANE_BYTES = 16
@@ -45,9 +47,6 @@ WARPGROUP_SIGNATURE = "PPPTTiiiiiii"
 SMALLEST_SHARED_LIMIT = 99 * 1024
 SHARED_LIMITS = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
 """Compute capability -> bytes of shared memory one block can have, where it is more than the smallest."""
-
-RESERVED_BYTES = 1024
-"""Shared memory that the driver adds to each block; an SM has room for one block of the limit and this."""
 
 MOMENTS_BYTES = 1024
 """Static shared memory of a stream kernel with a norm, at most."""
@@ -206,6 +205,8 @@ class WarpgroupPlan:
 
 
 Plan = StreamPlan | TilePlan | WarpgroupPlan | MulticastPlan
+AnyPlan = Plan | StripePlan
+"""Also those for integer weights alone."""
 
 
 def plan_stream(
@@ -420,7 +421,7 @@ def _choose_warpgroup(rows: int, features: int, columns: int, multiprocessors: i
     )
 
 
-def sources(element: str, plans: Iterable[Plan]) -> tuple[KernelSource, ...]:
+def sources(element: str, plans: Iterable[AnyPlan]) -> tuple[KernelSource, ...]:
     """The source files, each with the kernels that `plans` need, for CUDA type `element`."""
     entries: dict[Path, set[str]] = {}
     for plan in plans:

@@ -14,10 +14,12 @@ from . import ELEMENTS, SIGNATURES, Norm, check_epilogue
 from .formats import WEIGHTS, StoredWeight, int4_name, interleave_int4
 from .plan import ACTIVATIONS, FOLDER, StreamPlan, check_sizes
 from .quantized_plan import QuantizedPlan, choose_quantized
+from .stripe_plan import StripePlan
 
 if TYPE_CHECKING:
     import torch
 
+OP = "quantized linear"
 DEQUANTIZE_SIGNATURE = "PPPii"
 _DEQUANTIZE_THREADS, _PIECES_PER_THREAD = 256, 4
 
@@ -107,14 +109,17 @@ class QuantizedLinear:
         """
         rows, columns = x.shape
         features = integers.shape[0]
-        tensors = (x, integers, scale, bias, residual, out, norm.weight_sums if norm else None)
+        normed = (norm.weight_sums, norm.scale, norm.shift) if norm else ()
+        tensors = (x, integers, scale, bias, residual, out, *normed)
         key = (
             *((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) if t is not None else None for t in tensors),
             activation, norm.kind if norm else None, dependent, plan,
         )  # fmt: skip
         found = self._bound.get(key)
         if found is None:
-            stored = self._check(x, integers, scale, bias, residual, out, activation, norm)
+            stored = self._check(x, integers, scale)
+            norms_rows = isinstance(plan, StripePlan) or (norm is not None and norm.scale is not None)
+            check_epilogue(OP, x, features, bias, residual, out, activation, norm, norms_rows=norms_rows)
             found = self._bound[key] = self._bind(x, features, stored, norm, dependent, plan)
         plan, kernel = found
         code = ACTIVATIONS[activation]
@@ -122,6 +127,11 @@ class QuantizedLinear:
             sums, epsilon = (norm.weight_sums, norm.epsilon) if norm else (None, 0.0)
             addresses = map(pointer, (out, x, integers, scale, bias, residual, sums))
             kernel(*addresses, rows, features, columns, code, epsilon)
+            return out
+        if isinstance(plan, StripePlan):
+            *vectors, epsilon = (norm.scale, norm.shift, norm.epsilon) if norm else (None, None, 0.0)
+            addresses = map(pointer, (out, x, integers, scale, bias, residual, *vectors))
+            kernel(*addresses, rows, features, columns, code, plan.early_steps, epsilon)
             return out
         sizes = (rows, features, columns, plan.features_per_block, plan.columns_per_block, code)
         kernel(*map(pointer, (out, x, integers, scale, bias, residual)), *sizes)
@@ -138,28 +148,16 @@ class QuantizedLinear:
             multiprocessors=library.multiprocessors, weight=stored.name,
         )  # fmt: skip
         assert chosen.weight == stored.name
-        entry = chosen.entry(element_type("quantized linear", x, ELEMENTS))
+        entry = chosen.entry(element_type(OP, x, ELEMENTS))
         kernel = library.kernel(chosen.source, entry, SIGNATURES[type(chosen)])
         return chosen, kernel.bind(chosen.launch_shape(dependent and library.capability >= 90))
 
     @staticmethod
-    def _check(
-        x: torch.Tensor,
-        integers: torch.Tensor,
-        scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        out: torch.Tensor,
-        activation: str,
-        norm: Norm | None,
-    ) -> StoredWeight:
-        op = "quantized linear"
-        element_type(op, x, ELEMENTS)
+    def _check(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> StoredWeight:
+        element_type(OP, x, ELEMENTS)
         rows, columns = x.shape
         check_sizes(rows, columns, integers.shape[0])
-        stored = check_weight(op, integers, scale, columns, x)
-        check_epilogue(op, x, integers.shape[0], bias, residual, out, activation, norm)
-        return stored
+        return check_weight(OP, integers, scale, columns, x)
 
 
 class Dequantize:

@@ -22,6 +22,7 @@ from .plan import (
     tile_stage_bytes,
     tile_stage_columns,
 )
+from .stripe_plan import StripePlan, choose_stripe
 
 MAX_TILE_STAGES = 8
 FEW_TILE_STAGES = 4
@@ -31,7 +32,7 @@ WIDE_WARPS, WIDE_COLUMNS = 16, 4096
 """Warps for four-bit weights of at least so many columns: what dequantizing them waits for takes longer than their bytes. On an
 H100, one row: 12288 x 4096 10.7 us, with 8 warps 13.2; 16384 x 4096 14.4 and 17.0; 4096 x 16384 14.8 and 15.9."""
 
-QuantizedPlan = StreamPlan | TilePlan
+QuantizedPlan = StreamPlan | TilePlan | StripePlan
 
 
 def choose_quantized(
@@ -52,6 +53,12 @@ def choose_quantized(
     limit = SHARED_LIMITS.get(capability, SMALLEST_SHARED_LIMIT)
     clusters = capability >= 90
     four_bits = WEIGHTS[weight].bits == 4
+    stripe = choose_stripe(
+        rows, features, columns, weight=weight, norm=norm, capability=capability, multiprocessors=multiprocessors,
+        shared_limit=limit,
+    )  # fmt: skip
+    if stripe is not None:
+        return stripe
     if rows <= MAX_STREAM_ROWS:
         warps = WIDE_WARPS if four_bits and columns >= WIDE_COLUMNS else 8
         stream = quantized_stream(
@@ -65,6 +72,21 @@ def choose_quantized(
     return quantized_tile(
         rows, features, columns, weight=weight, blocks=multiprocessors, shared_limit=limit, clusters=clusters, stages=stages
     )  # fmt: skip
+
+
+def norms_quantized_input(
+    rows: int, features: int, columns: int, weight: str, capability: int, *, weighted: bool
+) -> bool:
+    """Whether the kernel for these sizes norms its input. weighted: whether the norm has weights of its own."""
+    if not weighted:
+        return rows <= MAX_STREAM_ROWS
+    limit = SHARED_LIMITS.get(capability, SMALLEST_SHARED_LIMIT)
+    return (
+        choose_stripe(
+            rows, features, columns, weight=weight, norm="layer", capability=capability, shared_limit=limit
+        )
+        is not None
+    )
 
 
 def quantized_stream(

@@ -14,6 +14,9 @@ NORMS = {"none": 0, "layer": 1, "rms": 2}
 BLOCK_BYTES = 112 * 1024
 """Most shared memory that a block needs: two then fit one SM."""
 
+RESERVED_BYTES = 1024
+"""Shared memory that the driver adds to each block; an SM has room for one block of the limit and this."""
+
 SWIZZLED_ROW_BYTES = 2 * SWIZZLED_COLUMNS
 
 

@@ -175,6 +175,15 @@ def test_linear_with_integers() -> None:
     result = run("quantized_linear", x, packed, scale, zero, bias, residual, **attrs)
     assert close(result, np_activation("silu", np_rms_norm(x, None, None, 1e-3) @ w.T + bias) + residual)
     assert close(run("quantized_linear", x, packed, scale), x @ (integers * scale.repeat(4, 1)).T)
+    norm_scale, norm_shift = values(8, seed=5), values(8, seed=6)
+    result = run(
+        "quantized_linear", x, packed, scale, zero, None, None, norm_scale, norm_shift, norm="layer", eps=1e-3
+    )
+    assert close(result, np_layer_norm(x, norm_scale, norm_shift, 1e-3) @ w.T)
+    with pytest.raises(ShapeError, match="weights of a norm without a norm"):
+        infer("quantized_linear", *shapes, f32(8))
+    with pytest.raises(ShapeError, match=r"weight .* does not fit input"):
+        infer("quantized_linear", *shapes, f32(7), **attrs)
     # Integers, scales, zeros, bias and residual are read once, half a byte an integer.
     moved = 4 * 5 * 8 + 3 * 4 + 4 * 3 * 2 + 3 * 2 + 4 * 3 + 2 * 4 * 5 * 3
     assert cost("quantized_linear", *shapes) == Cost(2 * 5 * 8 * 3, moved)

@@ -25,10 +25,12 @@ from trtc.kernels.linear.quantized import Dequantize, QuantizedLinear, for_kerne
 from trtc.kernels.linear.quantized_plan import (
     QuantizedPlan,
     choose_quantized,
+    norms_quantized_input,
     quantized_stream,
     quantized_tile,
 )
 from trtc.kernels.linear.reference import linear as reference
+from trtc.kernels.linear.stripe_plan import StripePlan, fits_stripe, plan_stripe
 
 RELATIVE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Largest 2-norm of the error over that of the reference: one rounding of the output, of 11 or 8 bits."""
@@ -141,6 +143,26 @@ def test_nibbles_become_elements_exactly(value: int) -> None:
         bits = word >> shift & 0x000F000F | 0x43004300
         found = pair_value(bits, torch.bfloat16) - pair_value(0x43084308, torch.bfloat16)
         assert found.tolist() == [expected[shift // 4]] * 2
+
+
+@pytest.mark.parametrize("value", range(-8, 8))
+def test_raw_nibbles_are_integers_and_an_offset_in_another_unit(value: int) -> None:
+    """Oracle: the integer. The bits and numbers are those of RawNibbles in stripe.cu; float16's are subnormal."""
+    other = -value - 1
+    word = sum(((value if i % 2 else other) + 8) << 4 * i for i in range(8))
+    for shift in (0, 8):
+        low, high = (
+            pair_value(word >> shift & mask, torch.float16).double() for mask in (0x000F000F, 0x00F000F0)
+        )
+        assert (low * 2.0**24 - 8).tolist() == [other] * 2
+        assert (high * 2.0**24 / 16 - 8).tolist() == [value] * 2
+    assert (pair_value(0x80088008, torch.float16).double() * 2.0**24).tolist() == [-8.0] * 2
+    assert (pair_value(0x80018001, torch.float16).double() * 2.0**24).tolist() == [-1.0] * 2
+    for shift in (0, 4, 8, 12):
+        raw = pair_value(word >> shift & 0x000F000F | 0x43004300, torch.bfloat16).double()
+        assert (raw - 136).tolist() == [(other, value)[shift // 4 % 2]] * 2
+    assert pair_value(0xC308C308, torch.bfloat16).tolist() == [-136.0] * 2
+    assert pair_value(0xBF80BF80, torch.bfloat16).tolist() == [-1.0] * 2
 
 
 @pytest.mark.parametrize("zero", [-8, -1, 0, 3, 8])
@@ -257,6 +279,11 @@ def test_plans_cover_the_matrix_and_fit(how: str, capability: int) -> None:
         if isinstance(plan, StreamPlan):
             assert plan.blocks <= features and 8 * plan.token_tiles >= rows
             continue
+        if isinstance(plan, StripePlan):
+            assert plan.blocks <= features and plan.early_steps <= plan.steps
+            assert 32 * plan.warps * plan.outputs * plan.blocks >= rows * features
+            assert norm == "none" or 256 * plan.warps * plan.norm_pieces >= columns
+            continue
         assert isinstance(plan, TilePlan)
         cluster = shape.cluster[0] if shape.cluster else 1
         assert cluster <= (8 if capability >= 90 else 1)
@@ -266,6 +293,29 @@ def test_plans_cover_the_matrix_and_fit(how: str, capability: int) -> None:
         )
         assert plan.features_per_block <= 16 * plan.feature_tiles * plan.warps_down
         assert 8 * plan.token_tiles >= rows and plan.stage_columns >= WEIGHTS[how].warp_columns
+
+
+def test_few_rows_on_hopper_are_stripes() -> None:
+    """Oracle: what was measured (bench/notes/kernels_linear.md), by shape; a norm is inside for one row."""
+    products = {"qkv": (12288, 4096), "out": (4096, 4096), "fc1": (16384, 4096), "fc2": (4096, 16384)}
+
+    def stripes(rows: int, how: str, capability: int = 90, norm: str = "none") -> list[str]:
+        return [
+            name for name, sizes in products.items()
+            if isinstance(choose_quantized(rows, *sizes, weight=how, capability=capability, norm=norm), StripePlan)
+        ]  # fmt: skip
+
+    assert stripes(1, "int4/128") == stripes(2, "int4/128") == stripes(1, "int8") == [*products]
+    assert stripes(4, "int4/128") == ["qkv", "fc1"]
+    assert stripes(8, "int4/128") == stripes(2, "fp8") == []
+    assert stripes(1, "int4/128", capability=80) == stripes(1, "int4/128", capability=120) == []
+    for rows, capability, inside in ((1, 90, True), (2, 90, False), (1, 89, False)):
+        for sizes in products.values():
+            given = (rows, *sizes, "int4/128", capability)
+            fits = inside and sizes == products["qkv"]
+            assert norms_quantized_input(*given, weighted=True) == fits, given
+            assert norms_quantized_input(*given, weighted=False)
+    assert not norms_quantized_input(17, 4096, 4096, "int8", 90, weighted=False)
 
 
 def arguments(how: str = "int8") -> dict[str, object]:
@@ -292,6 +342,7 @@ def arguments(how: str = "int8") -> dict[str, object]:
         ("int8", {"bias": torch.zeros(9, dtype=torch.float16)}, r"quantized linear: bias is \[9\]"),
         ("int8", {"activation": "swish"}, "quantized linear: activation 'swish' is unknown"),
         ("int8", {"norm": Norm(None)}, "quantized linear: a layer norm needs weight_sums"),
+        ("int8", {"norm": Norm(None, scale=torch.ones(127, dtype=torch.float16))}, r"norm.scale is \[127\]"),
     ],
 )  # fmt: skip
 def test_contract_is_checked_before_anything_runs(how: str, change: dict[str, object], message: str) -> None:
@@ -324,6 +375,17 @@ def plans(rows: int, features: int, columns: int, how: str) -> list[QuantizedPla
             quantized_stream(rows, features, columns, weight=how, blocks=blocks, warps=warps, held=held, alone=alone)
             for blocks, warps, held, alone in ((264, 4, False, False), (5, 8, True, True), (132, 6, False, True))
         ]  # fmt: skip
+    if fits_stripe(rows, columns, WEIGHTS[how]):
+        stripes = (
+            plan_stripe(
+                rows, features, columns, weight=how, blocks=blocks, warps=warps, tiles=tiles, residents=residents,
+                block_bytes=kib * 1024, early_steps=early,
+            )
+            for blocks, warps, tiles, residents, kib, early in (
+                (264, 8, 4, 2, 112, 1), (9, 16, 2, 2, 226, 2), (70, 4, 1, 2, 112, 9)
+            )
+        )  # fmt: skip
+        found += [plan for plan in stripes if plan is not None]
     found += [
         quantized_tile(rows, features, columns, weight=how, cluster=cluster, stages=stages)
         for cluster, stages in ((1, 2), (2, 4))
@@ -375,6 +437,32 @@ def test_kernels(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("how", ["int4/128", "int4/32", "int4zero/128"])
+@pytest.mark.parametrize(("mean", "deviation"), [(20.0, 1.0), (2e-4, 1e-4), (200.0, 60.0)])
+def test_inputs_that_are_all_positive(
+    mean: float, deviation: float, how: str, dtype: torch.dtype, library: KernelLibrary
+) -> None:
+    """Oracle: the float64 reference. What stands for an integer in a product is larger than it, and what that adds grows with
+    the sum of x: the more of it, the more of the result could be lost. The weights with zeros are all positive."""
+    integers, scale = weight(264, 4096, how, dtype, "cuda")
+    zero = torch.full_like(scale, -8, dtype=torch.int8) if WEIGHTS[how].zeros else None
+    exact = dequantize(integers, scale.double(), zero)
+    made, scales = for_kernels(integers.clone(), scale, zero)
+    x = (
+        torch.randn(8, 4096, generator=torch.Generator().manual_seed(1))
+        .mul_(deviation)
+        .add_(mean)
+        .abs_()
+        .to("cuda", dtype)
+    )
+    out = torch.empty(8, 264, device="cuda", dtype=dtype)
+    for plan in plans(8, 264, 4096, how):
+        result = QuantizedLinear(library)(x, made, scales, out=out.fill_(float("nan")), plan=plan)
+        assert relative_error(result, reference(x, exact)) < RELATIVE_ERROR[dtype], plan
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
 @pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("columns", [160, 192, 224])
 def test_columns_that_are_not_whole_blocks(
@@ -409,6 +497,39 @@ def test_fused_norm(rows: int, kind: str, how: str, dtype: torch.dtype, library:
     out = QuantizedLinear(library)(x, made, scales, out=x.new_empty(rows, 1000), norm=norm)
     expected = reference_norm(x, kind=kind) @ exact.T
     assert relative_error(out, expected) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("how", ["int8", "fp8", "int4/128", "int4zero/32"])
+@pytest.mark.parametrize(("rows", "kind"), [(1, "layer"), (3, "layer"), (8, "rms")])
+@pytest.mark.parametrize("columns", [768, 4096])
+def test_norms_with_weights_of_their_own(
+    columns: int, rows: int, kind: str, how: str, dtype: torch.dtype, library: KernelLibrary
+) -> None:
+    """Oracle: the float64 reference, the norm before the product."""
+    integers, scale = weight(1001, columns, how, dtype, "cuda")
+    zero = torch.full_like(scale, 3, dtype=torch.int8) if WEIGHTS[how].zeros else None
+    exact = dequantize(integers, scale.double(), zero)
+    made, scales = for_kernels(integers, scale, zero)
+    generator = torch.Generator().manual_seed(rows)
+    x, norm_scale, norm_shift = (
+        torch.randn(*shape, generator=generator).to("cuda", dtype)
+        for shape in ((rows, columns), (columns,), (columns,))
+    )
+    x += 3
+    norm = Norm(None, kind, scale=norm_scale, shift=norm_shift if kind == "layer" else None)
+    shift = norm_shift.double() if kind == "layer" else 0
+    expected = (reference_norm(x, kind=kind) * norm_scale.double() + shift) @ exact.T
+    for blocks, warps, residents in ((264, 8, 2), (20, 16, 1)):
+        plan = plan_stripe(
+            rows, 1001, columns, weight=how, norm=kind, blocks=blocks, warps=warps, tiles=4, residents=residents,
+            block_bytes=225 * 1024,
+        )  # fmt: skip
+        assert plan is not None
+        out = torch.full((rows, 1001), float("nan"), device="cuda", dtype=dtype)
+        QuantizedLinear(library)(x, made, scales, out=out, norm=norm, plan=plan)
+        assert relative_error(out, expected) < RELATIVE_ERROR[dtype], plan
 
 
 @pytest.mark.gpu

@@ -24,7 +24,6 @@ from ....kernels import (
 from ....kernels.all_reduce import norm as all_reduce_norm
 from ....kernels.contract import ELEMENT_TYPES
 from ....kernels.errors import KernelContractError, KernelError
-from ....kernels.linear.formats import int4_name
 from ....kernels.linear.quantized import dequantize_sources
 from ....kernels.linear.quantized_plan import choose_quantized
 from ....kernels.nvrtc import (
@@ -43,7 +42,7 @@ from ...graph import Graph, Node
 from ...ops.quantized import ACTIVATIONS
 from ...passes.fuse import NORMS, PRODUCTS
 from ..base import CacheShape
-from .variants import decode_graph
+from .variants import decode_graph, weight_format
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_120")
 """What an engine can be built for: Ampere, Ada, Hopper and Blackwell (RTX) GPUs."""
@@ -170,7 +169,7 @@ def _norms(graph: Graph) -> set[str]:
 
 def _linear_plans(
     graph: Graph, max_batch_size: int, arch: str, capability: int
-) -> Iterator[linear.plan.Plan]:
+) -> Iterator[linear.plan.AnyPlan]:
     most = min(max_batch_size, linear.MAX_ROWS)
     for rows in sorted({*decode_buckets(most), *verify_buckets(most)}):
         for features, columns, norm, weight in linear_shapes(graph, rows, capability):
@@ -194,21 +193,9 @@ def linear_shapes(graph: Graph, rows: int, capability: int = 80) -> set[tuple[in
         if node.op in PRODUCTS:
             features, columns = node.outputs[0].shape[-1], decode.specs[node.used[0]].shape[-1]
             assert isinstance(features, int) and isinstance(columns, int)
-            weight = linear.FLOAT if node.op == "linear" else _format(decode, node)
+            weight = linear.FLOAT if node.op == "linear" else weight_format(decode, node)
             shapes.add((features, columns, str(node.attrs.get("norm", "none")), weight))
     return shapes
-
-
-def _format(graph: Graph, node: Node) -> str:
-    """The format of the weight of a quantized_linear, as the kernels call it."""
-    integers, scale = (graph.specs[name] for name in node.used[1:3])
-    columns = graph.specs[node.used[0]].shape[-1]
-    assert isinstance(columns, int)
-    if integers.dtype is not DType.UINT8:
-        return {DType.INT8: "int8", DType.FLOAT8_E4M3: "fp8"}[integers.dtype]
-    groups = scale.shape[1]
-    assert isinstance(groups, int)
-    return int4_name(columns // groups, zeros=len(node.inputs) > 3 and node.inputs[3] is not None)
 
 
 def code_file(arch: str, stage: int = 0) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from ....kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
 from ...graph import Graph, Node
 from ...ops import ReferenceContext, get_op
 from ...ops.registry import Communicator
+from ...passes.fuse import PRODUCTS
 from ...passes.rewrite import remove_dead
 from ..program import Kernel, KernelFactory, Program
 from .cublaslt import CublasLt
@@ -242,6 +243,8 @@ class CudaProgram:
             _: torch.Tensor | None = None,
             bias: torch.Tensor | None = None,
             residual: torch.Tensor | None = None,
+            norm_scale: torch.Tensor | None = None,
+            norm_shift: torch.Tensor | None = None,
         ) -> torch.Tensor:
             rows, features = x.shape[0], integers.shape[0]
             if rows == 0:
@@ -252,7 +255,7 @@ class CudaProgram:
                 return made
             return self._quantized_linear(
                 x.contiguous(), integers, scale, bias, out=x.new_empty(rows, features), residual=residual,
-                activation=activation, norm=norm,
+                activation=activation, norm=norm and replace(norm, scale=norm_scale, shift=norm_shift),
             )  # fmt: skip
 
         return run
@@ -260,6 +263,8 @@ class CudaProgram:
     def _fused_norm(self, node: Node) -> Norm:
         kind, epsilon = node.attrs["norm"], node.attrs["eps"]
         name = node.used[1]
+        if len(node.inputs) > PRODUCTS[node.op] + 1:  # with weights of its own, in front of the product
+            return Norm(None, kind, epsilon)
         if kind == "layer" and name not in self._weight_sums:
             weight = self._weights[name]
             if node.op == "quantized_linear":

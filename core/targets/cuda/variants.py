@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from ....kernels.linear import MAX_STREAM_ROWS, norms_input
+from ....kernels.linear import norms_input
+from ....kernels.linear.formats import int4_name
+from ....kernels.linear.quantized_plan import norms_quantized_input
+from ...dtypes import DType
 from ...graph import Graph, Node, make_node
 from ...passes import fuse
 from ...passes.rewrite import Rewrite, only_reader, remove_dead, rewrite
@@ -48,11 +51,15 @@ def _norm_product(rows: int, capability: int, graph: Graph, node: Node) -> Rewri
     """`fuse.norm_linear`, where the kernel for this product has the norm inside."""
     if node.op not in fuse.PRODUCTS:
         return None
-    if node.op != "linear":
-        return fuse.norm_linear(graph, node) if rows <= MAX_STREAM_ROWS else None
     features, columns = node.outputs[0].shape[-1], graph.specs[node.used[0]].shape[-1]
     assert isinstance(features, int) and isinstance(columns, int)
-    fits = norms_input(rows, features, columns, capability)
+    if node.op == "linear":
+        fits = norms_input(rows, features, columns, capability)
+    else:
+        weighted = len(graph.producers[node.used[0]].inputs) > 1  # read only where a norm is in front
+        fits = norms_quantized_input(
+            rows, features, columns, weight_format(graph, node), capability, weighted=weighted
+        )
     return fuse.norm_linear(graph, node) if fits else None
 
 
@@ -63,6 +70,18 @@ def rank_graph(graph: Graph, *, first: bool, residuals: bool) -> Graph:
     """
     graph = sum_on_first_rank(graph, first=first, residuals=residuals)
     return rewrite(graph, (fuse.all_reduce_norm,)).verify("graph of a rank")
+
+
+def weight_format(graph: Graph, node: Node) -> str:
+    """The format of the weight of a quantized_linear, as the kernels call it."""
+    integers, scale = (graph.specs[name] for name in node.used[1:3])
+    columns = graph.specs[node.used[0]].shape[-1]
+    assert isinstance(columns, int)
+    if integers.dtype is not DType.UINT8:
+        return {DType.INT8: "int8", DType.FLOAT8_E4M3: "fp8"}[integers.dtype]
+    groups = scale.shape[1]
+    assert isinstance(groups, int)
+    return int4_name(columns // groups, zeros=len(node.inputs) > 3 and node.inputs[3] is not None)
 
 
 def sum_on_first_rank(graph: Graph, *, first: bool, residuals: bool) -> Graph:

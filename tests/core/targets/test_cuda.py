@@ -17,6 +17,8 @@ from trtc.core.errors import BuildError, ConfigError, TargetError
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext, get_op
+from trtc.core.passes import fuse
+from trtc.core.passes.rewrite import rewrite
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import nearest
 from trtc.core.targets.base import CacheShape
@@ -130,6 +132,24 @@ def test_quantized_decode_graph_has_few_kernels(tmp_path: Path) -> None:
         product = ["quantized_linear"]
         layer = [*norms, *product, "attention", *product, *norms, *product, *product]
         assert work == ["embedding", *layer * 2, *norms, *product], variant
+
+
+@pytest.mark.parametrize("how", [INT8, INT4], ids=str)
+def test_norms_with_weights_go_into_quantized_products(how: WeightFormat, tmp_path: Path) -> None:
+    """Where a kernel has them inside: on Hopper for int4, for int8 if these sizes were larger. Oracle: the graph with the
+    norms before them."""
+    graph, weights = planned_quantized(checkpoint("cuda_pre_norm", tmp_path), how)
+    decode, inside = (decode_graph(graph, rows=1, capability=capability) for capability in (80, 90))
+    if how is INT8:
+        inside = rewrite(inside, (fuse.norm_linear,)).verify()
+    norms = [[node.op for node in one.nodes].count("layer_norm") for one in (decode, inside)]
+    assert norms == [5, 0]
+    token = PagedSequences(16, 32).step({"a": [7], "b": [8]})
+    outputs = [
+        interpret(one, weights | token, ReferenceContext(filled_cache(graph, 16, 32, torch.float64)))
+        for one in (decode, inside)
+    ]
+    assert max_error(*outputs) <= FLOAT64_ABS
 
 
 def test_rows_of_one_sequence_attend_as_a_chunk_does() -> None:
