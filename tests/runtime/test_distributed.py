@@ -72,6 +72,7 @@ CASES = {
         Case("vocabulary_odd", tp_size=4, dim=0),
         Case("pre_norm", tp_size=2, pp_size=2, dim=0),
         Case("post_norm_projected", tp_size=2, pp_size=2),
+        Case("gpt2", tp_size=4),
         Case("gpt2", tp_size=2, pp_size=2),
         Case("llama_one_kv_head", tp_size=4),
         Case("llama_two_kv_heads", tp_size=4),
