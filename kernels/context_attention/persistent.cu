@@ -1,13 +1,15 @@
 // Causal attention of packed prompts (or chunks of them) on Hopper, for batches that fill the GPU: compile for sm_90a.
 //
 // The same function as context_attention.cu with float32 sums, see there. Blocks stay: each takes a piece of work (64 *
-// kGroups query rows of one head) after the other, from a counter, for pieces differ. One warpgroup copies, running ahead of the others, also into the
-// next piece of work; the others multiply, 64 rows each, the softmax of a tile while the tensor cores are busy with the
-// values of the tile before. Template parameters:
-//   T         __half or __nv_bfloat16
-//   kHeadDim  64, 80, 96 or 128
-//   kGroups   warpgroups that multiply
-//   kKeys     keys of a tile: 64 or 128
+// kGroups query rows of one head) after the other, from a counter, for pieces differ. One warpgroup copies, running ahead
+// of the others, also into the next piece of work; the others multiply, 64 rows each, the softmax of a tile while the
+// tensor cores are busy with the values of the tile before. Template parameters:
+//   T              __half or __nv_bfloat16
+//   kHeadDim       64, 80, 96 or 128
+//   kGroups        warpgroups that multiply
+//   kKeys          keys of a tile: 64 or 128
+//   kStages        tiles in shared memory
+//   kQueryBuffers  pieces whose query rows are there
 //
 // Keys are counted by their position in the sequence: those below `past` come from the cache, the others from k and v,
 // which the copying threads write to the cache on the way. Rows beyond the sequence are zeros in shared memory, for 0
@@ -26,9 +28,6 @@ constexpr int kGroupThreads = 128;
 constexpr int kGroupWarps = 4;
 constexpr int kGroupRows = 64;
 constexpr float kRescaleSlack = 8.0f;  // log2: probabilities may reach 2^8 before sums are rescaled
-constexpr int kSharedLimit = 226 * 1024;
-constexpr int kSmallSharedLimit = 112 * 1024;  // of two blocks on a multiprocessor
-constexpr int kMostStages = 8;
 
 // Registers of a thread that multiplies and of one that copies: all of the multiprocessor's together.
 template <int kGroups>
@@ -80,23 +79,9 @@ __device__ __forceinline__ void transpose_quad(uint32 (&value)[4], int member) {
     }
 }
 
-template <int kHeadDim, int kGroups, int kKeys>
-struct Layout {
-    static constexpr int kRows = kGroups * kGroupRows;
-    using Queries = Panels<kHeadDim, kRows>;
-    using Keys = Panels<kHeadDim, kKeys>;
-    static constexpr int kStageBytes = 2 * Keys::kBytes;  // k, then v
-    static constexpr int kBlockLimit = kGroups == 1 ? kSmallSharedLimit : kSharedLimit;
-    static constexpr int kQueryBuffers = (kBlockLimit - 2 * Queries::kBytes) / kStageBytes >= 3 ? 2 : 1;
-    static constexpr int kRingStart = kQueryBuffers * Queries::kBytes;
-    static constexpr int kFitting = (kBlockLimit - kRingStart) / kStageBytes;
-    static constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
-    static_assert(kStages >= 3, "a tile in use, one before it, one on its way");
-};
-
 // q, k, v, out, the caches and tables: as in context_attention.cu. counters: two zeros, which are zeros again afterwards.
 // pieces: of work, query heads times slots.
-template <typename T, int kHeadDim, int kGroups, int kKeys>
+template <typename T, int kHeadDim, int kGroups, int kKeys, int kStages, int kQueryBuffers>
 __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 2 : 1)
     context_attention_persistent(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
                                  T* k_cache, T* v_cache, const int* __restrict__ query_start,
@@ -105,25 +90,27 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
                                  int sequences, int num_kv_heads, int group, int page_shift,
                                  int pages_per_sequence, float scale_log2, int append, int pieces) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using Sizes = Layout<kHeadDim, kGroups, kKeys>;
-    using Queries = typename Sizes::Queries;
-    using Keys = typename Sizes::Keys;
-    constexpr int kRows = Sizes::kRows;
-    constexpr int kStages = Sizes::kStages;
+    static_assert(kStages >= 3, "a tile in use, one before it, one on its way");
+    constexpr int kRows = kGroups * kGroupRows;
+    using Queries = Panels<kHeadDim, kRows>;
+    using Keys = Panels<kHeadDim, kKeys>;
+    constexpr int kRingStart = kQueryBuffers * Queries::kBytes;
+    constexpr int kStageBytes = 2 * Keys::kBytes;  // k, then v
     constexpr int kChunks = kHeadDim / 8;
     constexpr int kRest = kHeadDim - 64;
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ __align__(8) uint64 full[kStages], empty[kStages], queries_empty[Sizes::kQueryBuffers];
+    __shared__ __align__(8) uint64 full[kStages], empty[kStages], queries_empty[kQueryBuffers];
     __shared__ Work work[kStages];
     __shared__ Append appends[kGroupWarps][kStages];
     __shared__ int next_piece[2];
     const int lane = threadIdx.x & 31;
     const int warp = threadIdx.x >> 5;
     const uint32 query_area = shared_address(shared);
-    const uint32 stages = query_area + Sizes::kRingStart;
+    const uint32 stages = query_area + kRingStart;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kStages; ++stage) {
-            barrier_init(shared_address(full + stage), kGroupThreads + 1);  // what threads copy, and what they say of it
+            // What threads have copied, and what one of them says of it.
+            barrier_init(shared_address(full + stage), kGroupThreads + 1);
             barrier_init(shared_address(empty + stage), kGroups * kGroupWarps);
         }
         for (uint64& barrier : queries_empty) barrier_init(shared_address(&barrier), kGroups * kGroupWarps);
@@ -169,7 +156,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
         const auto append_tile = [&](int where) {
             const Append task = own_appends[where];
             if (task.to <= task.from) return;
-            const unsigned char* const source = shared + Sizes::kRingStart + where * Sizes::kStageBytes + place;
+            const unsigned char* const source = shared + kRingStart + where * kStageBytes + place;
             const int pages = pages_of(task.pages, task.first, task.to);
 #pragma unroll 2
             for (int i = 0; i < kPasses; ++i) {
@@ -198,7 +185,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
 
             barrier_wait(shared_address(queries_empty + buffer), queries_parity);
             const uint32 query_target = query_area + buffer * Queries::kBytes + query_place;
-            if (++buffer == Sizes::kQueryBuffers) buffer = 0, queries_parity ^= 1;
+            if (++buffer == kQueryBuffers) buffer = 0, queries_parity ^= 1;
             const T* source = q + static_cast<long long>(block.first_token + block.first_row + own_row) * q_stride +
                               head * kHeadDim + chunk * 8;
 #pragma unroll 2
@@ -214,7 +201,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
                 next_pages = pages_of(pages, (tile + 1) * kKeys, block.past);
                 barrier_wait(shared_address(empty + stage), parity ^ 1);
                 const int first = tile * kKeys;
-                const uint32 target = stages + stage * Sizes::kStageBytes + place;
+                const uint32 target = stages + stage * kStageBytes + place;
                 const long long row = block.first_token + first - block.past + own_row;
                 const T* k_row = k + row * k_stride + head_offset;
                 const T* v_row = v + row * v_stride + head_offset;
@@ -306,7 +293,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(queries_empty + buffer));
-        if (++buffer == Sizes::kQueryBuffers) buffer = 0;
+        if (++buffer == kQueryBuffers) buffer = 0;
 
         const int group_row = task.first_row + warp_group * kGroupRows;
         const int row = group_row + (warp & 3) * 16 + (lane >> 2);  // and row + 8
@@ -319,7 +306,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
         uint32 weights[kKeys / 16][4];
 
         const auto multiply_keys = [&](int where) {
-            const uint32 k_tile = uniform(stages + where * Sizes::kStageBytes);
+            const uint32 k_tile = uniform(stages + where * kStageBytes);
             const uint64 keys = matrix_descriptor<128>(k_tile);
 #pragma unroll
             for (int step = 0; step < 4; ++step)
@@ -333,7 +320,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
             wgmma_commit();
         };
         const auto multiply_values = [&](int where) {
-            const uint32 v_tile = uniform(stages + where * Sizes::kStageBytes + Keys::kBytes);
+            const uint32 v_tile = uniform(stages + where * kStageBytes + Keys::kBytes);
             const uint64 values = matrix_descriptor<128>(v_tile);
 #pragma unroll
             for (int step = 0; step < kKeys / 16; ++step)

@@ -39,7 +39,8 @@ PERSISTENT_SMALL_TILES = {64: (64, 64), 96: (64, 64), 128: (64, 64)}
 PERSISTENT_SHARED = 226 * 1024
 PERSISTENT_SMALL_SHARED = 112 * 1024
 """Bytes of dynamic shared memory that a block of it takes, at most: of 64 rows two share a multiprocessor."""
-PERSISTENT_STAGES = 8
+PERSISTENT_STAGES, LEAST_STAGES = 8, 3
+"""Tiles that it has at most, and at least."""
 
 
 def persistent_tiles(head_dim: int) -> tuple[tuple[int, int], ...]:
@@ -71,7 +72,7 @@ class ContextPlan:
         """The file and its one entry for CUDA type `element`."""
         if self.blocks:
             assert not fp8_cache, "persistent.cu copies pages as they are"
-            sizes = f"{self.head_dim}, {self.rows // 64}, {self.keys}"
+            sizes = f"{self.head_dim}, {self.rows // 64}, {self.keys}, {self.stages}, {self.query_buffers}"
             entry = f"trtc::context_attention_persistent<{element}, {sizes}>"
             return KernelSource(FOLDER / "persistent.cu", (entry,))
         cache = f", {FP8_ELEMENT}" if fp8_cache else ""
@@ -84,15 +85,30 @@ class ContextPlan:
         return KernelSource(FOLDER / "context_attention.cu", (entry,))
 
     @property
+    def row_bytes(self) -> int:
+        """Of shared memory, for a row of q, k or v."""
+        return self.head_dim * 2 if self.hopper else (self.head_dim // 8 | 1) * 16
+
+    @property
+    def query_buffers(self) -> int:
+        """Blocks of query rows in shared memory: of persistent.cu those of the next piece of work too, where there is room."""
+        return 2 if self.blocks and self._fitting_stages(2) >= LEAST_STAGES else 1
+
+    @property
+    def stages(self) -> int:
+        """Tiles of k and v in shared memory."""
+        if self.blocks:
+            return min(PERSISTENT_STAGES, self._fitting_stages(self.query_buffers))
+        return 3 if self.hopper else 2
+
+    def _fitting_stages(self, query_buffers: int) -> int:
+        limit = PERSISTENT_SMALL_SHARED if self.rows == 64 else PERSISTENT_SHARED
+        return (limit // self.row_bytes - query_buffers * self.rows) // (2 * self.keys)
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the query rows, and the stages of k and v."""
-        row_bytes, stages = (self.head_dim * 2, 3) if self.hopper else ((self.head_dim // 8 | 1) * 16, 2)
-        if self.blocks:
-            limit = (PERSISTENT_SMALL_SHARED if self.rows == 64 else PERSISTENT_SHARED) // row_bytes
-            buffers = 2 if (limit - 2 * self.rows) // (2 * self.keys) >= 3 else 1
-            stages = min(PERSISTENT_STAGES, (limit - buffers * self.rows) // (2 * self.keys))
-            return (buffers * self.rows + stages * 2 * self.keys) * row_bytes
-        return (self.rows + stages * 2 * self.keys) * row_bytes
+        return (self.query_buffers * self.rows + self.stages * 2 * self.keys) * self.row_bytes
 
     @property
     def slots(self) -> int:
