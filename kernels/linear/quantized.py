@@ -103,7 +103,8 @@ class QuantizedLinear:
         integers: int8 or float8_e4m3fn [out_features, in_features] or uint8 [out_features, in_features / 2], from
                   `for_kernels`
         scale:    [out_features], for int4 [out_features, groups], with zeros [out_features, groups, 2]; dtype of x
-        The rest as in `Linear`; `norm.weight_sums` are those of W. Integers and e4m3 numbers are exact in the product, scales
+        The rest as in `Linear`; `norm.weight_sums` are those of W. A norm has weights of its own where `norms_quantized_input`
+        says so. Integers and e4m3 numbers are exact in the product, scales
         are applied to float32 sums: of a group for int4, else of a row.
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
         """
@@ -118,9 +119,15 @@ class QuantizedLinear:
         found = self._bound.get(key)
         if found is None:
             stored = self._check(x, integers, scale)
-            norms_rows = isinstance(plan, StripePlan) or (norm is not None and norm.scale is not None)
+            weighted = norm is not None and (norm.scale is not None or norm.shift is not None)
+            norms_rows = isinstance(plan, StripePlan) or weighted
             check_epilogue(OP, x, features, bias, residual, out, activation, norm, norms_rows=norms_rows)
-            found = self._bound[key] = self._bind(x, features, stored, norm, dependent, plan)
+            plan = plan or self._choose(rows, features, columns, stored, norm)
+            if weighted and not isinstance(plan, StripePlan):
+                raise KernelContractError(
+                    f"{OP}: no kernel for {rows} rows times {stored.name} [{features}, {columns}] norms with weights"
+                )
+            found = self._bound[key] = self._bind(x, stored, dependent, plan)
         plan, kernel = found
         code = ACTIVATIONS[activation]
         if isinstance(plan, StreamPlan):
@@ -137,20 +144,22 @@ class QuantizedLinear:
         kernel(*map(pointer, (out, x, integers, scale, bias, residual)), *sizes)
         return out
 
-    def _bind(
-        self, x: torch.Tensor, features: int, stored: StoredWeight, norm: Norm | None, dependent: bool,
-        plan: QuantizedPlan | None,
-    ) -> tuple[QuantizedPlan, BoundKernel]:  # fmt: skip
-        library = self._library
-        rows, columns = x.shape
-        chosen = plan or choose_quantized(
-            rows, features, columns, norm=norm.kind if norm else "none", capability=library.capability,
-            multiprocessors=library.multiprocessors, weight=stored.name,
+    def _choose(
+        self, rows: int, features: int, columns: int, stored: StoredWeight, norm: Norm | None
+    ) -> QuantizedPlan:
+        return choose_quantized(
+            rows, features, columns, norm=norm.kind if norm else "none", capability=self._library.capability,
+            multiprocessors=self._library.multiprocessors, weight=stored.name,
         )  # fmt: skip
-        assert chosen.weight == stored.name
-        entry = chosen.entry(element_type(OP, x, ELEMENTS))
-        kernel = library.kernel(chosen.source, entry, SIGNATURES[type(chosen)])
-        return chosen, kernel.bind(chosen.launch_shape(dependent and library.capability >= 90))
+
+    def _bind(
+        self, x: torch.Tensor, stored: StoredWeight, dependent: bool, plan: QuantizedPlan
+    ) -> tuple[QuantizedPlan, BoundKernel]:
+        library = self._library
+        assert plan.weight == stored.name
+        entry = plan.entry(element_type(OP, x, ELEMENTS))
+        kernel = library.kernel(plan.source, entry, SIGNATURES[type(plan)])
+        return plan, kernel.bind(plan.launch_shape(dependent and library.capability >= 90))
 
     @staticmethod
     def _check(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> StoredWeight:

@@ -54,9 +54,8 @@ def choose_quantized(
     clusters = capability >= 90
     four_bits = WEIGHTS[weight].bits == 4
     stripe = choose_stripe(
-        rows, features, columns, weight=weight, norm=norm, capability=capability, multiprocessors=multiprocessors,
-        shared_limit=limit,
-    )  # fmt: skip
+        rows, features, columns, weight=weight, norm=norm, capability=capability, shared_limit=limit
+    )
     if stripe is not None:
         return stripe
     if rows <= MAX_STREAM_ROWS:

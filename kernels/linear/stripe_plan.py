@@ -15,7 +15,7 @@ STRIPE_SIGNATURE = "PPPPPPPPiiiiif"
 MAX_STRIPE_ROWS = 8
 TILE_FEATURES = 16
 
-STRIPE_CAPABILITY = 90
+STRIPE_CAPABILITY, MULTIPROCESSORS = 90, 132
 MOST_ROWS, MOST_NORMED_ROWS = 4, 1
 """Rows up to which these launches were faster than others; with a norm inside, than with the norm in front."""
 WIDE_COLUMNS = 4096
@@ -131,10 +131,12 @@ def choose_stripe(
     weight: str,
     norm: str = "none",
     capability: int = 90,
-    multiprocessors: int = 132,
     shared_limit: int,
 ) -> StripePlan | None:
-    """The launch for few rows on Hopper, where it was measured (bench/notes/kernels_linear.md); None where there is none."""
+    """The launch for few rows on Hopper, where it was measured (bench/notes/kernels_linear.md); None where there is none.
+
+    For the multiprocessors of an H100 or H200, whatever the GPU has: graphs have norms inside by it, before there is a GPU.
+    """
     stored = WEIGHTS[weight]
     if capability != STRIPE_CAPABILITY or not fits_stripe(rows, columns, stored):
         return None
@@ -142,9 +144,9 @@ def choose_stripe(
         return None
     plan = partial(plan_stripe, rows, features, columns, weight=weight, norm=norm)
     half = (shared_limit + RESERVED_BYTES) // 2  # as much as this, and a multiprocessor has one block
-    per_multiprocessor = ceil_div(features, multiprocessors)
+    per_multiprocessor = ceil_div(features, MULTIPROCESSORS)
     paired = partial(
-        plan, blocks=2 * multiprocessors, warps=8, tiles=4, residents=2, block_bytes=half - RESERVED_BYTES
+        plan, blocks=2 * MULTIPROCESSORS, warps=8, tiles=4, residents=2, block_bytes=half - RESERVED_BYTES
     )
     if stored.bits == 8:
         if rows > 1 or features * columns < LEAST_BYTES:
@@ -152,13 +154,13 @@ def choose_stripe(
         if per_multiprocessor >= FEW_FEATURES:
             return paired(early_steps=2)
         return plan(
-            blocks=multiprocessors, warps=16, tiles=2, block_bytes=shared_limit, most_steps=3, early_steps=2
+            blocks=MULTIPROCESSORS, warps=16, tiles=2, block_bytes=shared_limit, most_steps=3, early_steps=2
         )
     if features * columns < SMALL_WEIGHT:
-        blocks = max(1, min(multiprocessors, features // TILE_FEATURES))
+        blocks = max(1, min(MULTIPROCESSORS, features // TILE_FEATURES))
         return plan(blocks=blocks, warps=8, tiles=2, block_bytes=half - RESERVED_BYTES) if rows == 1 else None
     least, most = PAIRED_FEATURES
-    full = least <= features / (2 * multiprocessors) <= most
+    full = least <= features / (2 * MULTIPROCESSORS) <= most
     if (
         rows == 1 and columns <= WIDE_COLUMNS and full and stored.group == 128
     ):  # with more scales, registers run out
@@ -169,7 +171,7 @@ def choose_stripe(
     wide = rows > 2 or columns > WIDE_COLUMNS
     for block_bytes in (half, shared_limit):
         found = plan(
-            blocks=multiprocessors, warps=16 if wide else 8, tiles=2 if wide else 4, block_bytes=block_bytes, least_bytes=half,
+            blocks=MULTIPROCESSORS, warps=16 if wide else 8, tiles=2 if wide else 4, block_bytes=block_bytes, least_bytes=half,
             most_steps=2 if wide else 3, early_steps=2 if few and not wide else 1,
         )  # fmt: skip
         if found is not None:

@@ -342,6 +342,9 @@ def arguments(how: str = "int8") -> dict[str, object]:
         ("int8", {"bias": torch.zeros(9, dtype=torch.float16)}, r"quantized linear: bias is \[9\]"),
         ("int8", {"activation": "swish"}, "quantized linear: activation 'swish' is unknown"),
         ("int8", {"norm": Norm(None)}, "quantized linear: a layer norm needs weight_sums"),
+        ("int8",
+         {"norm": Norm(None, scale=torch.ones(128, dtype=torch.float16)), "plan": quantized_stream(2, 16, 128, weight="int8")},
+         r"no kernel for 2 rows times int8 \[16, 128\] norms with weights"),
         ("int8", {"norm": Norm(None, scale=torch.ones(127, dtype=torch.float16))}, r"norm.scale is \[127\]"),
     ],
 )  # fmt: skip
