@@ -23,7 +23,7 @@ from ...kernels.embedding.reference import embedding as reference_embedding
 from ...kernels.layer_norm import LayerNorm
 from ...kernels.layer_norm.reference import norm as reference_norm
 from ...kernels.library import KernelLibrary
-from ...kernels.linear import Linear, Norm, Plan, choose_plan, norms_input, weight_sums
+from ...kernels.linear import MAX_STREAM_ROWS, Linear, Norm, Plan, choose_plan, weight_sums
 from ...kernels.linear.multicast_plan import MulticastPlan, plan_multicast
 from ...kernels.linear.plan import (
     BLOCK_BYTES,
@@ -257,7 +257,7 @@ def main() -> None:
     rows: list[Row] = []
     for size, count in itertools.product(arguments.sizes, arguments.rows):
         rows += time_linear(library, pool, size, count, kinds)
-        if not sweep and norms_input(count, 3 * HIDDEN[size], HIDDEN[size], library.capability):
+        if not sweep and count <= MAX_STREAM_ROWS:
             rows += time_norm(library, pool, size, count)
     if not sweep:
         rows += [time_embedding(library, tokens) for tokens in (1, 64, 4096)]

@@ -53,7 +53,7 @@ def linear_plans(arch: str) -> Iterator[linear.Plan]:
             (hidden, 4 * hidden, False),
             (VOCABULARY, hidden, False),
         ):
-            norm = "layer" if normed and linear.norms_input(rows, features, columns, capability) else "none"
+            norm = "layer" if normed and rows <= linear.MAX_STREAM_ROWS else "none"
             yield linear.choose_plan(
                 rows, features, columns, norm=norm, capability=capability, multiprocessors=multiprocessors
             )

@@ -25,7 +25,6 @@ from .plan import (
     WarpgroupPlan,
     check_sizes,
     choose_plan,
-    norms_input,
     outruns_cublas,
     sources,
 )
@@ -44,7 +43,6 @@ __all__ = [
     "Norm",
     "Plan",
     "choose_plan",
-    "norms_input",
     "outruns_cublas",
     "sources",
     "weight_sums",
@@ -198,11 +196,19 @@ def _arguments(
         addresses = map(pointer, (out, bias, residual))
         return (*addresses, weight_map, x_map, rows, features, columns, *share, activation, plan.stages)
     x_map = tensor_map(x.data_ptr(), dtype, rows, columns, plan.tile_rows // plan.copies)
-    addresses = map(pointer, (out, bias, residual, sums))
+    addresses = map(pointer, (out, bias, residual))
     stages = (plan.tile_rows, plan.weight_stages, plan.row_stages)
     return (
-        *addresses, weight_map, x_map, rows, features, columns, plan.columns_per_block, activation, epsilon, *stages
-    )  # fmt: skip
+        *addresses,
+        weight_map,
+        x_map,
+        rows,
+        features,
+        columns,
+        plan.columns_per_block,
+        activation,
+        *stages,
+    )
 
 
 def check_epilogue(

@@ -1,5 +1,5 @@
 // Linear layer for 17 to 64 rows on Hopper, for weights that are read in a few microseconds:
-// y = act(norm(x) W^T + b) + residual.
+// y = act(x W^T + b) + residual.
 //
 // A block owns kFeatures rows of W ("features"). What costs is not W but x: every block needs all of it, and only once
 // the predecessor has ended. So neighbouring blocks form a cluster in which each asks the tensor copy engine for a share
@@ -10,8 +10,6 @@
 // x is the 64-row operand of wgmma, the block's features are its columns: a thread ends with sums of its own rows and
 // pairs of features and writes them without any exchange. Where a block would have too few features for its x, kSplit
 // parts of the cluster share K; each part sends its sums to the part that finishes their rows, in one exchange.
-//
-// The norm is that of stream.cu: applied to the sums, with moments that four more warps take from the stages.
 #include "common/activation.cuh"
 #include "common/async.cuh"
 #include "common/cluster.cuh"
@@ -29,10 +27,6 @@ constexpr int kTokens = 64;  // rows of a wgmma
 constexpr int kOctet = 8;    // features that lie together in the sums of a warp
 constexpr int kMaxWeightStages = 32;
 constexpr int kMaxRowStages = 16;
-
-constexpr int kNormNone = 0;
-constexpr int kNormLayer = 1;
-constexpr int kNormRms = 2;  // as kNormLayer with a mean of 0
 
 // Waits until at most the latest group of products is unfinished.
 __device__ __forceinline__ void wgmma_wait_but_one() {
@@ -82,24 +76,20 @@ __device__ __forceinline__ void store_pair(T* pointer, float2 value, int count, 
     }
 }
 
-// y, residual: [rows, features]; bias: [features]; weight_sums: [features] float, the sums of W's rows, for kNormLayer.
-// bias and residual may be null; residual may be y.
+// y, residual: [rows, features]; bias: [features]. bias and residual may be null; residual may be y.
 // weight_map: W [features, columns] in boxes of kFeatures rows of 64 columns; x_map: x [rows, columns] in boxes of
 // tile_rows * kSplit / cluster rows, a multiple of 8; both in 128-byte swizzle, zero beyond the matrix.
-// With parts or a norm it is launched in clusters, outside of which st.async does not exist.
+// With parts it is launched in clusters, outside of which st.async does not exist.
 // tile_rows: rows of x in a stage, at most 64; columns_per_block, a multiple of 64, is K / kSplit.
-template <typename T, int kFeatures, int kSplit, int kNorm>
-__global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNormNone ? 0 : kGroupThreads),
-                                  kFeatures > (kNorm == kNormNone ? 64 : 48) ? 1 : 2)
-    linear_multicast(T* y, const T* bias, const T* residual, const float* weight_sums,
-                     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, int rows,
-                     int features, int columns, int columns_per_block, int activation, float epsilon, int tile_rows,
-                     int weight_stages, int row_stages) {
+template <typename T, int kFeatures, int kSplit>
+__global__ void __launch_bounds__(kFeatures > 64 ? 288 : 160, kFeatures > 64 ? 1 : 2)
+    linear_multicast(T* y, const T* bias, const T* residual, const __grid_constant__ TensorMap weight_map,
+                     const __grid_constant__ TensorMap x_map, int rows, int features, int columns,
+                     int columns_per_block, int activation, int tile_rows, int weight_stages, int row_stages) {
     static_assert(kFeatures % (kFeatures > 64 ? 16 : 8) == 0 && kFeatures <= 128, "one or two wgmma wide");
     constexpr int kGroups = kFeatures > 64 ? 2 : 1;
     constexpr int kWidth = kFeatures / kGroups;  // features of a warpgroup
     constexpr int kConsumerWarps = kGroups * kGroupWarps;
-    constexpr int kReaderWarps = kConsumerWarps + (kNorm == kNormNone ? 0 : kGroupWarps);  // of x
     constexpr int kOctets = kWidth / kOctet;
     // A part finishes kPartRows rows: those of kPartWarps warps of a group, or, of eight parts, half of those of a warp.
     constexpr int kPartRows = kTokens / kSplit;
@@ -112,7 +102,7 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
 
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ __align__(8) uint64 weight_full[kMaxWeightStages], weight_empty[kMaxWeightStages];
-    __shared__ __align__(8) uint64 rows_full[kMaxRowStages], rows_empty[kMaxRowStages], sums_full, moments_full;
+    __shared__ __align__(8) uint64 rows_full[kMaxRowStages], rows_empty[kMaxRowStages], sums_full;
     allow_dependents();
 
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -123,16 +113,15 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
     const int own_columns = max(0, min(columns_per_block, columns - first_column));
     const int stages = (own_columns + kSwizzledColumns - 1) / kSwizzledColumns;
     const int weight_ahead = min(stages, weight_stages), rows_ahead = min(stages, row_stages);
-    // The ring of x, that of W, the sums and the moments that parts send. A wgmma reads 64 rows of x, whatever lies
+    // The ring of x, that of W, and the sums that parts send. A wgmma reads 64 rows of x, whatever lies
     // behind those that there are.
     const uint32 row_bytes = tile_rows * kSwizzledRowBytes;
     const uint32 row_ring = shared_address(shared), weight_ring = row_ring + row_stages * row_bytes;
     unsigned char* behind_rings = shared + row_stages * row_bytes + weight_stages * kWeightBytes;
     constexpr int kReceivedBytes = kSplit == 1 ? 0 : kTokens * kFeatures * sizeof(float);
     Piece* received = reinterpret_cast<Piece*>(behind_rings);  // [kSplit][kGroups][kPartWarps][kOctets][32]
-    float2* moments = reinterpret_cast<float2*>(behind_rings + kReceivedBytes);  // [kSplit][kPartRows]: sums of x, x^2
 
-    const bool copying = threadIdx.x == kReaderWarps * kWarpSize;
+    const bool copying = threadIdx.x == kConsumerWarps * kWarpSize;
     if (copying) {
         prefetch_tensor_map(weight_map);
         prefetch_tensor_map(x_map);
@@ -142,10 +131,9 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
         }
         for (int slot = 0; slot < rows_ahead; ++slot) {
             barrier_init(shared_address(rows_full + slot), 1);
-            barrier_init(shared_address(rows_empty + slot), copies * kReaderWarps);
+            barrier_init(shared_address(rows_empty + slot), copies * kConsumerWarps);
         }
         barrier_init(shared_address(&sums_full), 1);
-        barrier_init(shared_address(&moments_full), 1);
         barrier_init_fence();
     }
     cluster_arrive_relaxed();
@@ -175,8 +163,6 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
         for (int stage = 0; stage < weight_ahead; ++stage) copy_weight(stage, stage);
         for (int stage = 0; stage < rows_ahead; ++stage) expect_rows(stage);
         barrier_expect(shared_address(&sums_full), kReceivedBytes);
-        const int moment_rows = max(0, min(tile_rows - part * kPartRows, kPartRows)) * kSplit;
-        barrier_expect(shared_address(&moments_full), moment_rows * sizeof(float2));
     }
     cluster_wait();  // barriers of all blocks are there
 
@@ -191,7 +177,7 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
         return static_cast<size_t>(own_row + 8 * half) * features + item_feature(i);
     };
 
-    if (warp == kReaderWarps) {
+    if (warp == kConsumerWarps) {
         if (copying) {
             wait_for_predecessors();
             for (int stage = 0; stage < rows_ahead; ++stage) copy_rows(stage, stage);
@@ -225,16 +211,10 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
     };
     float sum[kWidth / 2] = {};
     typename PairOf<T>::type offset[kItems], addend[kItems][kHalves];
-    float2 weight_sum[kNorm == kNormLayer ? kItems : 1];
     if (warp < kConsumerWarps) {
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-            const int count = item_count(i);
-            offset[i] = load_pair(bias + item_feature(i), bias ? count : 0, true);
-            if constexpr (kNorm == kNormLayer) {
-                weight_sum[i].x = count > 0 ? weight_sums[item_feature(i)] : 0.f;
-                weight_sum[i].y = count > 1 ? weight_sums[item_feature(i) + 1] : 0.f;
-            }
+            offset[i] = load_pair(bias + item_feature(i), bias ? item_count(i) : 0, true);
         }
         wait_for_predecessors();  // what follows reads the residual and writes y
 #pragma unroll
@@ -271,47 +251,6 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
             row_slot.advance(rows_ahead);
         }
         wgmma_wait();
-    } else if (kNorm != kNormNone && warp < kReaderWarps) {
-        // The moments of this block's share of the rows, over its part of K: eight lanes a row, a piece of 16 bytes each.
-        constexpr int kPasses = kTokens / (kGroupThreads / 8);
-        const int share = tile_rows / copies, piece = lane % 8;
-        const int first_row = (threadIdx.x - kConsumerWarps * kWarpSize) / 8;
-        float2 moment[kPasses] = {};
-        Slot row_slot;
-        for (int stage = 0; stage < stages; ++stage) {
-            barrier_wait(shared_address(rows_full + row_slot.index), row_slot.parity);
-            const unsigned char* there = shared + row_slot.index * row_bytes;
-#pragma unroll
-            for (int pass = 0; pass < kPasses; ++pass) {
-                const int row = first_row + pass * (kGroupThreads / 8);
-                if (row >= share) break;
-                const unsigned char* place = there + swizzled<kSwizzledRowBytes>(member * share + row, piece);
-                float value[Vector<T>::kSize];
-                unpack(load_vector(reinterpret_cast<const T*>(place)), value);
-#pragma unroll
-                for (int j = 0; j < Vector<T>::kSize; ++j) {
-                    moment[pass].x += value[j];
-                    moment[pass].y += value[j] * value[j];
-                }
-            }
-            __syncwarp();
-            release_rows(stage, row_slot.index);
-            row_slot.advance(rows_ahead);
-        }
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-#pragma unroll
-            for (int bit = 1; bit < 8; bit *= 2) {
-                moment[pass].x += __shfl_xor_sync(~0u, moment[pass].x, bit);
-                moment[pass].y += __shfl_xor_sync(~0u, moment[pass].y, bit);
-            }
-            // To all blocks that finish this row.
-            const int row = first_row + pass * (kGroupThreads / 8), whole_row = member * share + row;
-            if (row < share && piece < copies) {
-                send_to_rank(shared_address(moments + part * kPartRows + whole_row % kPartRows), moment[pass],
-                             shared_address(&moments_full), whole_row / kPartRows * copies + piece);
-            }
-        }
     }
     if (warp >= kConsumerWarps) return;
 
@@ -359,26 +298,6 @@ __global__ void __launch_bounds__((kFeatures > 64 ? 288 : 160) + (kNorm == kNorm
                 for (int half = 0; half < kHalves; ++half) {
                     total[i].half[half].x += some.half[half].x, total[i].half[half].y += some.half[half].y;
                 }
-            }
-        }
-    }
-    if constexpr (kNorm != kNormNone) {
-        barrier_wait_cluster(shared_address(&moments_full), 0);
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-            float2 moment = make_float2(0.f, 0.f);
-#pragma unroll
-            for (int from = 0; from < kSplit; ++from) {
-                const float2 some = moments[from * kPartRows + own_row % kPartRows + 8 * half];
-                moment.x += some.x, moment.y += some.y;
-            }
-            const float mean = kNorm == kNormLayer ? moment.x / columns : 0.f;
-            const float inverse = rsqrtf(fmaxf(moment.y / columns - mean * mean, 0.f) + epsilon);
-#pragma unroll
-            for (int i = 0; i < kItems; ++i) {
-                float2& pair = total[i].half[half];
-                if constexpr (kNorm == kNormLayer) pair.x -= mean * weight_sum[i].x, pair.y -= mean * weight_sum[i].y;
-                pair.x *= inverse, pair.y *= inverse;
             }
         }
     }

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ..launch import SWIZZLED_COLUMNS, LaunchShape
 from ..nvrtc import KernelSource
-from .sizes import BLOCK_BYTES, FOLDER, NORMS, SWIZZLED_ROW_BYTES, ceil_div, round_up
+from .sizes import BLOCK_BYTES, FOLDER, SWIZZLED_ROW_BYTES, ceil_div, round_up
 
-MULTICAST_SIGNATURE = "PPPPTTiiiiifiii"
+MULTICAST_SIGNATURE = "PPPTTiiiiiiii"
 MAX_WEIGHT_STAGES = 32
 MAX_ROW_STAGES = 16
 TOKENS = 64
@@ -32,15 +32,13 @@ class MulticastPlan:
 
     features_per_block:        a multiple of 8 up to 64, or of 16 up to 128.
     copies:                    blocks that each load a share of the rows of x for all (1, 2, 4 or 8); times split at most 8.
-    split:                     parts of K (1, 2, 4 or 8). With a norm, a cluster has two blocks at least: st.async, which the
-                               moments are sent with, is an illegal instruction outside of clusters.
+    split:                     parts of K (1, 2, 4 or 8).
     weight_stages, row_stages: of 64 columns, in the rings of W and x.
     """
 
     rows: int
     features: int
     columns: int
-    norm: str
     features_per_block: int
     copies: int
     split: int
@@ -53,7 +51,7 @@ class MulticastPlan:
 
     def entry(self, element: str) -> str:
         """Name expression of the kernel for CUDA type `element`."""
-        parameters = f"{element}, {self.features_per_block}, {self.split}, {NORMS[self.norm]}"
+        parameters = f"{element}, {self.features_per_block}, {self.split}"
         return f"trtc::linear_multicast<{parameters}>"
 
     @property
@@ -70,13 +68,13 @@ class MulticastPlan:
         """Dynamic shared memory; the layout is that at the top of `linear_multicast`."""
         row_ring = self.row_stages * self.tile_rows * SWIZZLED_ROW_BYTES
         weight_ring = self.weight_stages * self.features_per_block * SWIZZLED_ROW_BYTES
-        behind = behind_rings_bytes(self.features_per_block, self.split, self.norm)
+        behind = behind_rings_bytes(self.features_per_block, self.split)
         read_beyond = (TOKENS - self.tile_rows) * SWIZZLED_ROW_BYTES
         return row_ring + max(weight_ring + behind, read_beyond)
 
     def launch_shape(self, dependent: bool) -> LaunchShape:
         ranges = round_up(ceil_div(self.features, self.features_per_block), self.copies)
-        threads = (288 if self.features_per_block > 64 else 160) + (0 if self.norm == "none" else 128)
+        threads = 288 if self.features_per_block > 64 else 160
         size = self.copies * self.split
         cluster = (size,) if size > 1 else ()
         return LaunchShape(
@@ -92,44 +90,39 @@ def plan_multicast(
     features_per_block: int,
     copies: int,
     split: int = 1,
-    norm: str = "none",
     block_bytes: int = BLOCK_BYTES,
     row_stages: int = LEAST_ROW_STAGES,
 ) -> MulticastPlan:
     """A launch with rings as large as fit `block_bytes`: x at least `row_stages` or all, then W, then x again.
 
-    copies is lowered where there are fewer rows than 8 for each, and raised where a norm needs a cluster.
+    copies is lowered where there are fewer rows than 8 for each.
     """
-    if norm != "none" and split == 1:
-        copies = max(copies, 2)
     copies = min(copies, 1 << (ceil_div(rows, 8).bit_length() - 1))
     needed = ceil_div(columns_per_block(columns, split), SWIZZLED_COLUMNS)
     row_bytes = round_up(rows, 8 * copies) * SWIZZLED_ROW_BYTES
     weight_bytes = features_per_block * SWIZZLED_ROW_BYTES
-    room = block_bytes - behind_rings_bytes(features_per_block, split, norm)
+    room = block_bytes - behind_rings_bytes(features_per_block, split)
     row_stages = min(row_stages, needed, MAX_ROW_STAGES)
     weight_stages = max(2, min(needed, MAX_WEIGHT_STAGES, (room - row_stages * row_bytes) // weight_bytes))
     more = (room - weight_stages * weight_bytes) // row_bytes
     row_stages = max(row_stages, min(needed, MAX_ROW_STAGES, more))
     return MulticastPlan(
-        rows, features, columns, norm, features_per_block, copies, split, weight_stages, row_stages
+        rows, features, columns, features_per_block, copies, split, weight_stages, row_stages
     )
 
 
-def takes_multicast(rows: int, features: int, columns: int, norm: str) -> bool:
+def takes_multicast(rows: int, features: int, columns: int) -> bool:
     """Whether multicast.cu is the kernel for more than 16 rows of these sizes on Hopper, as measured."""
-    return rows >= LEAST_ROWS and features * columns < SMALL_WEIGHT and norm == "none"
+    return rows >= LEAST_ROWS and features * columns < SMALL_WEIGHT
 
 
-def choose_multicast(
-    rows: int, features: int, columns: int, norm: str, multiprocessors: int
-) -> MulticastPlan | None:
+def choose_multicast(rows: int, features: int, columns: int, multiprocessors: int) -> MulticastPlan | None:
     """The plan for a shape, or None where another kernel is faster. Whether there is one depends on the sizes alone.
 
     What a block reads is x over its part of K and as much of W: wide blocks over parts of K read less, and parts have sums to
     send. A multiprocessor keeps room for a block of the next kernel.
     """
-    if not takes_multicast(rows, features, columns, norm):
+    if not takes_multicast(rows, features, columns):
         return None
     split = 2 if features >= 2 * columns else 4
     blocks = (
@@ -148,7 +141,6 @@ def choose_multicast(
         features_per_block=width,
         copies=8 // split,
         split=split,
-        norm=norm,
         row_stages=8,
     )
 
@@ -158,7 +150,6 @@ def columns_per_block(columns: int, split: int) -> int:
     return round_up(ceil_div(columns, split), SWIZZLED_COLUMNS)
 
 
-def behind_rings_bytes(features_per_block: int, split: int, norm: str) -> int:
-    """Shared memory for what parts send each other: sums, and the moments of a norm."""
-    sums = TOKENS * features_per_block * 4 if split > 1 else 0
-    return sums + (0 if norm == "none" else TOKENS * 8)
+def behind_rings_bytes(features_per_block: int, split: int) -> int:
+    """Shared memory for the sums that parts send each other."""
+    return TOKENS * features_per_block * 4 if split > 1 else 0

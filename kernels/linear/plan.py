@@ -11,7 +11,7 @@ from ..launch import SWIZZLED_COLUMNS, LaunchShape
 from ..nvrtc import KernelSource
 from .formats import FLOAT, WEIGHTS, StoredWeight
 from .multicast_plan import SMALL_WEIGHT as SMALL_WEIGHT
-from .multicast_plan import MulticastPlan, choose_multicast, takes_multicast
+from .multicast_plan import MulticastPlan, choose_multicast
 from .sizes import BLOCK_BYTES as BLOCK_BYTES
 from .sizes import FOLDER as FOLDER
 from .sizes import NORMS as NORMS
@@ -316,13 +316,10 @@ def choose_plan(
     if rows <= MAX_STREAM_ROWS:
         shared_limit = SHARED_LIMITS.get(capability, SMALLEST_SHARED_LIMIT)
         return _choose_stream(rows, features, columns, norm, multiprocessors, shared_limit)
-    if capability == WARPGROUP_CAPABILITY:
-        multicast = choose_multicast(rows, features, columns, norm, multiprocessors)
-        if multicast is not None:
-            return multicast
     check_norm(rows, norm)
     if capability == WARPGROUP_CAPABILITY:
-        return _choose_warpgroup(rows, features, columns, multiprocessors)
+        multicast = choose_multicast(rows, features, columns, multiprocessors)
+        return multicast or _choose_warpgroup(rows, features, columns, multiprocessors)
     cluster = 4 if capability >= 90 and columns >= 4 * MIN_BLOCK_COLUMNS else 1
     return plan_tile(
         rows, features, columns, cluster=cluster, feature_tiles=2, warps_down=4, blocks=multiprocessors
@@ -335,17 +332,6 @@ def check_norm(rows: int, norm: str) -> None:
         raise KernelContractError(
             f"linear: a norm is fused for up to {MAX_STREAM_ROWS} rows, not {rows}; norm in a kernel of its own"
         )
-
-
-def norms_input(rows: int, features: int, columns: int, capability: int) -> bool:
-    """Whether the kernel for these sizes, of a float weight, norms its input: the same for all GPUs of a capability."""
-    if rows <= MAX_STREAM_ROWS:
-        return True
-    return (
-        rows <= MAX_ROWS
-        and capability == WARPGROUP_CAPABILITY
-        and takes_multicast(rows, features, columns, "layer")
-    )
 
 
 def tile_stage_columns(warps_down: int, stored: StoredWeight) -> int:

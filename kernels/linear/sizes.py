@@ -9,7 +9,7 @@ from ..launch import SWIZZLED_COLUMNS
 FOLDER = Path(__file__).parent
 
 NORMS = {"none": 0, "layer": 1, "rms": 2}
-"""Norm of the input fused into the product -> its number in stream.cu and multicast.cu."""
+"""Norm of the input fused into the product -> its number in stream.cu."""
 
 BLOCK_BYTES = 112 * 1024
 """Most shared memory that a block needs: two then fit one SM."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from ....kernels.linear import norms_input
+from ....kernels.linear import MAX_STREAM_ROWS
 from ....kernels.linear.formats import int4_name
 from ....kernels.linear.quantized_plan import norms_quantized_input
 from ...dtypes import DType
@@ -54,7 +54,7 @@ def _norm_product(rows: int, capability: int, graph: Graph, node: Node) -> Rewri
     features, columns = node.outputs[0].shape[-1], graph.specs[node.used[0]].shape[-1]
     assert isinstance(features, int) and isinstance(columns, int)
     if node.op == "linear":
-        fits = norms_input(rows, features, columns, capability)
+        fits = rows <= MAX_STREAM_ROWS
     else:
         weighted = len(graph.producers[node.used[0]].inputs) > 1  # read only where a norm is in front
         fits = norms_quantized_input(
