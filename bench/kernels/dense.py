@@ -37,6 +37,7 @@ from ...kernels.linear.plan import (
     plan_tile,
     plan_warpgroup,
 )
+from ...kernels.linear.quantized_warpgroup_plan import QuantizedWarpgroupPlan
 from ...kernels.linear.reference import linear as reference_linear
 from ...kernels.linear.stripe_plan import StripePlan
 from .harness import (
@@ -87,6 +88,9 @@ def label(plan: AnyPlan) -> str:
         alone = " alone" * bool(plan.least_bytes)
         steps = f"steps {plan.steps}, {plan.early_steps} early{alone}"
         return f"stripe blocks {plan.blocks} warps {plan.warps} tiles {plan.tiles} {steps}"
+    if isinstance(plan, QuantizedWarpgroupPlan):
+        shape = f"features {plan.features_per_block} groups {plan.groups} split {plan.split}"
+        return f"warpgroup {shape} stages {plan.stages}+{plan.row_stages}"
     kind = "tile" if isinstance(plan, TilePlan) else "warpgroup"
     return f"{kind} features {plan.features_per_block} cluster {plan.cluster} stages {plan.stages}"
 

@@ -27,6 +27,14 @@ from ...kernels.linear.formats import WEIGHTS, StoredWeight
 from ...kernels.linear.plan import AnyPlan
 from ...kernels.linear.quantized import Dequantize, QuantizedLinear, for_kernels
 from ...kernels.linear.quantized_plan import QuantizedPlan, choose_quantized, quantized_stream, quantized_tile
+from ...kernels.linear.quantized_warpgroup_plan import (
+    SPLITS,
+    QuantizedWarpgroupPlan,
+    most_groups,
+    plan_quantized_warpgroup,
+    resident_blocks,
+    widths,
+)
 from ...kernels.linear.reference import linear as reference_linear
 from ...kernels.linear.stripe_plan import fits_stripe, plan_stripe
 from ...kernels.nvrtc import KernelSource, compile_kernel
@@ -127,7 +135,25 @@ def candidates(rows: int, features: int, columns: int, how: str, sweep: bool) ->
     if sweep and rows >= 8:
         for cluster, stages in itertools.product((1, 2, 4), (4, 8)):
             plans[quantized_tile(rows, features, columns, weight=how, cluster=cluster, stages=stages)] = None
+        plans.update(dict.fromkeys(warpgroup_candidates(rows, features, columns, how)))
     return list(plans)
+
+
+def warpgroup_candidates(
+    rows: int, features: int, columns: int, how: str
+) -> Iterator[QuantizedWarpgroupPlan]:
+    """Plans for more than 16 rows on Hopper that occupy most of its 132 multiprocessors once."""
+    if rows <= 16:
+        return
+    for groups, split in itertools.product(range(1, most_groups(how) + 1), SPLITS):
+        for width in sorted(widths(features, groups, split, 132)):
+            if not 72 <= -(-features // width) * split <= resident_blocks(split, 132):
+                continue
+            for ring_bytes in (48 << 10, 64 << 10, 96 << 10):
+                yield plan_quantized_warpgroup(
+                    rows, features, columns, weight=how, groups=groups, split=split, features_per_block=width,
+                    ring_bytes=ring_bytes,
+                )  # fmt: skip
 
 
 def compile_all(library: KernelLibrary, plans: list[AnyPlan]) -> None:

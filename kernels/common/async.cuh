@@ -21,6 +21,13 @@ __device__ __forceinline__ void copy_async_8(unsigned int destination, const voi
                  : "memory");
 }
 
+// As copy_async_16, for 4 bytes, of which the first `bytes` are copied and the others become zero.
+__device__ __forceinline__ void copy_async_4(unsigned int destination, const void* source, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(destination),
+                 "l"(__cvta_generic_to_global(source)), "r"(bytes)
+                 : "memory");
+}
+
 // As copy_async_16, for data read once: asks L2 for the whole 128-byte line at the first touch.
 __device__ __forceinline__ void stream_async_16(unsigned int destination, const void* source, bool valid) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination),

@@ -14,6 +14,16 @@ struct alignas(64) TensorMap {
     uint64 opaque[16];
 };
 
+// A place in a ring and the parity of its barriers' phase.
+struct Slot {
+    int index = 0;
+    int parity = 0;
+
+    __device__ __forceinline__ void advance(int stages) {
+        if (++index == stages) index = 0, parity ^= 1;
+    }
+};
+
 __device__ __forceinline__ void barrier_init(uint32 barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
 }

@@ -28,6 +28,7 @@ from .plan import (
     outruns_cublas,
     sources,
 )
+from .quantized_warpgroup_plan import QUANTIZED_WARPGROUP_SIGNATURE, QuantizedWarpgroupPlan
 from .stripe_plan import STRIPE_SIGNATURE, StripePlan
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ SIGNATURES = {
     TilePlan: TILE_SIGNATURE,
     WarpgroupPlan: WARPGROUP_SIGNATURE,
     MulticastPlan: MULTICAST_SIGNATURE,
+    QuantizedWarpgroupPlan: QUANTIZED_WARPGROUP_SIGNATURE,
     StripePlan: STRIPE_SIGNATURE,
 }
 

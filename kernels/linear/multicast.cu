@@ -17,6 +17,7 @@
 #include "common/tensor_copy.cuh"
 #include "common/types.cuh"
 #include "common/wgmma.cuh"
+#include "linear/pairs.cuh"
 
 namespace trtc {
 
@@ -28,53 +29,11 @@ constexpr int kOctet = 8;    // features that lie together in the sums of a warp
 constexpr int kMaxWeightStages = 32;
 constexpr int kMaxRowStages = 16;
 
-// Waits until at most the latest group of products is unfinished.
-__device__ __forceinline__ void wgmma_wait_but_one() {
-    asm volatile("wgmma.wait_group.sync.aligned 1;\n" ::: "memory");
-}
-
-// A place in a ring and the parity of its barriers' phase.
-struct Slot {
-    int index = 0;
-    int parity = 0;
-
-    __device__ __forceinline__ void advance(int stages) {
-        if (++index == stages) index = 0, parity ^= 1;
-    }
-};
-
 // Sums of two neighbouring features, of one row or of two.
 template <int kHalves>
 struct alignas(8 * kHalves) SumsOf {
     float2 half[kHalves];
 };
-
-// Two neighbouring outputs of a row; those from `count` on do not exist.
-template <typename T>
-__device__ __forceinline__ typename PairOf<T>::type load_pair(const T* pointer, int count, bool aligned) {
-    typename PairOf<T>::type pair;
-    pair_from_float(pair, make_float2(0.f, 0.f));
-    if (aligned && count >= 2) {
-        *reinterpret_cast<uint32*>(&pair) = __ldcg(reinterpret_cast<const uint32*>(pointer));
-    } else {
-        if (count > 0) pair.x = __ldcg(pointer);
-        if (count > 1) pair.y = __ldcg(pointer + 1);
-    }
-    return pair;
-}
-
-template <typename T>
-__device__ __forceinline__ void store_pair(T* pointer, float2 value, int count, bool aligned) {
-    using Pair = typename PairOf<T>::type;
-    Pair pair;
-    pair_from_float(pair, value);
-    if (aligned && count >= 2) {
-        *reinterpret_cast<Pair*>(pointer) = pair;
-    } else {
-        if (count > 0) pointer[0] = pair.x;
-        if (count > 1) pointer[1] = pair.y;
-    }
-}
 
 // y, residual: [rows, features]; bias: [features]. bias and residual may be null; residual may be y.
 // weight_map: W [features, columns] in boxes of kFeatures rows of 64 columns; x_map: x [rows, columns] in boxes of
@@ -241,7 +200,7 @@ __global__ void __launch_bounds__(kFeatures > 64 ? 288 : 160, kFeatures > 64 ? 1
                 Wgmma<T, kWidth>::product_shared(sum, a + 2 * k / 16, b + 2 * k / 16, 1);
             }
             wgmma_commit();
-            wgmma_wait_but_one();  // the stage before this one has been read
+            wgmma_wait_but<1>();  // the stage before this one has been read
             if (stage > 0) {
                 release_weight(stage - 1, last_weight);
                 release_rows(stage - 1, last_rows);

@@ -12,6 +12,7 @@ from ..nvrtc import KernelSource
 from .formats import FLOAT, WEIGHTS, StoredWeight
 from .multicast_plan import SMALL_WEIGHT as SMALL_WEIGHT
 from .multicast_plan import MulticastPlan, choose_multicast
+from .quantized_warpgroup_plan import QuantizedWarpgroupPlan
 from .sizes import BLOCK_BYTES as BLOCK_BYTES
 from .sizes import FOLDER as FOLDER
 from .sizes import NORMS as NORMS
@@ -205,7 +206,7 @@ class WarpgroupPlan:
 
 
 Plan = StreamPlan | TilePlan | WarpgroupPlan | MulticastPlan
-AnyPlan = Plan | StripePlan
+AnyPlan = Plan | StripePlan | QuantizedWarpgroupPlan
 """Also those for integer weights alone."""
 
 

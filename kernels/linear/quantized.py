@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from ..contract import check_tensor, element_type, pointer
 from ..errors import KernelContractError
-from ..launch import BoundKernel, LaunchShape
+from ..launch import BoundKernel, LaunchShape, tensor_map
 from ..library import KernelLibrary
 from ..nvrtc import KernelSource
 from . import ELEMENTS, SIGNATURES, Norm, check_epilogue
 from .formats import WEIGHTS, StoredWeight, int4_name, interleave_int4
 from .plan import ACTIVATIONS, FOLDER, StreamPlan, check_sizes
 from .quantized_plan import QuantizedPlan, choose_quantized
+from .quantized_warpgroup_plan import QuantizedWarpgroupPlan
 from .stripe_plan import StripePlan
 
 if TYPE_CHECKING:
@@ -141,6 +142,11 @@ class QuantizedLinear:
             kernel(*addresses, rows, features, columns, code, plan.early_steps, epsilon)
             return out
         sizes = (rows, features, columns, plan.features_per_block, plan.columns_per_block, code)
+        if isinstance(plan, QuantizedWarpgroupPlan):
+            dtype = str(x.dtype).removeprefix("torch.")
+            x_map = tensor_map(x.data_ptr(), dtype, rows, columns, plan.tokens)
+            kernel(*map(pointer, (out, integers, scale, bias, residual)), x_map, *sizes, plan.row_stages)
+            return out
         kernel(*map(pointer, (out, x, integers, scale, bias, residual)), *sizes)
         return out
 

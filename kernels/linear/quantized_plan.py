@@ -13,6 +13,7 @@ from .plan import (
     SHARED_LIMITS,
     SMALL_WEIGHT,
     SMALLEST_SHARED_LIMIT,
+    WARPGROUP_CAPABILITY,
     StreamPlan,
     TilePlan,
     ceil_div,
@@ -22,6 +23,7 @@ from .plan import (
     tile_stage_bytes,
     tile_stage_columns,
 )
+from .quantized_warpgroup_plan import QuantizedWarpgroupPlan, choose_quantized_warpgroup
 from .stripe_plan import StripePlan, choose_stripe
 
 MAX_TILE_STAGES = 8
@@ -32,7 +34,7 @@ WIDE_WARPS, WIDE_COLUMNS = 16, 4096
 """Warps for four-bit weights of at least so many columns: what dequantizing them waits for takes longer than their bytes. On an
 H100, one row: 12288 x 4096 10.7 us, with 8 warps 13.2; 16384 x 4096 14.4 and 17.0; 4096 x 16384 14.8 and 15.9."""
 
-QuantizedPlan = StreamPlan | TilePlan | StripePlan
+QuantizedPlan = StreamPlan | TilePlan | StripePlan | QuantizedWarpgroupPlan
 
 
 def choose_quantized(
@@ -45,7 +47,7 @@ def choose_quantized(
     capability: int = 90,
     multiprocessors: int = 132,
 ) -> QuantizedPlan:
-    """A stream of W where the rows of x fit beside it or the norm asks for it, else tiles.
+    """A stream of W where the rows of x fit beside it or the norm asks for it, else tiles, of warpgroups on Hopper.
 
     weight: how W is stored, a key of `formats.WEIGHTS`. Raises KernelContractError as `choose_plan`.
     """
@@ -67,6 +69,10 @@ def choose_quantized(
         few = rows <= 8 and (four_bits or not clusters)
         if few or stream.held_x or norm != "none":
             return stream
+    elif capability == WARPGROUP_CAPABILITY:
+        return choose_quantized_warpgroup(
+            rows, features, columns, weight=weight, multiprocessors=multiprocessors
+        )
     stages = FEW_TILE_STAGES if rows <= 8 else MAX_TILE_STAGES
     return quantized_tile(
         rows, features, columns, weight=weight, blocks=multiprocessors, shared_limit=limit, clusters=clusters, stages=stages

@@ -23,11 +23,6 @@ constexpr int kProductDepth = 16;
 constexpr int kMaxCluster = 8;
 constexpr int kMaxStages = 16;
 
-// Waits until at most the latest group of products is unfinished.
-__device__ __forceinline__ void wgmma_wait_but_one() {
-    asm volatile("wgmma.wait_group.sync.aligned 1;\n" ::: "memory");
-}
-
 // Four neighbouring outputs of a row.
 template <typename T>
 struct alignas(4 * sizeof(T)) Quad {
@@ -140,7 +135,7 @@ __global__ void __launch_bounds__(kFeatureTiles > 2 ? 288 : 160, kFeatureTiles >
                 }
             }
             wgmma_commit();
-            wgmma_wait_but_one();  // the stage before this one has been read
+            wgmma_wait_but<1>();  // the stage before this one has been read
             if (stage > 0 && lane == 0) barrier_arrive(shared_address(empty + last_slot));
             last_slot = slot;
             if (++slot == ring_stages) slot = 0, parity ^= 1;

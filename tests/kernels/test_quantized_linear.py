@@ -29,6 +29,7 @@ from trtc.kernels.linear.quantized_plan import (
     quantized_stream,
     quantized_tile,
 )
+from trtc.kernels.linear.quantized_warpgroup_plan import QuantizedWarpgroupPlan
 from trtc.kernels.linear.reference import linear as reference
 from trtc.kernels.linear.stripe_plan import StripePlan, fits_stripe, plan_stripe
 
@@ -283,6 +284,9 @@ def test_plans_cover_the_matrix_and_fit(how: str, capability: int) -> None:
             assert plan.blocks <= features and plan.early_steps <= plan.steps
             assert 32 * plan.warps * plan.outputs * plan.blocks >= rows * features
             assert norm == "none" or 256 * plan.warps * plan.norm_pieces >= columns
+            continue
+        if isinstance(plan, QuantizedWarpgroupPlan):  # see test_quantized_warpgroup.py
+            assert capability == 90 and rows > 16
             continue
         assert isinstance(plan, TilePlan)
         cluster = shape.cluster[0] if shape.cluster else 1
