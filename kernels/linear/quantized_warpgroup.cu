@@ -347,7 +347,8 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
     };
     if (warp < kConsumerWarps) {
         const int end = min(features, first_feature + features_per_block);
-        fetch_constants<T, Weight>(shared_address(own + kRingBytes), scales, bias, first_feature + pair_feature(threadIdx.x), end);
+        const int feature = first_feature + pair_feature(threadIdx.x);
+        fetch_constants<T, Weight>(shared_address(own + kRingBytes), scales, bias, feature, end);
 #pragma unroll 1
         for (int stage = 0; stage < kStages - 1; ++stage) {
             fetch_weight(shared_address(own) + stage * kStageBytes, stage < units * kUnitStages);
