@@ -24,8 +24,8 @@ FEW_FEATURES = 40
 """Of a multiprocessor: fewer are not divided among two blocks, nor multiplied by more than two rows."""
 PAIRED_FEATURES = 28, 48
 """Of a block of two on a multiprocessor, for four bits: two or three tiles that are nearly full."""
-LEAST_BYTES = 16_000_000
-"""Of weights of eight bits; smaller ones were not measured."""
+LEAST_SIDE = 4096
+"""Features and columns of weights of eight bits: with those of 1.3B a step took longer (0.744 ms, and 0.685 with stream.cu)."""
 MAX_NORM_PIECES = 3
 """Pieces of eight elements that a thread norms of a row, at most."""
 LANE_BYTES = 16
@@ -149,7 +149,7 @@ def choose_stripe(
         plan, blocks=2 * MULTIPROCESSORS, warps=8, tiles=4, residents=2, block_bytes=half - RESERVED_BYTES
     )
     if stored.bits == 8:
-        if rows > 1 or features * columns < LEAST_BYTES:
+        if rows > 1 or min(features, columns) < LEAST_SIDE:
             return None
         if per_multiprocessor >= FEW_FEATURES:
             return paired(early_steps=2)

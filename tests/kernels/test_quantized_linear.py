@@ -528,9 +528,9 @@ def test_norms_with_weights_of_their_own(
     norm = Norm(None, kind, scale=norm_scale, shift=norm_shift if kind == "layer" else None)
     shift = norm_shift.double() if kind == "layer" else 0
     expected = (reference_norm(x, kind=kind) * norm_scale.double() + shift) @ exact.T
-    for blocks, warps, residents in ((264, 8, 2), (20, 16, 1)):
+    for blocks, warps, tiles, residents in ((264, 8, 4, 2), (20, 16, 2, 1)):
         plan = plan_stripe(
-            rows, 1001, columns, weight=how, norm=kind, blocks=blocks, warps=warps, tiles=4, residents=residents,
+            rows, 1001, columns, weight=how, norm=kind, blocks=blocks, warps=warps, tiles=tiles, residents=residents,
             block_bytes=225 * 1024,
         )  # fmt: skip
         assert plan is not None
@@ -581,3 +581,11 @@ def test_kernels_with_zeros(
     for plan in plans(rows, features, columns, how):
         result = QuantizedLinear(library)(x, made, values, out=out.fill_(float("nan")), plan=plan)
         assert relative_error(result, reference(x, exact)) < RELATIVE_ERROR[dtype], plan
+
+
+def test_bytes_of_small_models_stay_with_the_kernel_that_was_faster_for_them() -> None:
+    """1.3B's layers are 2,048 wide, 6.7B's 4,096."""
+    shapes = ((6144, 2048), (8192, 2048), (2048, 8192), (12288, 4096), (4096, 4096), (4096, 16384))
+    for how in ("int8", "fp8"):
+        plans = [choose_quantized(1, *shape, weight=how) for shape in shapes]
+        assert [isinstance(plan, StripePlan) for plan in plans] == [False] * 3 + [True] * 3
