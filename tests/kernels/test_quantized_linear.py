@@ -2,7 +2,7 @@
 plans are tested in test_quantized_layouts.py.
 
 Oracle of results: float64 references. Oracle of a weight: `core.quantize.integers.dequantize`, which
-`tests/core/test_quantize.py` checks by the definition.
+`tests/core/test_weight_formats.py` checks by the definition.
 """
 
 from __future__ import annotations
