@@ -146,4 +146,5 @@ class DecodeAhead:
         now = self._clock()
         self._step_seconds = float(np.clip((now - self._last_collected) / count, 1e-5, 1.0))
         self._last_collected = now
-        self._scheduler.drafting.costs.measured(len(self._rows), None, self._step_seconds)
+        if self._rows:
+            self._scheduler.drafting.costs.measured(len(self._rows), None, self._step_seconds)
