@@ -1,11 +1,12 @@
 """Whether a model over several ranks says what it says on one: greedy tokens and the logits behind them.
 
-    python -m trtc.bench.rank_tokens --size 1.3b --tp-size 2 --commit HASH --json FILE
+    python -m trtc.bench.rank_tokens --size 1.3b --tp-sizes 2 4 --commit HASH --json FILE
 
-Random weights, the same for all: an engine of one rank, one of N, and one in float32 on the CPU. One rank generates; then all
-three compute the logits for those very tokens, so that a near-tie that falls the other way ends nothing. Checked: logits of one
-and of N ranks lie within TOLERANCE of float32; where they would choose different tokens, float32 has the two within twice that;
-and so for the tokens that N ranks generate by themselves, up to where they part. Exit code 1 where that does not hold.
+Random weights, the same for all: an engine of one rank, one of each N, and one in float32 on the CPU. One rank generates;
+then all of them compute the logits for those very tokens, so that a near-tie that falls the other way ends nothing. Checked:
+logits of one and of N ranks lie within TOLERANCE of float32; where they would choose different tokens, float32 has the two
+within twice that; and so for the tokens that N ranks generate by themselves, up to where they part. Exit code 1 where that
+does not hold.
 `--target cpu` does all of it without a GPU.
 """
 
@@ -158,11 +159,12 @@ def _gap(reference: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> flo
     return float((values[0] - values[1]).abs().max())
 
 
-def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A record for each number of ranks."""
     found = []
     given = folder / "tokens.json"
     given.unlink(missing_ok=True)
-    for tp_size in (1, args.tp_size):
+    for tp_size in (1, *args.tp_sizes):
         engine, result = build(folder, args, tp_size=tp_size), folder / f"result{tp_size}.pt"
         command = [
             sys.executable,
@@ -178,7 +180,11 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     executor = executor_of(Engine.open(build(folder, args, tp_size=1, reference=True), verify=False))
     begin = prompts(opt_config(args.size)["vocab_size"])
     sequences = [[*prompt, *ids] for prompt, ids in zip(begin, found[0]["tokens"], strict=True)]
-    return compare(found[0], found[1], logits(executor, sequences))
+    reference = logits(executor, sequences)
+    return [
+        {"tp_size": tp_size, **compare(found[0], several, reference)}
+        for tp_size, several in zip(args.tp_sizes, found[1:], strict=True)
+    ]
 
 
 def main() -> int:
@@ -187,7 +193,7 @@ def main() -> int:
         run_rank(*args.rank)
         return 0
     with work_folder(args.work_dir) as folder:
-        record = measure(folder, args)
+        records = measure(folder, args)
     on_gpus = args.target == "cuda"
     data = {
         "date": datetime.date.today().isoformat(),
@@ -196,20 +202,24 @@ def main() -> int:
         "driver": nvidia_smi("driver_version") if on_gpus else "",
         "torch": torch.__version__,
         "model": args.size,
-        "tp_size": args.tp_size,
         "dtype": args.dtype,
-        **record,
+        "records": records,
     }
     if args.json is not None:
         args.json.write_text(json.dumps(data, indent=1) + "\n")
-    print(sentence(data))
-    for text in record["wrong"]:
+    print("".join(f"{text}\n" for text in sentences(data)), end="")
+    wrong = [f"{record['tp_size']} ranks: {text}" for record in records for text in record["wrong"]]
+    for text in wrong:
         print(f"WRONG: {text}", file=sys.stderr)
-    return 1 if record["wrong"] else 0
+    return 1 if wrong else 0
 
 
-def sentence(data: dict[str, Any]) -> str:
-    """What a results file says, for people."""
+def sentences(data: dict[str, Any]) -> list[str]:
+    """What a results file says, for people: one for each number of ranks."""
+    return [_sentence({**data, **record}) for record in data["records"]]
+
+
+def _sentence(data: dict[str, Any]) -> str:
     parted = (
         f"; where they are not, float32 has the two within {data['largest_gap_where_they_differ']:.2g} of each other"
         if data["same"] < data["tokens"]
@@ -228,8 +238,8 @@ def sentence(data: dict[str, Any]) -> str:
 def markdown(data: dict[str, Any]) -> str:
     """For docs/parallel.md."""
     return (
-        f"{sentence(data)} Random weights, driver {data['driver']}, torch {data['torch']}, trtc at {data['commit']} on "
-        f"{data['date']}; `bench/results/{RESULTS.name}`, made by `bench/rank_tokens.py`.\n"
+        f"{' '.join(sentences(data))} Random weights, driver {data['driver']}, torch {data['torch']}, trtc at {data['commit']} "
+        f"on {data['date']}; `bench/results/{RESULTS.name}`, made by `bench/rank_tokens.py`.\n"
     )
 
 
@@ -241,7 +251,7 @@ def arguments() -> argparse.Namespace:
         "--rank", nargs=3, type=Path, metavar=("ENGINE", "GIVEN", "RESULT"), help=argparse.SUPPRESS
     )
     parser.add_argument("--size", choices=SIZES, default="1.3b")
-    parser.add_argument("--tp-size", type=int, default=2, metavar="N")
+    parser.add_argument("--tp-sizes", type=int, nargs="+", default=[2], metavar="N")
     parser.add_argument("--target", default="cuda", choices=("cuda", "cpu"), help="default: %(default)s")
     parser.add_argument(
         "--dtype", default="float16", help="of the engines that are compared (default: %(default)s)"

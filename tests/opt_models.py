@@ -71,6 +71,7 @@ LONG_VARIANTS: Mapping[str, Mapping[str, Any]] = {
 
 RANK_VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "odd_sizes": {"hidden_size": 75, "num_attention_heads": 5, "ffn_dim": 77, "vocab_size": 101},
+    "cuda_odd_sizes": {"hidden_size": 448, "num_attention_heads": 7, "ffn_dim": 350, "vocab_size": 101},
 }
 """Variants that no number of ranks divides."""
 

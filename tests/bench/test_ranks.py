@@ -60,10 +60,11 @@ def test_steps_hold_the_tokens_of_all_sequences() -> None:
 
 def test_what_is_said_of_tokens() -> None:
     record = compare(found(reference()), found(reference()), reference())
-    data = {"model": "1.3b", "tp_size": 2, "dtype": "float16", "device": "GPU", "driver": "5", "torch": "2",
-            "commit": "abc", "date": "today", **record}  # fmt: skip
+    data = {"model": "1.3b", "dtype": "float16", "device": "GPU", "driver": "5", "torch": "2", "commit": "abc",
+            "date": "today", "records": [{"tp_size": n, **record} for n in (2, 4)]}  # fmt: skip
     text = rank_tokens.markdown(data)
     assert text.startswith("OPT-1.3B in float16 on 2 x GPU: given the tokens that one generates, 256 of 256")
+    assert " OPT-1.3B in float16 on 4 x GPU: " in text
     assert "alike for 64, 64, 64, 64." in text
 
 

@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallel on two GPUs with real processes. Oracles: transformers in float32, and one rank on one GPU.
+"""Tensor and pipeline parallel on two and four GPUs with real processes. Oracles: transformers in float32, one rank on one GPU.
 
 For failures: the promise that all ranks are gone within ten seconds, with a line that names rank and host.
 """
@@ -6,10 +6,12 @@ For failures: the promise that all ranks are gone within ten seconds, with a lin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,10 @@ class Case(NamedTuple):
     dtype: DType = DType.FLOAT16
     pp_size: int = 1
 
+    @property
+    def ranks(self) -> int:
+        return self.tp_size * self.pp_size
+
 
 CASES = [
     Case("cuda_pre_norm"),
@@ -48,20 +54,30 @@ CASES = [
     Case("cuda_head_dim_80_odd_vocabulary", dim=0),
     Case("cuda_pre_norm", tp_size=1, pp_size=2),
     Case("cuda_post_norm_projected", tp_size=1, dtype=DType.BFLOAT16, pp_size=2),
+    Case("cuda_pre_norm", tp_size=4),
+    Case("cuda_pre_norm", tp_size=4, dim=0, dtype=DType.BFLOAT16),
+    Case("cuda_post_norm_projected", tp_size=4, dim=1),
+    Case("cuda_odd_sizes", tp_size=4, dim=0),
+    Case("cuda_pre_norm", pp_size=2),
 ]
+
+
+def needs_gpus(count: int) -> None:
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} CUDA GPUs")
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Path]:
-    """Every case, and the one rank of the first."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA GPUs")
+    """Every case that there are GPUs for, and the one rank of the first."""
+    needs_gpus(2)
     folder = tmp_path_factory.mktemp("ranks")
     major, minor = torch.cuda.get_device_capability()
     options = {"target": "cuda", "target_options": {"architectures": [f"sm_{major}{minor}"]}}
     checkpoints = {v: OptCheckpoint.open(save_hf(v, folder / v)) for v in {case.variant for case in CASES}}
     made = {}
-    for case in [*CASES, CASES[0]._replace(tp_size=1)]:
+    possible = [case for case in CASES if case.ranks <= torch.cuda.device_count()]
+    for case in [*possible, CASES[0]._replace(tp_size=1)]:
         source = checkpoints[case.variant]
         model = dataclasses.replace(source.config, dtype=case.dtype)
         sharding = ShardingOptions(case.tp_size, case.dim is not None, case.dim or 0, case.pp_size)
@@ -73,29 +89,25 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Path]:
 
 Results = dict[tuple[str, bool], Any]
 """By the engine, and whether sums and norms were one kernel."""
+Jobs = Callable[[Case], Results]
 
 
 @pytest.fixture(scope="module")
-def results(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What every engine of tensor parallel computes, in one job of mpirun."""
-    path = tmp_path_factory.mktemp("results") / "results.pt"
-    return computed([engines[case] for case in CASES if case.pp_size == 1], path)
+def results(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """What a case computes, with all others of as many ranks and stages: each such job of mpirun runs once."""
 
+    @functools.cache
+    def job(ranks: int, pp_size: int) -> Results:
+        cases = [case for case in engines if (case.ranks, case.pp_size) == (ranks, pp_size)]
+        path = tmp_path_factory.mktemp("results") / "results.pt"
+        words = [sys.executable, str(SCRIPT), str(path), *(str(engines[case]) for case in cases)]
+        code, out, err = finish(mpirun((ranks, words)), JOB_S)
+        assert (code, out) == (0, ""), err
+        assert "no memory shared between GPUs" not in err, err
+        found: Results = torch.load(path)
+        return found
 
-@pytest.fixture(scope="module")
-def pipelined(engines: dict[Case, Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """And every pipeline, in another."""
-    path = tmp_path_factory.mktemp("pipelines") / "results.pt"
-    return computed([engines[case] for case in CASES if case.pp_size > 1], path)
-
-
-def computed(engines: list[Path], path: Path) -> Results:
-    words = [sys.executable, str(SCRIPT), str(path), *map(str, engines)]
-    code, out, err = finish(mpirun((2, words)), JOB_S)
-    assert (code, out) == (0, ""), err
-    assert "no memory shared between GPUs" not in err, err
-    found: Results = torch.load(path)
-    return found
+    return lambda case: job(case.ranks, case.pp_size)
 
 
 def assert_same_up_to_ties(variant: str, prompt: list[int], found: list[int], expected: list[int]) -> None:
@@ -109,13 +121,13 @@ def assert_same_up_to_ties(variant: str, prompt: list[int], found: list[int], ex
 
 @pytest.mark.parametrize("normed", [False, True], ids=["sum, then norm", "in one kernel"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_two_ranks_compute_what_transformers_does(
-    case: Case, normed: bool, engines: dict[Case, Path], request: pytest.FixtureRequest
+def test_ranks_compute_what_transformers_does(
+    case: Case, normed: bool, engines: dict[Case, Path], results: Jobs
 ) -> None:
     """Logits of prompts, chunks and CUDA graphs; and of greedy tokens, run ahead in graphs, each is the best by the float32
     logits for what came before it, or within the type's error of it."""
-    results = request.getfixturevalue("results" if case.pp_size == 1 else "pipelined")
-    found = results[str(engines[case]), normed]
+    needs_gpus(case.ranks)
+    found = results(case)[str(engines[case]), normed]
     reference = hf_logits(case.variant, TOKENS)
     assert max_error(found["logits"], reference) <= logits_tolerance(case.dtype, reference)
     assert found["chosen"] == found["logits"].argmax(-1).tolist()  # by every rank, on its device
@@ -128,15 +140,16 @@ def test_two_ranks_compute_what_transformers_does(
     assert agreed >= (0.97 if case.dtype is DType.FLOAT16 else 0.9) * sum(map(len, found["together"]))
 
 
-def test_the_kernel_of_small_sums(engines: dict[Case, Path]) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_kernel_of_small_sums(ranks: int) -> None:
     """Oracle: float64, and the bits of a float32 sum in the order of ranks."""
-    code, _, err = finish([sys.executable, "-m", "trtc.bench.all_reduce", "--nproc", "2", "--check"], JOB_S)
+    needs_gpus(ranks)
+    words = [sys.executable, "-m", "trtc.bench.all_reduce", "--nproc", str(ranks), "--check"]
+    code, _, err = finish(words, JOB_S)
     assert code == 0, err
 
 
-def test_nproc_gives_the_tokens_of_one_rank(
-    engines: dict[Case, Path], results: Results, tmp_path: Path
-) -> None:
+def test_nproc_gives_the_tokens_of_one_rank(engines: dict[Case, Path], results: Jobs, tmp_path: Path) -> None:
     """The launcher's ranks say what mpirun's did, and what one rank on one GPU says."""
     path = tmp_path / "out.json"
     prompt = ",".join(map(str, PROMPTS[0]))
@@ -144,22 +157,24 @@ def test_nproc_gives_the_tokens_of_one_rank(
     code, _, err = finish([*words, "--output-json", str(path), "--engine-dir", str(engines[CASES[0]])], JOB_S)
     assert code == 0, err
     (found,) = json.loads(path.read_text())
-    assert found["token_ids"] == results[str(engines[CASES[0]]), False]["alone"]
+    ranks = results(CASES[0])[str(engines[CASES[0]]), False]
+    assert found["token_ids"] == ranks["alone"]
     one = compute(engines[CASES[0]._replace(tp_size=1)])
     assert_same_up_to_ties(CASES[0].variant, PROMPTS[0], found["token_ids"], one["alone"])
     tolerance = logits_tolerance(DType.FLOAT16, one["logits"])
-    assert max_error(results[str(engines[CASES[0]]), False]["logits"], one["logits"]) <= tolerance
+    assert max_error(ranks["logits"], one["logits"]) <= tolerance
 
 
-def test_a_model_of_1_3b_says_on_two_ranks_what_it_says_on_one(
-    engines: dict[Case, Path], tmp_path: Path
-) -> None:
+def test_a_model_of_1_3b_says_on_ranks_what_it_says_on_one(tmp_path: Path) -> None:
     """Oracle: float32 on the CPU, with the tokens that one rank generates; see `bench/rank_tokens.py`."""
+    needs_gpus(2)
+    sizes = [str(ranks) for ranks in (2, 4) if ranks <= torch.cuda.device_count()]
     words = [sys.executable, "-m", "trtc.bench.rank_tokens", "--size", "1.3b", "--work-dir", str(tmp_path)]
-    words += ["--arch", "sm_{}{}".format(*torch.cuda.get_device_capability())]
+    words += ["--tp-sizes", *sizes, "--arch", "sm_{}{}".format(*torch.cuda.get_device_capability())]
     code, out, err = finish(words, JOB_S)
     assert code == 0, err
-    assert "next tokens are the same on 2 ranks" in out
+    for ranks in sizes:
+        assert f"next tokens are the same on {ranks} ranks" in out
 
 
 def test_more_ranks_than_gpus_are_refused(engines: dict[Case, Path], monkeypatch: pytest.MonkeyPatch) -> None:
