@@ -4,6 +4,7 @@ executor."""
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
@@ -22,7 +23,7 @@ class PagePool:
         self.num_pages = num_pages
         self._ref_counts = [0] * num_pages
         self._blank = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is used first
-        self._cached: dict[int, None] = {}  # free pages with content, least recently used first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # free, with content, least recently used first
         self._page_of: dict[PageKey, int] = {}
         self._key_of: dict[int, PageKey] = {}
 
@@ -96,8 +97,7 @@ class PagePool:
             assert (page in self._cached) == (page in self._key_of), f"free page {page} is in the wrong place"
 
     def _evict(self) -> int:
-        page = next(iter(self._cached))
-        del self._cached[page]
+        page, _ = self._cached.popitem(last=False)
         del self._page_of[self._key_of.pop(page)]
         return page
 
