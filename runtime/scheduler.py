@@ -20,9 +20,9 @@ from operator import attrgetter
 from ..core.errors import RequestError
 from .batch import Batch, ScheduledRequest, count_tokens, next_part
 from .drafting import Drafting
-from .kv_cache import PageKey, PagePool, pages_for
+from .kv_cache import PagePool, pages_for
 from .outputs import FinishReason
-from .prefix_cache import PrefixCache
+from .prefix_cache import ComingPages, PrefixCache
 from .request import Request, RequestStatus
 from .scheduler_config import SchedulerConfig
 
@@ -134,7 +134,7 @@ class Scheduler:
         )
         child.arrival = parent.arrival
         child.max_total_tokens = parent.max_total_tokens
-        child.token_ids = list(parent.token_ids)
+        child.token_ids = parent.token_ids[:]
         child.output_token_ids = list(parent.output_token_ids)
         child.page_keys = parent.page_keys[:full]
         begun = parent.page_ids[full:]
@@ -158,7 +158,7 @@ class Scheduler:
         return (
             bool(self.running)
             and all(map(self._is_decoding, self.running))
-            and self._pages_to_start(set()) is None
+            and self._pages_to_start(ComingPages(self.prefix_cache, ())) is None
         )
 
     def reserve(self, count: int) -> bool:
@@ -232,6 +232,7 @@ class Scheduler:
         """Counts the tokens of a step that was started as computed, with `PENDING` for those that it chooses."""
         for part in batch.scheduled:
             part.request.num_computed_tokens = part.end
+            self.prefix_cache.expect(part.request, part.end)
             if part.samples:
                 part.request.append_pending()
 
@@ -330,7 +331,7 @@ class Scheduler:
         scheduled: list[ScheduledRequest] = []
         if not self.waiting:
             return scheduled
-        coming = {key for request in self.running for key in self.prefix_cache.coming_from(request)}
+        coming = ComingPages(self.prefix_cache, self.running)
         while budget and (cached := self._pages_to_start(coming)) is not None:
             request = self.waiting.pop(0)
             insort(self.running, request, key=_place)
@@ -339,13 +340,13 @@ class Scheduler:
             missing = pages_for(request.num_tokens, self.config.page_size) - len(cached)
             request.page_ids = cached + self.pool.allocate(missing)
             self.prefix_cache.started(request, len(cached))
-            coming.update(self.prefix_cache.coming_from(request))
+            coming.add(request)
             count = min(budget, request.num_tokens - request.num_computed_tokens)
             scheduled.append(next_part(request, count))
             budget -= count
         return scheduled
 
-    def _pages_to_start(self, coming: set[PageKey]) -> list[int] | None:
+    def _pages_to_start(self, coming: ComingPages) -> list[int] | None:
         """The pages in the cache with which the first waiting request could be admitted; None when it cannot be.
 
         coming: what running requests are computing

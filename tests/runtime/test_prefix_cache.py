@@ -9,6 +9,7 @@ from trtc.core.errors import ConfigError
 from trtc.runtime.engine_core import EngineCore
 from trtc.runtime.outputs import RequestOutput
 from trtc.runtime.sampling_params import SamplingParams
+from trtc.runtime.step_input import Int32Array, StepInput
 
 from .test_decode_ahead import LoopToy
 from .test_step_queue import QueueToy
@@ -153,6 +154,23 @@ def test_a_step_that_failed_on_cached_pages_is_planned_again() -> None:
     while core.has_unfinished:
         outputs = core.step()
     assert outputs[0].outputs[0].token_ids == greedy_tokens(PROMPT, 2)
+
+
+def test_pages_are_hashed_while_the_device_computes_them() -> None:
+    """Before that, only the page that tells that nothing of a prompt is there."""
+    hashed = []
+
+    class Watched(QueueToy):
+        def start_step(self, step: StepInput, source: Int32Array | None) -> int:
+            hashed.append([len(request.page_keys) for request in core.scheduler.running])
+            return super().start_step(step, source)
+
+    core = EngineCore(Watched(max_num_tokens=64))
+    core.add_request("a", PROMPT, SamplingParams(max_tokens=2, temperature=0))
+    core.add_request("b", [9, *PROMPT], SamplingParams(max_tokens=2, temperature=0))
+    core.advance()
+    assert hashed == [[1, 1]]
+    assert [len(request.page_keys) for request in core.scheduler.running] == [3, 3]
 
 
 def test_check_integrity_sees_a_page_with_other_content() -> None:
