@@ -172,7 +172,7 @@ class AsyncLLM:
         """The text of a prompt, if it has one, and its token ids. Raises RequestError for what is no prompt."""
         value = _prompt_value(prompt)
         if not isinstance(value, str):
-            return None, _token_ids(value)
+            return None, list(_token_ids(value))
         if self.tokenizer is None:
             raise RequestError("text needs a tokenizer and this engine has none; give a list of token ids")
         return value, self.tokenizer.encode(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,9 +39,11 @@ class ScheduledRequest(NamedTuple):
         return self.num_prompt_rows + self.samples + len(self.draft)
 
     @property
-    def token_ids(self) -> list[int]:
+    def token_ids(self) -> array[int]:
         """What runs, the draft included."""
-        return [*self.request.token_ids[self.first : self.end], *self.draft]
+        token_ids = self.request.token_ids[self.first : self.end]
+        token_ids.extend(self.draft)
+        return token_ids
 
 
 @dataclass(frozen=True)

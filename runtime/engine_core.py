@@ -28,6 +28,7 @@ from .scheduler import Scheduler
 from .scheduler_config import SchedulerConfig
 from .step_input import StepInput
 from .step_queue import StepQueue
+from .token_ids import packed
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -139,8 +140,9 @@ class EngineCore:
             seed = int(self._seeds.integers(0, 2**64, dtype=np.uint64))
         stream = stream and params.num_sequences == params.n and params.beam_width == 1
         watched = stream or params.beam_width > 1
+        token_ids = packed(prompt_token_ids)
         sequences = [
-            self._sequence(request_id, list(prompt_token_ids), params, seed, index, priority, watched)
+            self._sequence(request_id, token_ids, params, seed, index, priority, watched)
             for index in range(1 if params.beam_width > 1 else params.num_sequences)
         ]
         first = sequences[0].request
@@ -335,7 +337,7 @@ class EngineCore:
     def _sequence(
         self,
         request_id: str,
-        prompt_token_ids: list[int],
+        prompt_token_ids: Sequence[int],
         params: SamplingParams,
         seed: int,
         index: int,
@@ -390,7 +392,7 @@ class EngineCore:
     def _score_prompt(self, request: Request, logits: torch.Tensor) -> None:
         """Row i of logits scores the i-th prompt token that has no logprobs yet."""
         first = len(request.prompt_logprobs)
-        token_ids = request.prompt_token_ids[first : first + len(logits)]
+        token_ids = list(request.prompt_token_ids[first : first + len(logits)])
         count = request.params.prompt_logprobs or 0
         request.prompt_logprobs += map(self._named, top_logprobs(logits, token_ids, [count] * len(token_ids)))
 

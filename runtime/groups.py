@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from .beam_search import BeamSearch, Hypothesis
 from .detokenizer import Detokenizer
@@ -38,6 +39,11 @@ class Group:
     sequences: list[Completion]
     search: BeamSearch | None
 
+    @cached_property
+    def prompt_token_ids(self) -> list[int]:
+        """As integers of Python's, for outputs."""
+        return self.first.token_ids[: self.first.num_prompt_tokens].tolist()
+
     @property
     def finished(self) -> bool:
         if self.search is not None:
@@ -56,7 +62,7 @@ def request_output(group: Group, tokenizer: Tokenizer | None) -> RequestOutput:
     return RequestOutput(
         request_id=group.request_id,
         prompt=group.prompt,
-        prompt_token_ids=list(first.prompt_token_ids),
+        prompt_token_ids=group.prompt_token_ids.copy(),
         prompt_logprobs=None if first.params.prompt_logprobs is None else list(first.prompt_logprobs),
         outputs=_completions(group) if group.search is None else _found(group, group.search, tokenizer),
         finished=group.finished,

@@ -20,6 +20,7 @@ from .outputs import RequestOutput
 from .prompt_lookup import PromptLookup
 from .request import check_line
 from .sampling_params import SamplingParams
+from .token_ids import packed, unsigned
 from .tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
@@ -158,7 +159,7 @@ class LLM:
                     on_output(output)
         return finished
 
-    def _tokenize(self, index: int, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _tokenize(self, index: int, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         """The text of a prompt, if it has one, and its token ids."""
         with _naming_prompt(index):
             value = _prompt_value(prompt)
@@ -201,11 +202,16 @@ def _prompt_value(prompt: object) -> object:
     return prompt[known[0]]
 
 
-def _token_ids(value: object) -> list[int]:
+def _token_ids(value: object) -> Sequence[int]:
     if not isinstance(value, list | tuple):
         raise RequestError(f"it is a {type(value).__name__}; accepted: {_ACCEPTED}")
-    if set(map(type, value)) <= {int}:  # the usual case, at the speed of C: prompts are long
-        return list(value)
+    try:
+        token_ids = packed(value)
+    except ValueError:
+        pass  # an item that is no integer, or a large one
+    else:  # as nearly always; only what has become 0 or 1 may have been a bool
+        if not token_ids or unsigned(token_ids).min() > 1 or set(map(type, value)) <= {int}:
+            return token_ids
     for position, item in enumerate(value):
         if isinstance(item, bool) or not isinstance(item, Integral):
             raise RequestError(f"its item {position} is {item!r}; accepted: integers, as token ids")

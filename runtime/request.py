@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -38,7 +40,7 @@ class Request:
     bad_words:           what must not come about in token_ids
     seed, sample_index:  key of its random stream; sample_index tells the n completions, or the beams, of one prompt apart
     priority:            its place in line as if it had come so many times `PRIORITY_STEP` requests later, or earlier
-    token_ids:           prompt and output, one list
+    token_ids:           prompt and output, 32 bits each: steps and page keys take them as they lie
     logprobs:            per output token, filled when `params.logprobs` is set
     prompt_logprobs:     per prompt token (None for the first), filled when `params.prompt_logprobs` is set
     lookup:              what guesses its next tokens, given by the scheduler where `params.prompt_lookup` asks for it
@@ -53,7 +55,7 @@ class Request:
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
     seed: int = 0
@@ -61,7 +63,7 @@ class Request:
     bad_words: BadWords = NONE
     priority: int = 0
 
-    token_ids: list[int] = field(init=False)
+    token_ids: array[int] = field(init=False)
     output_token_ids: list[int] = field(init=False, default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(init=False, default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(init=False, default_factory=list)
@@ -79,7 +81,7 @@ class Request:
     num_pending: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_token_ids)
+        self.token_ids = array("i", self.prompt_token_ids)
         ends = frozenset() if self.params.ignore_eos else self.eos_token_ids
         self.ending_token_ids = ends.union(self.params.stop_token_ids or ())
         if self.params.prompt_logprobs is not None:

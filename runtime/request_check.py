@@ -7,13 +7,17 @@ from collections.abc import Collection, Iterable, Sequence
 from ..core.errors import RequestError
 from .bad_words import bad_words
 from .sampling_params import SamplingParams
+from .token_ids import packed, unsigned
 from .tokenizer import Tokenizer
 
 
 def check_token_ids(prompt_token_ids: Sequence[int], vocab_size: int) -> None:
     """Raises RequestError naming the first token id of a prompt, of one token or more, that is not in the vocabulary."""
-    if min(prompt_token_ids) >= 0 and max(prompt_token_ids) < vocab_size:
-        return
+    try:
+        if unsigned(packed(prompt_token_ids)).max() < vocab_size:
+            return
+    except ValueError:
+        pass  # an id of more than 32 bits
     position, token_id = next((i, t) for i, t in enumerate(prompt_token_ids) if not 0 <= t < vocab_size)
     raise RequestError(
         f"token id {token_id} at position {position} is outside the vocabulary; accepted: 0 to {vocab_size - 1}"

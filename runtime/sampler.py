@@ -148,7 +148,7 @@ def _penalize(scores: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor
     return scores - frequency * output - presence * (output > 0)
 
 
-def _token_counts(sequences: Sequence[list[int]], like: torch.Tensor) -> torch.Tensor:
+def _token_counts(sequences: Sequence[Sequence[int]], like: torch.Tensor) -> torch.Tensor:
     """How often each token occurs in each sequence, [S, V]."""
     vocab_size, longest = like.shape[1], max(map(len, sequences))
     padded = np.full((len(sequences), longest), vocab_size, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from itertools import chain
 
@@ -50,9 +51,11 @@ class StepInput:
         rows = np.array([part.num_rows for part in parts], np.int32)
         query_start = np.zeros(len(parts) + 1, np.int32)
         np.cumsum(ends - firsts, out=query_start[1:])
-        token_ids = list(chain.from_iterable(part.token_ids for part in parts))
+        token_ids = array("i")
+        for part in parts:
+            token_ids += part.token_ids
         return cls(
-            token_ids=np.array(token_ids, np.int32),
+            token_ids=np.frombuffer(token_ids, np.int32),
             positions=_ranges(firsts, ends),
             query_start=query_start,
             kv_length=ends,
