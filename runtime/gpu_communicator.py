@@ -12,25 +12,42 @@ from .peer_memory import lend_memory
 
 SENT_BYTES = 8 << 20
 """What a GPU sends for one sum at most, in the kernels' packets, twice as large as what they hold: in one step its part, to
-each other GPU; more GPUs than two make larger sums in two steps, in which they send less. Above: NCCL, whose rings
-send less. On two H200s a part of 1 MB takes 8.8 us, one of 4 MB, the largest that is not NCCL's, 29.6 us; with NCCL 23.9 and
-41.2 us (`bench/results/gpus-all-reduce.json`). More GPUs were not measured."""
+each other GPU; in two, two pieces of it. Above: NCCL, whose rings send less. On two H200s a part of 4 MB, the largest that is
+not NCCL's, takes 29.6 us, with NCCL 41.2; on four one of 2 MB takes 27.1 us, with NCCL 35.5
+(`bench/results/gpus-all-reduce.json`). More GPUs were not measured."""
 
-NORMED_RANKS, NORMED_BYTES = 2, range(512 << 10, (2304 << 10) + 1)
-"""GPUs, and bytes of a part, whose sums one kernel makes together with the norm that follows. On two H200s that takes 3 to 13 %
-less than two kernels; smaller parts take as long or, in rows of several blocks, up to 11 % longer. Larger ones and more GPUs
-were not measured (`bench/results/gpus-all-reduce.json`)."""
+SAVED_BYTES = 300 << 10
+"""What a second step has to save a GPU from sending to be worth the wait for it, about a microsecond: on four H200s parts of 64
+KB take 4.6 us in one step and 5.1 in two, parts of 128 KB 5.8 and 5.4, parts of 1 MB 25.4 and 15.4."""
+
+NORMED_BYTES = 2304 << 10
+"""Bytes of the largest part whose sum one kernel makes together with the norm that follows; larger ones were not measured."""
 
 
 def largest_small_sum(ranks: int) -> int:
-    """Bytes of the largest part that is summed in one step."""
-    return SENT_BYTES // (2 * (ranks - 1)) // 16 * 16
+    """Bytes of the largest part that is summed in one step. Two GPUs would send no less in two."""
+    limit = SENT_BYTES // (2 * (ranks - 1))
+    if (
+        ranks > 2
+    ):  # each byte of a part is sent 2 (ranks - 1) times in packets, in two steps 4 (ranks - 1) / ranks times
+        limit = min(limit, SAVED_BYTES * ranks // ((ranks - 1) * (2 * ranks - 4)))
+    return limit // 16 * 16
 
 
 def largest_two_shot_sum(ranks: int) -> int:
     """Bytes of the largest part that is summed in two steps, of which a GPU sends two pieces of it to each other GPU. Two
     GPUs would send no less that way."""
     return SENT_BYTES * ranks // (4 * (ranks - 1)) // 16 * 16 if ranks > 2 else 0
+
+
+def normed_bytes(ranks: int) -> range:
+    """Bytes of a part whose sum and norm one kernel makes faster than two.
+
+    On two H200s by 3 to 13 %; smaller parts take as long or, in rows of several blocks, up to 11 % longer. On four, all that
+    are summed in two steps: 64 x 9216 in 19.5 us, a sum alone in 17; 64 x 4096 in 9.7, a sum alone in 9.2.
+    """
+    least = 512 << 10 if ranks == 2 else largest_small_sum(ranks) + 1
+    return range(least, NORMED_BYTES + 1)
 
 
 class GpuCommunicator:
@@ -53,8 +70,7 @@ class GpuCommunicator:
         if self._memory is not None:
             state = torch.zeros(2, dtype=torch.int32, device=device)
             self.small = AllReduce(library, self._memory.addresses, group.member, limit, state, two_shot)
-            if ranks <= NORMED_RANKS:
-                self._normed = AllReduceNorm(self.small)
+            self._normed, self._normed_bytes = AllReduceNorm(self.small), normed_bytes(ranks)
 
     def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
         """The sum over the ranks, the same bits on every rank; see `RankGroup.all_reduce`."""
@@ -64,7 +80,7 @@ class GpuCommunicator:
 
     def norms(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce_norm` serves `x`, and is faster than a sum and a norm."""
-        return self._normed is not None and x.nbytes in NORMED_BYTES and self._normed.serves(x)
+        return self._normed is not None and x.nbytes in self._normed_bytes and self._normed.serves(x)
 
     def all_reduce_norm(
         self,
