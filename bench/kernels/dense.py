@@ -58,8 +58,8 @@ ROWS = (1, 8, 16, 32, 64)
 TOLERANCE = 1e-3
 """Largest relative error in the 2-norm: one rounding to float16."""
 MIN_LAUNCHES = 60
-MULTICAST_WIDTHS = (*range(8, 65, 8), *range(80, 129, 16))
-MULTICAST_RINGS = ((BLOCK_BYTES, 8), (72 * 1024, 4), (2 * BLOCK_BYTES, 8))
+MULTICAST_WIDTHS = (*range(8, 129, 8), *range(144, 193, 16))
+MULTICAST_RINGS = ((BLOCK_BYTES, 4), (BLOCK_BYTES, 8), (72 * 1024, 4), (2 * BLOCK_BYTES, 8))
 """(bytes of a block, stages of x at least), for two, three or one block on a multiprocessor."""
 KINDS = ("stream", "tile", "warpgroup", "multicast")
 

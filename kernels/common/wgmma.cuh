@@ -61,6 +61,13 @@ __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.as
 #define TRTC_R24(v, i) TRTC_R16(v, i), TRTC_R8(v, i + 16)
 #define TRTC_R28(v, i) TRTC_R16(v, i), TRTC_R12(v, i + 16)
 #define TRTC_R32(v, i) TRTC_R16(v, i), TRTC_R16(v, i + 16)
+#define TRTC_R36(v, i) TRTC_R32(v, i), TRTC_R4(v, i + 32)
+#define TRTC_R40(v, i) TRTC_R32(v, i), TRTC_R8(v, i + 32)
+#define TRTC_R44(v, i) TRTC_R32(v, i), TRTC_R12(v, i + 32)
+#define TRTC_R48(v, i) TRTC_R32(v, i), TRTC_R16(v, i + 32)
+#define TRTC_R52(v, i) TRTC_R32(v, i), TRTC_R20(v, i + 32)
+#define TRTC_R56(v, i) TRTC_R32(v, i), TRTC_R24(v, i + 32)
+#define TRTC_R60(v, i) TRTC_R32(v, i), TRTC_R28(v, i + 32)
 #define TRTC_R64(v, i) TRTC_R32(v, i), TRTC_R32(v, i + 32)
 #define TRTC_P4 "%0, %1, %2, %3"
 #define TRTC_P8 TRTC_P4 ", %4, %5, %6, %7"
@@ -70,9 +77,14 @@ __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.as
 #define TRTC_P24 TRTC_P20 ", %20, %21, %22, %23"
 #define TRTC_P28 TRTC_P24 ", %24, %25, %26, %27"
 #define TRTC_P32 TRTC_P28 ", %28, %29, %30, %31"
-#define TRTC_P64                                                                                                     \
-    TRTC_P32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "\
-             "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TRTC_P36 TRTC_P32 ", %32, %33, %34, %35"
+#define TRTC_P40 TRTC_P36 ", %36, %37, %38, %39"
+#define TRTC_P44 TRTC_P40 ", %40, %41, %42, %43"
+#define TRTC_P48 TRTC_P44 ", %44, %45, %46, %47"
+#define TRTC_P52 TRTC_P48 ", %48, %49, %50, %51"
+#define TRTC_P56 TRTC_P52 ", %52, %53, %54, %55"
+#define TRTC_P60 TRTC_P56 ", %56, %57, %58, %59"
+#define TRTC_P64 TRTC_P60 ", %60, %61, %62, %63"
 
 template <typename T, int kColumns>
 struct Wgmma;
@@ -115,6 +127,13 @@ struct Wgmma;
     TRTC_WGMMA(T, TYPE, 48, TRTC_R24, TRTC_P24, "24", "25", "26", "27", "28", "29")  \
     TRTC_WGMMA(T, TYPE, 56, TRTC_R28, TRTC_P28, "28", "29", "30", "31", "32", "33")  \
     TRTC_WGMMA(T, TYPE, 64, TRTC_R32, TRTC_P32, "32", "33", "34", "35", "36", "37")  \
+    TRTC_WGMMA(T, TYPE, 72, TRTC_R36, TRTC_P36, "36", "37", "38", "39", "40", "41")  \
+    TRTC_WGMMA(T, TYPE, 80, TRTC_R40, TRTC_P40, "40", "41", "42", "43", "44", "45")  \
+    TRTC_WGMMA(T, TYPE, 88, TRTC_R44, TRTC_P44, "44", "45", "46", "47", "48", "49")  \
+    TRTC_WGMMA(T, TYPE, 96, TRTC_R48, TRTC_P48, "48", "49", "50", "51", "52", "53")  \
+    TRTC_WGMMA(T, TYPE, 104, TRTC_R52, TRTC_P52, "52", "53", "54", "55", "56", "57") \
+    TRTC_WGMMA(T, TYPE, 112, TRTC_R56, TRTC_P56, "56", "57", "58", "59", "60", "61") \
+    TRTC_WGMMA(T, TYPE, 120, TRTC_R60, TRTC_P60, "60", "61", "62", "63", "64", "65") \
     TRTC_WGMMA(T, TYPE, 128, TRTC_R64, TRTC_P64, "64", "65", "66", "67", "68", "69")
 
 TRTC_WGMMA_WIDTHS(__half, "f16")

@@ -22,6 +22,9 @@ SMALL_WEIGHT = 3_500_000
 
 MOST_FEATURES = 128
 
+SUM_STAGES = 2
+"""Stages of W that the sums of parts of K take the room of."""
+
 LEAST_ROW_STAGES = 4
 """Stages of x in flight before W gets the rest of a block's shared memory."""
 
@@ -30,7 +33,7 @@ LEAST_ROW_STAGES = 4
 class MulticastPlan:
     """A launch of `linear_multicast` (sm_90a): clusters of `copies` blocks that share x times `split` parts of K.
 
-    features_per_block:        a multiple of 8 up to 64, or of 16 up to 128.
+    features_per_block:        a multiple of 8 up to 128, or of 16 up to 256; of 16 above 64, two warpgroups share them.
     copies:                    blocks that each load a share of the rows of x for all (1, 2, 4 or 8); times split at most 8.
     split:                     parts of K (1, 2, 4 or 8).
     weight_stages, row_stages: of 64 columns, in the rings of W and x.
@@ -68,13 +71,12 @@ class MulticastPlan:
         """Dynamic shared memory; the layout is that at the top of `linear_multicast`."""
         row_ring = self.row_stages * self.tile_rows * SWIZZLED_ROW_BYTES
         weight_ring = self.weight_stages * self.features_per_block * SWIZZLED_ROW_BYTES
-        behind = behind_rings_bytes(self.features_per_block, self.split)
         read_beyond = (TOKENS - self.tile_rows) * SWIZZLED_ROW_BYTES
-        return row_ring + max(weight_ring + behind, read_beyond)
+        return row_ring + max(weight_ring, read_beyond)
 
     def launch_shape(self, dependent: bool) -> LaunchShape:
         ranges = round_up(ceil_div(self.features, self.features_per_block), self.copies)
-        threads = 288 if self.features_per_block > 64 else 160
+        threads = 288 if self.features_per_block > 64 and self.features_per_block % 16 == 0 else 160
         size = self.copies * self.split
         cluster = (size,) if size > 1 else ()
         return LaunchShape(
@@ -101,10 +103,11 @@ def plan_multicast(
     needed = ceil_div(columns_per_block(columns, split), SWIZZLED_COLUMNS)
     row_bytes = round_up(rows, 8 * copies) * SWIZZLED_ROW_BYTES
     weight_bytes = features_per_block * SWIZZLED_ROW_BYTES
-    room = block_bytes - behind_rings_bytes(features_per_block, split)
     row_stages = min(row_stages, needed, MAX_ROW_STAGES)
-    weight_stages = max(2, min(needed, MAX_WEIGHT_STAGES, (room - row_stages * row_bytes) // weight_bytes))
-    more = (room - weight_stages * weight_bytes) // row_bytes
+    most = needed + SUM_STAGES if split > 1 else needed
+    fitting = (block_bytes - row_stages * row_bytes) // weight_bytes
+    weight_stages = max(SUM_STAGES, min(most, MAX_WEIGHT_STAGES, fitting))
+    more = (block_bytes - weight_stages * weight_bytes) // row_bytes
     row_stages = max(row_stages, min(needed, MAX_ROW_STAGES, more))
     return MulticastPlan(
         rows, features, columns, features_per_block, copies, split, weight_stages, row_stages
@@ -148,8 +151,3 @@ def choose_multicast(rows: int, features: int, columns: int, multiprocessors: in
 def columns_per_block(columns: int, split: int) -> int:
     """Columns of K that a part takes, whole stages."""
     return round_up(ceil_div(columns, split), SWIZZLED_COLUMNS)
-
-
-def behind_rings_bytes(features_per_block: int, split: int) -> int:
-    """Shared memory for the sums that parts send each other."""
-    return TOKENS * features_per_block * 4 if split > 1 else 0

@@ -4,20 +4,26 @@
 
 namespace trtc {
 
-// Two neighbouring outputs of a row; those from `count` on do not exist.
+// A pair of neighbouring outputs of a row in bits; those from `count` on do not exist. Aligned, the pair is there or not.
 template <typename T>
-__device__ __forceinline__ typename PairOf<T>::type load_pair(const T* pointer, int count, bool aligned) {
-    typename PairOf<T>::type pair;
-    pair_from_float(pair, make_float2(0.f, 0.f));
-    if (aligned && count >= 2) {
-        *reinterpret_cast<uint32*>(&pair) = __ldcg(reinterpret_cast<const uint32*>(pointer));
+__device__ __forceinline__ uint32 load_bits(const T* pointer, int count, bool aligned) {
+    uint32 bits = 0;
+    if (aligned) {
+        if (count > 0) bits = __ldcg(reinterpret_cast<const uint32*>(pointer));
     } else {
-        if (count > 0) pair.x = __ldcg(pointer);
-        if (count > 1) pair.y = __ldcg(pointer + 1);
+        const unsigned short* halves = reinterpret_cast<const unsigned short*>(pointer);
+        if (count > 0) bits = __ldcg(halves);
+        if (count > 1) bits |= static_cast<uint32>(__ldcg(halves + 1)) << 16;
     }
-    return pair;
+    return bits;
 }
 
+template <typename T>
+__device__ __forceinline__ float2 pair_of_bits(uint32 bits) {
+    return pair_to_float(reinterpret_cast<const typename PairOf<T>::type&>(bits));
+}
+
+// Those from `count` on are not stored.
 template <typename T>
 __device__ __forceinline__ void store_pair(T* pointer, float2 value, int count, bool aligned) {
     using Pair = typename PairOf<T>::type;

@@ -144,25 +144,6 @@ __device__ __forceinline__ void fetch_constants(uint32 place, const T* scales, c
     }
 }
 
-// A pair of neighbouring outputs of a row in bits; those from `count` on do not exist. Aligned, the pair is there or not.
-template <typename T>
-__device__ __forceinline__ uint32 load_bits(const T* pointer, int count, bool aligned) {
-    uint32 bits = 0;
-    if (aligned) {
-        if (count > 0) bits = __ldcg(reinterpret_cast<const uint32*>(pointer));
-    } else {
-        const unsigned short* halves = reinterpret_cast<const unsigned short*>(pointer);
-        if (count > 0) bits = __ldcg(halves);
-        if (count > 1) bits |= static_cast<uint32>(__ldcg(halves + 1)) << 16;
-    }
-    return bits;
-}
-
-template <typename T>
-__device__ __forceinline__ float2 pair_of_bits(uint32 bits) {
-    return pair_to_float(reinterpret_cast<const typename PairOf<T>::type&>(bits));
-}
-
 // What becomes of the sums of a thread's rows of W: parts send them to each other, and each writes the rows of x it finishes.
 // After an exchange between lanes of neighbouring features, a thread has of each octet one row and two pairs of features, 8
 // apart. received: [kSplit][kGroups * kGroupWarps][kPartOctetsOf][32], whose bytes from other parts sums_full counts.
