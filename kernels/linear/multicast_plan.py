@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..launch import SWIZZLED_COLUMNS, LaunchShape
 from ..nvrtc import KernelSource
-from .sizes import BLOCK_BYTES, FOLDER, SWIZZLED_ROW_BYTES, ceil_div, round_up
+from .sizes import BLOCK_BYTES, FOLDER, SWIZZLED_ROW_BYTES, ceil_div, resident_clusters, round_up
 
 MULTICAST_SIGNATURE = "PPPTTiiiiiiii"
 MAX_WEIGHT_STAGES = 32
@@ -17,6 +17,9 @@ TOKENS = 64
 LEAST_ROWS = 33
 """Rows from which the kernel was measured to be the fastest of ours."""
 
+MAX_NARROW_FEATURES = 32_768
+"""More features are logits."""
+
 SMALL_WEIGHT = 3_500_000
 """Elements of a weight under which a kernel's time is latency (3072 x 768 is under it)."""
 
@@ -25,6 +28,14 @@ MOST_FEATURES = 128
 SUM_STAGES = 2
 """Stages of W that the sums of parts of K take the room of."""
 
+MAX_SPLIT = 8
+LEAST_PART_COLUMNS = 512
+"""Columns of a part of K of a large weight, at least: fewer are not worth the exchange of sums."""
+
+LEAST_WIDTH = 64
+"""Features of a block of a large weight, at least, while K can be split instead: its rows of x are 64 at most."""
+
+LARGE_ROW_STAGES = 6
 LEAST_ROW_STAGES = 4
 """Stages of x in flight before W gets the rest of a block's shared memory."""
 
@@ -114,19 +125,47 @@ def plan_multicast(
     )
 
 
-def takes_multicast(rows: int, features: int, columns: int) -> bool:
+def takes_multicast(rows: int, features: int) -> bool:
     """Whether multicast.cu is the kernel for more than 16 rows of these sizes on Hopper, as measured."""
-    return rows >= LEAST_ROWS and features * columns < SMALL_WEIGHT
+    return rows >= LEAST_ROWS and features <= MAX_NARROW_FEATURES
 
 
 def choose_multicast(rows: int, features: int, columns: int, multiprocessors: int) -> MulticastPlan | None:
     """The plan for a shape, or None where another kernel is faster. Whether there is one depends on the sizes alone.
 
     What a block reads is x over its part of K and as much of W: wide blocks over parts of K read less, and parts have sums to
-    send. A multiprocessor keeps room for a block of the next kernel.
+    send. A multiprocessor has room for two blocks: of this kernel, or one of it and one of the next.
     """
-    if not takes_multicast(rows, features, columns):
+    if not takes_multicast(rows, features):
         return None
+    if features * columns < SMALL_WEIGHT:
+        return _choose_small(rows, features, columns, multiprocessors)
+    split, width = 1, even_width(features, 2 * resident_clusters(1, multiprocessors))
+    while width < LEAST_WIDTH and split < MAX_SPLIT and columns >= 2 * split * LEAST_PART_COLUMNS:
+        split *= 2
+        width = even_width(features, 2 * resident_clusters(split, multiprocessors))
+    if width < LEAST_WIDTH:  # a block a multiprocessor
+        width = even_width(features, resident_clusters(split, multiprocessors))
+    return plan_multicast(
+        rows,
+        features,
+        columns,
+        features_per_block=width,
+        copies=1,
+        split=split,
+        row_stages=LARGE_ROW_STAGES,
+    )
+
+
+def even_width(features: int, ranges: int) -> int:
+    """Features of a block, at most MOST_FEATURES, that are as many for each of so many ranges, or of whole waves of them."""
+    ranges = max(1, ranges)
+    waves = ceil_div(features, MOST_FEATURES * ranges)
+    return round_up(ceil_div(features, ranges * waves), 8)
+
+
+def _choose_small(rows: int, features: int, columns: int, multiprocessors: int) -> MulticastPlan:
+    """Weights that are read in a few microseconds: blocks that share x, fewer than there are multiprocessors."""
     split = 2 if features >= 2 * columns else 4
     blocks = (
         multiprocessors
@@ -135,7 +174,7 @@ def choose_multicast(rows: int, features: int, columns: int, multiprocessors: in
         if columns <= 2048
         else multiprocessors * 2 // 3
     )
-    width = min(MOST_FEATURES, round_up(ceil_div(features, max(1, blocks // split)), 8))
+    width = even_width(features, blocks // split)
     width = round_up(width, 16) if width > 64 else width
     return plan_multicast(
         rows,

@@ -10,6 +10,7 @@ from ..errors import KernelContractError
 from ..launch import SWIZZLED_COLUMNS, LaunchShape
 from ..nvrtc import KernelSource
 from .formats import FLOAT, WEIGHTS, StoredWeight
+from .multicast_plan import MAX_NARROW_FEATURES as MAX_NARROW_FEATURES
 from .multicast_plan import SMALL_WEIGHT as SMALL_WEIGHT
 from .multicast_plan import MulticastPlan, choose_multicast
 from .quantized_warpgroup_plan import QuantizedWarpgroupPlan
@@ -54,7 +55,6 @@ MOMENTS_BYTES = 1024
 
 MAX_STREAM_ROWS = 16
 MAX_ROWS = 64
-MAX_NARROW_FEATURES = 32_768
 
 
 @dataclass(frozen=True)
