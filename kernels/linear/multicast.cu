@@ -1,16 +1,15 @@
-// Linear layer for 17 to 64 rows on Hopper, for weights that are read in a few microseconds:
-// y = act(x W^T + b) + residual.
+// Linear layer for up to 64 rows on Hopper: y = act(x W^T + b) + residual.
 //
-// A block owns kFeatures rows of W ("features"). What costs is not W but x: every block needs all of it, and only once
-// the predecessor has ended. So neighbouring blocks form a cluster in which each asks the tensor copy engine for a share
-// of the rows of a stage (64 columns) of x and has it delivered to all; and W, which no predecessor writes, is on its
-// way into a ring of its own before the wait. Clusters start at different columns, so that not all read the same lines
-// of L2 at once.
+// A block owns kFeatures rows of W ("features"). W, which no predecessor writes, is on its way into a ring of its own before
+// the wait; x comes through another. Where weights are small, what costs is x: every block needs all of it, and only once the
+// predecessor has ended. So neighbouring blocks can form a cluster in which each asks the tensor copy engine for a share of
+// the rows of a stage (64 columns) of x and has it delivered to all. Clusters start at different columns, so that not all
+// read the same lines of L2 at once.
 //
 // x is the 64-row operand of wgmma, the block's features are its columns. Where a block would have too few features for its
 // x, kSplit parts of the cluster share K; each part sends its sums to the part that finishes their rows, in one exchange.
-// They land in the ring of W, in places that are done with, as the parts tell each other some stages before the end. So a
-// block needs no more than half of a multiprocessor's shared memory, and the next kernel's W is on its way beside it.
+// They land in the ring of W, in places that are done with, as the parts tell each other some stages before the end. So
+// their room is not taken from what is in flight.
 #include "common/activation.cuh"
 #include "common/async.cuh"
 #include "common/cluster.cuh"
