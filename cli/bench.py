@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.early_start import begin_loading
 from ..runtime.heap import keep_heap, without_collection
 from .common import add_kv_cache_memory
 from .ranks import add_nproc, enter_job
 from .run import write_json
+
+if TYPE_CHECKING:
+    from ..runtime.load_core import LoadOptions
 
 NAME = "bench"
 HELP = "time an engine: prefill, decode step and mixed load, beside the limit of the memory"
@@ -46,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     from ..runtime.bench_case import Case
 
     cases = tuple(map(Case.parse, args.cases))  # first: what is wrong is said at once
-    load_options: dict[str, Any] = {
+    load_options: LoadOptions = {
         "verify": not args.no_verify,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
     }

@@ -6,9 +6,12 @@ import argparse
 import os
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 from ..core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..runtime.load_core import LoadOptions
 
 
 def add_nproc(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +20,9 @@ def add_nproc(parser: argparse.ArgumentParser) -> None:
                         "else one)")  # fmt: skip
 
 
-def enter_job(args: argparse.Namespace, *, drain_s: float | None = None, **load_options: Any) -> int | None:
+def enter_job(
+    args: argparse.Namespace, *, drain_s: float | None = None, **load_options: Unpack[LoadOptions]
+) -> int | None:
     """What comes before a command that loads an engine: the exit code where that is all this process has to do.
 
     `--nproc` starts the ranks, which run the same command line, and waits for them. A rank other than 0 follows rank 0 to

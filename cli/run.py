@@ -20,6 +20,7 @@ from .summarize import add_prompt_lookup
 
 if TYPE_CHECKING:
     from ..runtime.llm import Prompt
+    from ..runtime.load_core import LoadOptions
     from ..runtime.outputs import CompletionOutput, Logprob, RequestOutput
 
 NAME = "run"
@@ -86,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    load_options: dict[str, Any] = {"kv_cache_memory_bytes": args.kv_cache_memory_bytes}
+    load_options: LoadOptions = {"kv_cache_memory_bytes": args.kv_cache_memory_bytes}
     code = enter_job(args, **load_options)
     if code is not None:
         return code

@@ -7,12 +7,16 @@ import os
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core.errors import TargetError
 from ..runtime.server.config import ServerConfig
 from .common import add_kv_cache
 from .ranks import add_nproc, enter_job
 from .summarize import add_prompt_lookup
+
+if TYPE_CHECKING:
+    from ..runtime.load_core import EngineOptions
 
 NAME = "serve"
 HELP = "serve an engine over HTTP, with OpenAI's interface"
@@ -76,11 +80,16 @@ def main(args: argparse.Namespace) -> int:
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise TargetError(f"serving needs the package {missing[0]}: pip install 'trtc[serve]'")
-    load_options = {"kv_cache_memory_bytes": args.kv_cache_memory_bytes}
-    code = enter_job(args, drain_s=config.drain_timeout_s + _LAST_WORDS_S, **load_options)
+    cache_bytes = args.kv_cache_memory_bytes
+    drain_s = config.drain_timeout_s + _LAST_WORDS_S
+    code = enter_job(args, drain_s=drain_s, kv_cache_memory_bytes=cache_bytes)
     if code is not None:
         return code
-    options = {**load_options, "enable_prefix_cache": args.enable_prefix_cache, "prompt_lookup": lookup}
+    options: EngineOptions = {
+        "kv_cache_memory_bytes": cache_bytes,
+        "enable_prefix_cache": args.enable_prefix_cache,
+        "prompt_lookup": lookup,
+    }
     with ExitStack() as stack:
         worker = None
         if placement().size == 1:  # a rank is the process that its job has started

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from itertools import count
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, Unpack
 
 from ..core.errors import RequestError
 from .engine_core import EngineCore
@@ -15,10 +15,9 @@ from .engine_process import EngineProcess
 from .engine_thread import EngineStats, EngineThread, OnFinished, Submission
 from .executor import Executor
 from .llm import Prompt, _prompt_value, _token_ids
-from .load import load_executor
+from .load_core import CoreOptions, EngineOptions, load_core
 from .output_stream import OutputStream
 from .outputs import RequestOutput
-from .prompt_lookup import PromptLookup
 from .request import check_line
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
@@ -41,41 +40,23 @@ class AsyncLLM:
         self,
         engine_dir: str | PathLike[str],
         *,
-        num_pages: int | None = None,
-        kv_cache_memory_bytes: int | None = None,
-        verify: bool = True,
-        seed: int = 0,
-        enable_prefix_cache: bool = True,
-        prompt_lookup: PromptLookup | None = None,
         on_finished: OnFinished | None = None,
         own_process: bool = False,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        """Loads an engine directory. `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`.
+        """Loads an engine directory.
 
-        seed:        of the stream from which requests without a seed draw theirs
-        enable_prefix_cache: a prompt starts behind what an earlier one with the same beginning has left in the KV cache
-        prompt_lookup: for greedy requests that ask for nothing else
         on_finished: called for every request that has ended, in a thread of the engine's
         own_process: the engine runs in a process of its own, where steps do not wait for what this one does with their tokens;
                      not for an engine of several ranks
+        options:     those of `LLM`
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
         machine cannot run it.
         """
-        options = {
-            "seed": seed,
-            "enable_prefix_cache": enable_prefix_cache,
-            "prompt_lookup": prompt_lookup,
-        }
-        loading: dict[str, Any] = {
-            "num_pages": num_pages,
-            "kv_cache_memory_bytes": kv_cache_memory_bytes,
-            "verify": verify,
-        }
         if own_process:
-            self._talk(Worker(engine_dir, **loading, **options), on_finished)
+            self._talk(Worker(engine_dir, **options), on_finished)
         else:
-            executor = load_executor(engine_dir, **loading)
-            self._start(executor, Tokenizer.from_dir(engine_dir), options, on_finished)
+            self._start(load_core(engine_dir, **options), on_finished)
 
     @classmethod
     def from_worker(cls, worker: Worker, *, on_finished: OnFinished | None = None) -> Self:
@@ -90,31 +71,17 @@ class AsyncLLM:
         executor: Executor,
         tokenizer: Tokenizer | None = None,
         *,
-        seed: int = 0,
-        enable_prefix_cache: bool = True,
-        prompt_lookup: PromptLookup | None = None,
         on_finished: OnFinished | None = None,
+        **options: Unpack[CoreOptions],
     ) -> Self:
         """Runs on an executor that is loaded already, or that is not made from an engine directory."""
         llm = cls.__new__(cls)
-        options = {
-            "seed": seed,
-            "enable_prefix_cache": enable_prefix_cache,
-            "prompt_lookup": prompt_lookup,
-        }
-        llm._start(executor, tokenizer, options, on_finished)
+        llm._start(EngineCore(executor, tokenizer, **options), on_finished)
         return llm
 
-    def _start(
-        self,
-        executor: Executor,
-        tokenizer: Tokenizer | None,
-        options: dict[str, Any],
-        on_finished: OnFinished | None,
-    ) -> None:
-        self.executor, self.tokenizer = executor, tokenizer
-        self._core = EngineCore(executor, tokenizer, **options)
-        self._engine = EngineThread(self._core, on_finished)
+    def _start(self, core: EngineCore, on_finished: OnFinished | None) -> None:
+        self._core, self.executor, self.tokenizer = core, core.executor, core.tokenizer
+        self._engine = EngineThread(core, on_finished)
 
     def _talk(self, worker: Worker, on_finished: OnFinished | None) -> None:
         try:

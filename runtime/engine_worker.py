@@ -14,13 +14,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..core.errors import EngineError, TrtcError
-from .engine_core import EngineCore
 from .engine_process import Limits, LogLine, News
 from .engine_thread import EngineThread, RequestStats, Submission
 from .heap import keep_heap
-from .load import load_executor
+from .load_core import EngineOptions, load_core
 from .output_stream import Update
-from .tokenizer import Tokenizer
 
 SWITCH_S = 0.0005
 """A thread may keep the interpreter so long from another: the engine's gives it up at every launch of a kernel, and with
@@ -83,19 +81,13 @@ class NewsOutlet:
         self._ended.clear()
 
 
-def run(connection: Connection, engine_dir: str | os.PathLike[str], options: dict[str, Any]) -> None:
-    """Loads an engine, says what it takes, and serves until it is told to stop or the other process is gone.
-
-    options: `num_pages`, `kv_cache_memory_bytes`, `verify` of `load_executor`, and `seed`, `enable_prefix_cache`,
-    `prompt_lookup` of `EngineCore`
-    """
+def run(connection: Connection, engine_dir: str | os.PathLike[str], options: EngineOptions) -> None:
+    """Loads an engine, says what it takes, and serves until it is told to stop or the other process is gone."""
     sender = Sender(connection)
     logging.getLogger().handlers = [LogSender(sender)]
     logging.captureWarnings(True)
     try:
-        loading = ("num_pages", "kv_cache_memory_bytes", "verify")
-        executor = load_executor(engine_dir, **{name: options.pop(name) for name in loading})
-        core = EngineCore(executor, Tokenizer.from_dir(engine_dir), **options)
+        core = load_core(engine_dir, **options)
     except TrtcError as error:
         sender.send(error)
         return
@@ -106,9 +98,9 @@ def run(connection: Connection, engine_dir: str | os.PathLike[str], options: dic
     ended: list[RequestStats] = []
     sys.setswitchinterval(SWITCH_S)
     keep_heap()
-    sender.send(Limits.of(executor))
+    sender.send(Limits.of(core.executor))
     take_commands(connection, EngineThread(core, ended.append, partial(NewsOutlet, sender, ended)))
-    executor.close()
+    core.executor.close()
 
 
 def take_commands(connection: Connection, engine: EngineThread) -> None:

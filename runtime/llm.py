@@ -10,14 +10,13 @@ from itertools import count
 from numbers import Integral
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, Unpack
 
 from ..core.errors import RequestError
 from .engine_core import EngineCore
 from .executor import Executor
-from .load import load_executor
+from .load_core import CoreOptions, EngineOptions, load_core
 from .outputs import RequestOutput
-from .prompt_lookup import PromptLookup
 from .request import check_line
 from .sampling_params import SamplingParams
 from .token_ids import packed, unsigned
@@ -32,61 +31,27 @@ _ACCEPTED = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids":
 class LLM:
     """Offline generation: `LLM(engine_dir).generate(prompts, SamplingParams(...))`."""
 
-    def __init__(
-        self,
-        engine_dir: str | PathLike[str],
-        *,
-        num_pages: int | None = None,
-        kv_cache_memory_bytes: int | None = None,
-        verify: bool = True,
-        seed: int = 0,
-        enable_prefix_cache: bool = True,
-        prompt_lookup: PromptLookup | None = None,
-    ) -> None:
-        """Loads an engine directory. `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`.
+    def __init__(self, engine_dir: str | PathLike[str], **options: Unpack[EngineOptions]) -> None:
+        """Loads an engine directory.
 
-        seed: of the stream from which requests without a seed draw theirs
-        enable_prefix_cache: a prompt starts behind what an earlier one with the same beginning has left in the KV cache
-        prompt_lookup: for greedy requests that ask for nothing else
+        options: `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`; `seed`, `enable_prefix_cache`,
+                 `prompt_lookup`: see `CoreOptions`
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
         machine cannot run it.
         """
-        executor = load_executor(
-            engine_dir, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, verify=verify
-        )
-        self._start(executor, Tokenizer.from_dir(engine_dir), seed, enable_prefix_cache, prompt_lookup)
+        self._start(load_core(engine_dir, **options))
 
     @classmethod
     def from_executor(
-        cls,
-        executor: Executor,
-        tokenizer: Tokenizer | None = None,
-        *,
-        seed: int = 0,
-        enable_prefix_cache: bool = True,
-        prompt_lookup: PromptLookup | None = None,
+        cls, executor: Executor, tokenizer: Tokenizer | None = None, **options: Unpack[CoreOptions]
     ) -> Self:
         """Runs on an executor that is loaded already, or that is not made from an engine directory."""
         llm = cls.__new__(cls)
-        llm._start(executor, tokenizer, seed, enable_prefix_cache, prompt_lookup)
+        llm._start(EngineCore(executor, tokenizer, **options))
         return llm
 
-    def _start(
-        self,
-        executor: Executor,
-        tokenizer: Tokenizer | None,
-        seed: int,
-        enable_prefix_cache: bool,
-        prompt_lookup: PromptLookup | None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.core = EngineCore(
-            executor,
-            tokenizer,
-            seed=seed,
-            enable_prefix_cache=enable_prefix_cache,
-            prompt_lookup=prompt_lookup,
-        )
+    def _start(self, core: EngineCore) -> None:
+        self.core, self.tokenizer = core, core.tokenizer
         self._request_ids = map(str, count())
         self._busy = threading.Lock()
 

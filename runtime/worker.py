@@ -5,21 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from multiprocessing.connection import Pipe
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self, Unpack
+
+if TYPE_CHECKING:
+    from .load_core import EngineOptions
 
 MODULE = "trtc.runtime.worker_main"
 """What the process runs."""
-_DEFAULTS: Mapping[str, Any] = {
-    "num_pages": None,
-    "kv_cache_memory_bytes": None,
-    "verify": True,
-    "seed": 0,
-    "enable_prefix_cache": True,
-    "prompt_lookup": None,
-}
 
 
 class Worker:
@@ -28,14 +22,14 @@ class Worker:
     Leaving it as a context ends the process, which does nothing when that has ended well.
     """
 
-    def __init__(self, engine_dir: str | os.PathLike[str], **options: Any) -> None:
-        """options: those of `LLM`, by name"""
+    def __init__(self, engine_dir: str | os.PathLike[str], **options: Unpack[EngineOptions]) -> None:
+        """options: those of `LLM`"""
         self.engine_dir = engine_dir
         self.connection, other = Pipe()
         command = [sys.executable, "-P", "-m", MODULE, str(other.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL)
         other.close()  # so that the end of either process is the end of the connection
-        self.connection.send((os.fspath(engine_dir), {**_DEFAULTS, **options}))
+        self.connection.send((os.fspath(engine_dir), options))
 
     def kill(self) -> None:
         self.process.kill()

@@ -19,7 +19,7 @@ def main(connection: Connection) -> None:
         signal.signal(number, signal.SIG_IGN)  # sent to all processes; the other one says what to do
     engine_dir, options = connection.recv()
     try:
-        begun = begin_loading(engine_dir, verify=options["verify"])
+        begun = begin_loading(engine_dir, verify=options.get("verify", True))
     except TrtcError as error:
         connection.send(error)
         return

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Unpack
 
 import uvicorn
 
@@ -20,7 +21,7 @@ from ..async_llm import AsyncLLM
 from ..engine_thread import RequestStats
 from ..engine_worker import SWITCH_S
 from ..heap import keep_heap
-from ..prompt_lookup import PromptLookup
+from ..load_core import EngineOptions
 from ..worker import Worker
 from .app import Service, create_app
 from .chat_template import ChatTemplate
@@ -37,16 +38,14 @@ def serve(
     engine_dir: str | Path,
     config: ServerConfig,
     *,
-    kv_cache_memory_bytes: int | None = None,
-    enable_prefix_cache: bool = True,
-    prompt_lookup: PromptLookup | None = None,
     worker: Worker | None = None,
+    **options: Unpack[EngineOptions],
 ) -> None:
     """Serves an engine until SIGTERM or SIGINT; then finishes what runs and returns. Call it in the main thread.
 
-    prompt_lookup: for greedy requests
-    worker:        has begun to load the engine, and got the other options; None: the engine is loaded here, and runs in a
-                   thread, as a rank has it
+    worker:  has begun to load the engine, and got the options; None: the engine is loaded here, and runs in a thread, as a
+             rank has it
+    options: those of `LLM`
     Raises ConfigError when host and port cannot be had, EngineError and TargetError as `LLM` does.
     """
     with _bound_socket(config) as listener:  # before the engine: a port in use is known at once
@@ -60,13 +59,7 @@ def serve(
         if worker is not None:
             llm = AsyncLLM.from_worker(worker, on_finished=request_ended)
         else:
-            llm = AsyncLLM(
-                engine_dir,
-                kv_cache_memory_bytes=kv_cache_memory_bytes,
-                enable_prefix_cache=enable_prefix_cache,
-                prompt_lookup=prompt_lookup,
-                on_finished=request_ended,
-            )
+            llm = AsyncLLM(engine_dir, on_finished=request_ended, **options)
         try:
             template = ChatTemplate.from_dir(engine_dir)
             service = Service(llm, template, config, metrics, history, _facts(engine_dir))
