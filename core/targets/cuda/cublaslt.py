@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ....kernels.errors import DeviceError
-from ...ops.elementwise import ACTIVATIONS
+from .epilogue import finished
 
 WORKSPACE_BYTES = 32 << 20
 CANDIDATES = 8
@@ -119,14 +119,14 @@ class CublasLt:
         ReLU, and only one of ReLU and the residual is asked for.
 
         x: [rows, columns], at least one row; weight: [features, columns]; bias: [features]; residual: [rows, features].
-        float16 or bfloat16, all the same; sums are float32. activation: one of ACTIVATIONS. Raises DeviceError when
+        float16 or bfloat16, all the same; sums are float32. activation: as `finished` takes it. Raises DeviceError when
         cuBLASLt refuses.
         """
-        adds = residual is not None and activation == "none"
-        y = self._product(x, weight, bias, residual if adds else None, activation == "relu")
-        if activation not in ("none", "relu"):
-            y = ACTIVATIONS[activation](y)
-        return y if adds or residual is None else y.add_(residual)
+        if activation == "none":
+            return self._product(x, weight, bias, residual, relu=False)
+        relu = activation == "relu"
+        y = self._product(x, weight, bias, None, relu)
+        return finished(y, "none" if relu else activation, residual)
 
     def _product(
         self,

@@ -15,9 +15,9 @@ from ....kernels.linear import MAX_ROWS
 from ....kernels.linear.quantized import Dequantize
 from ....kernels.quantize_rows import MAX_COLUMNS, QuantizeRows
 from ...graph import Graph, Node
-from ...ops.elementwise import ACTIVATIONS
 from ..program import Kernel
 from .code import rounds_rows
+from .epilogue import finished
 
 FP8_CAPABILITIES = (90,)
 """GPUs that multiply e4m3 numbers by e4m3 numbers, as far as this has been tried; others dequantize, which is more exact."""
@@ -145,12 +145,3 @@ def large_linear(
     else:
         y = torch.addmm(bias, x, weight.t())
     return finished(y, activation, residual)
-
-
-def finished(y: torch.Tensor, activation: str, residual: torch.Tensor | None) -> torch.Tensor:
-    """activation(y) + residual; y may be lost."""
-    if activation == "relu":
-        y = y.relu_()
-    elif activation != "none":
-        y = ACTIVATIONS[activation](y)
-    return y if residual is None else y.add_(residual)

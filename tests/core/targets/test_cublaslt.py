@@ -1,4 +1,4 @@
-"""Products by cuBLASLt: which of its proposals is taken, and which products do not ask it for sums."""
+"""Products by cuBLASLt: which of its proposals is taken, what follows a product, and which products do not ask for sums."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from trtc.core.dtypes import DType
+from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.targets.cuda import cublaslt
 from trtc.core.targets.cuda.cublaslt import PREFERRED, PREFERRED_ROWS, CublasLt, Proposal, common_alignment
 from trtc.core.targets.cuda.variants import decode_graph, prefill_graph
 from trtc.kernels.errors import DeviceError
-from trtc.tests.fp8_products import planned
+from trtc.tests.fp8_products import linear, planned
 
 
 class Library:
@@ -58,6 +59,34 @@ def test_the_preferred_proposal_is_taken_where_it_was_measured(
     monkeypatch.setattr(cublaslt, "loaded_library", lambda: Library(shapes))
     found = CublasLt()._chosen(proposals(len(shapes)), rows)
     assert found.algorithm[0] == chosen
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("activation", ["none", *ACTIVATIONS])
+def test_what_no_epilogue_has_follows_the_product(
+    activation: str, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: torch in float64. Stands for the library: a product with the epilogue that it is told."""
+
+    def product(
+        _: CublasLt,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        relu: bool,
+    ) -> torch.Tensor:
+        assert residual is None or not relu, "cuBLASLt would apply ReLU to the sum"
+        return linear(x, weight, bias, residual, "relu" if relu else "none")
+
+    monkeypatch.setattr(CublasLt, "_product", product)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, residual = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((5, 8), (6, 8), (6,), (5, 6))
+    )
+    given = (x, weight, bias, residual if adds else None, activation)
+    assert torch.equal(CublasLt().linear(*given), linear(*given))
 
 
 def test_alignment_is_that_of_the_worst_matrix() -> None:
