@@ -18,7 +18,7 @@ from trtc.kernels.linear.quantized_plan import choose_quantized, norms_quantized
 from trtc.kernels.linear.quantized_warpgroup_plan import QuantizedWarpgroupPlan
 from trtc.kernels.linear.stripe_plan import StripePlan
 
-from .test_quantized_linear import FORMATS, ZERO_FORMATS, weight, weight_with_zeros
+from .quantized_weights import FORMATS, ZERO_FORMATS, weight, weight_with_zeros
 
 # ---- layouts and bits, emulated ------------------------------------------------------------------
 

@@ -1,17 +1,14 @@
 """Linear layers with integer weights: the contract on the CPU; on a GPU the kernels themselves. Their layouts and
 plans are tested in test_quantized_layouts.py.
 
-Oracle of results: float64 references. Oracle of a weight: `core.quantize.integers.dequantize`, which
-`tests/core/test_weight_formats.py` checks by the definition.
+Oracle of results: float64 references. Oracle of a weight: see quantized_weights.py.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from trtc.core.quantize.integers import dequantize, pack_int4
+from trtc.core.quantize.integers import dequantize
 from trtc.kernels.errors import KernelContractError
 from trtc.kernels.layer_norm.reference import norm as reference_norm
 from trtc.kernels.library import KernelLibrary
@@ -27,39 +24,17 @@ from trtc.kernels.linear.quantized_plan import (
 from trtc.kernels.linear.reference import linear as reference
 from trtc.kernels.linear.stripe_plan import fits_stripe, plan_stripe
 
-RELATIVE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Largest 2-norm of the error over that of the reference: one rounding of the output, of 11 or 8 bits."""
-FORMATS = ("int8", "fp8", "int4/32", "int4/64", "int4/128")
-ZERO_FORMATS = ("int4zero/32", "int4zero/64", "int4zero/128")
-
-
-def weight(
-    features: int, columns: int, how: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers over their whole range and scales, as engines store them."""
-    generator = torch.Generator().manual_seed(seed + features * columns)
-    stored = WEIGHTS[how]
-    shape = (features,) if stored.group is None else (features, columns // stored.group)
-    spread = torch.rand(shape, generator=generator) + 0.2
-    if how == "fp8":
-        numbers = torch.randn(features, columns, generator=generator).mul_(100).clamp_(-448, 448)
-        return numbers.to(device, torch.float8_e4m3fn), (spread * columns**-0.5 / 100).to(device, dtype)
-    limit = 127 if stored.bits == 8 else 8
-    integers = torch.randint(-limit, limit, (features, columns), generator=generator, dtype=torch.int8)
-    packed = integers if stored.bits == 8 else pack_int4(integers)
-    return packed.to(device), (spread * 2 / limit * columns**-0.5).to(device, dtype)
-
-
-def weight_with_zeros(
-    features: int, columns: int, how: str, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same of a format with zeros, of which there are all that checkpoints have."""
-    integers, scale = weight(features, columns, how, dtype, device)
-    zero = torch.randint(
-        -8, 9, scale.shape, generator=torch.Generator().manual_seed(columns), dtype=torch.int8
-    )
-    return integers, scale, zero.to(device)
-
+from .quantized_weights import (
+    FORMATS,
+    RELATIVE_ERROR,
+    ZERO_FORMATS,
+    check_products,
+    made_weight,
+    relative_error,
+    skip_parts_of_groups,
+    weight,
+    weight_with_zeros,
+)
 
 # ---- contract ------------------------------------------------------------------------------------
 
@@ -112,10 +87,6 @@ def test_a_matrix_of_another_size_is_refused() -> None:
 # ---- on a GPU ------------------------------------------------------------------------------------
 
 
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((out.double() - expected).norm() / expected.norm())
-
-
 def plans(rows: int, features: int, columns: int, how: str) -> list[QuantizedPlan]:
     """The chosen plan and one of every kernel and way of running it."""
     found = [choose_quantized(rows, features, columns, weight=how)]
@@ -160,28 +131,9 @@ def plans(rows: int, features: int, columns: int, how: str) -> list[QuantizedPla
 def test_kernels(
     rows: int, features: int, columns: int, how: str, dtype: torch.dtype, library: KernelLibrary
 ) -> None:
-    """Oracle: the float64 reference with the weight dequantized in float64, on poisoned outputs; the second run gives the
-    same bits."""
-    integers, scale = weight(features, columns, how, dtype, "cuda")
-    exact = dequantize(integers, scale.double())
-    made, scales = for_kernels(integers.clone(), scale)
-    generator = torch.Generator().manual_seed(rows)
-    x, bias, residual = (
-        torch.randn(*shape, generator=generator).to("cuda", dtype)
-        for shape in ((rows, columns), (features,), (rows, features))
-    )
-    out = torch.empty(rows, features, device="cuda", dtype=dtype)
-    linear, activations = (
-        QuantizedLinear(library),
-        itertools.cycle(("none", "relu", "gelu", "gelu_tanh", "silu")),
-    )
-    for plan, activation in zip(plans(rows, features, columns, how), activations, strict=False):
-        given = {"bias": bias, "residual": residual, "activation": activation}
-        expected = reference(x, exact, **given)
-        first = linear(x, made, scales, out=out.fill_(float("nan")), plan=plan, **given).clone()
-        second = linear(x, made, scales, out=out.fill_(float("nan")), plan=plan, **given)
-        assert relative_error(first, expected) < RELATIVE_ERROR[dtype], plan
-        assert torch.equal(first, second), plan
+    """Oracle: the float64 reference with the weight dequantized in float64; see `check_products`."""
+    made, exact = made_weight(features, columns, how, dtype)
+    check_products(library, plans(rows, features, columns, how), made, exact, rows, dtype)
 
 
 @pytest.mark.gpu
@@ -218,17 +170,13 @@ def test_columns_that_are_not_whole_blocks(
     columns: int, how: str, dtype: torch.dtype, library: KernelLibrary
 ) -> None:
     """Oracle: the float64 reference. Rows are padded; what lies behind x's last column must not be read into the sum."""
-    group = WEIGHTS[how].group
-    if group is not None and columns % group:
-        pytest.skip("columns are not whole groups")
-    integers, scale = weight(72, columns, how, dtype, "cuda")
-    exact = dequantize(integers, scale.double())
-    made, scales = for_kernels(integers, scale)
+    skip_parts_of_groups(columns, how)
+    made, exact = made_weight(72, columns, how, dtype)
     for rows in (1, 8, 40):
         whole = torch.full((rows + 1, columns), float("nan"), device="cuda", dtype=dtype)
         whole[:rows] = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
         out = torch.full((rows, 72), float("nan"), device="cuda", dtype=dtype)
-        result = QuantizedLinear(library)(whole[:rows], made, scales, out=out)
+        result = QuantizedLinear(library)(whole[:rows], *made, out=out)
         assert relative_error(result, reference(whole[:rows], exact)) < RELATIVE_ERROR[dtype]
 
 
@@ -238,12 +186,10 @@ def test_columns_that_are_not_whole_blocks(
 @pytest.mark.parametrize(("rows", "kind"), [(1, "layer"), (5, "layer"), (16, "layer"), (2, "rms")])
 def test_fused_norm(rows: int, kind: str, how: str, dtype: torch.dtype, library: KernelLibrary) -> None:
     """Oracle: the float64 reference."""
-    integers, scale = weight(1000, 2048, how, dtype, "cuda")
-    exact = dequantize(integers, scale.double())
-    made, scales = for_kernels(integers, scale)
+    made, exact = made_weight(1000, 2048, how, dtype)
     x = (torch.randn(rows, 2048, generator=torch.Generator().manual_seed(rows)) + 3).to("cuda", dtype)
     norm = Norm(weight_sums(exact) if kind == "layer" else None, kind)
-    out = QuantizedLinear(library)(x, made, scales, out=x.new_empty(rows, 1000), norm=norm)
+    out = QuantizedLinear(library)(x, *made, out=x.new_empty(rows, 1000), norm=norm)
     expected = reference_norm(x, kind=kind) @ exact.T
     assert relative_error(out, expected) < RELATIVE_ERROR[dtype]
 
@@ -289,9 +235,7 @@ def test_dequantization(
     features: int, columns: int, how: str, dtype: torch.dtype, library: KernelLibrary
 ) -> None:
     """Oracle: `dequantize` of the engine's own layout, bit by bit."""
-    group = WEIGHTS[how].group
-    if group is not None and columns % group:
-        pytest.skip("columns are not whole groups")
+    skip_parts_of_groups(columns, how)
     integers, scale = weight(features, columns, how, dtype, "cuda")
     expected = dequantize(integers, scale)
     made, scales = for_kernels(integers, scale)
@@ -310,9 +254,7 @@ def test_kernels_with_zeros(
     rows: int, features: int, columns: int, how: str, dtype: torch.dtype, library: KernelLibrary
 ) -> None:
     """Oracle: the float64 reference with the weight dequantized in float64; dequantization itself bit by bit."""
-    group = WEIGHTS[how].group
-    if group is not None and columns % group:
-        pytest.skip("columns are not whole groups")
+    skip_parts_of_groups(columns, how)
     integers, scale, zero = weight_with_zeros(features, columns, how, dtype, "cuda")
     exact, rounded = dequantize(integers, scale.double(), zero), dequantize(integers, scale, zero)
     made, values = for_kernels(integers, scale, zero)

@@ -1,7 +1,7 @@
 """The linear kernel for 17 to 64 rows and integer weights on Hopper: its order of columns and its plans on the CPU; on a GPU
 the kernel itself.
 
-Oracle of a weight: `core.quantize.integers.dequantize`, as in test_quantized_linear.py.
+Oracle of a weight: see quantized_weights.py.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import itertools
 
 import pytest
 import torch
-from trtc.core.quantize.integers import dequantize
 from trtc.kernels.library import KernelLibrary
 from trtc.kernels.linear.formats import WEIGHTS
 from trtc.kernels.linear.plan import SHARED_LIMITS
-from trtc.kernels.linear.quantized import QuantizedLinear, for_kernels
+from trtc.kernels.linear.quantized import QuantizedLinear
 from trtc.kernels.linear.quantized_plan import choose_quantized
 from trtc.kernels.linear.quantized_warpgroup_plan import (
     LEAST_ROW_STAGES,
@@ -24,13 +23,14 @@ from trtc.kernels.linear.quantized_warpgroup_plan import (
 )
 from trtc.kernels.linear.reference import linear as reference
 
-from .test_quantized_linear import (
+from .quantized_weights import (
     FORMATS,
     RELATIVE_ERROR,
     ZERO_FORMATS,
+    check_products,
+    made_weight,
     relative_error,
-    weight,
-    weight_with_zeros,
+    skip_parts_of_groups,
 )
 
 SHAPES = [
@@ -138,17 +138,6 @@ def test_other_gpus_keep_their_kernel() -> None:
 # ---- on a GPU ------------------------------------------------------------------------------------
 
 
-def made_weight(
-    features: int, columns: int, how: str, dtype: torch.dtype
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A weight as kernels read it, and its values in float64."""
-    if how in ZERO_FORMATS:
-        integers, scale, zero = weight_with_zeros(features, columns, how, dtype, "cuda")
-        return for_kernels(integers.clone(), scale, zero), dequantize(integers, scale.double(), zero)
-    integers, scale = weight(features, columns, how, dtype, "cuda")
-    return for_kernels(integers.clone(), scale), dequantize(integers, scale.double())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
 @pytest.mark.parametrize("how", ["int8", "fp8", "int4/64", "int4/128", "int4zero/64", "int4zero/128"])
@@ -159,27 +148,10 @@ def made_weight(
 def test_kernel(
     rows: int, features: int, columns: int, how: str, dtype: torch.dtype, library: KernelLibrary
 ) -> None:
-    """Oracle: the float64 reference with the weight dequantized in float64, on poisoned outputs; the second run gives the
-    same bits."""
+    """Oracle: the float64 reference with the weight dequantized in float64; see `check_products`."""
     made, exact = made_weight(features, columns, how, dtype)
-    generator = torch.Generator().manual_seed(rows)
-    x, bias, residual = (
-        torch.randn(*shape, generator=generator).to("cuda", dtype)
-        for shape in ((rows, columns), (features,), (rows, features))
-    )
-    out = torch.empty(rows, features, device="cuda", dtype=dtype)
-    linear, activations = (
-        QuantizedLinear(library),
-        itertools.cycle(("none", "relu", "gelu", "gelu_tanh", "silu")),
-    )
     chosen = choose_quantized(rows, features, columns, weight=how)
-    for plan, activation in zip((chosen, *plans(rows, features, columns, how)), activations, strict=False):
-        given = {"bias": bias, "residual": residual, "activation": activation}
-        expected = reference(x, exact, **given)
-        first = linear(x, *made, out=out.fill_(float("nan")), plan=plan, **given).clone()
-        second = linear(x, *made, out=out.fill_(float("nan")), plan=plan, **given)
-        assert relative_error(first, expected) < RELATIVE_ERROR[dtype], plan
-        assert torch.equal(first, second), plan
+    check_products(library, [chosen, *plans(rows, features, columns, how)], made, exact, rows, dtype)
 
 
 @pytest.mark.gpu
@@ -187,9 +159,7 @@ def test_kernel(
 @pytest.mark.parametrize("columns", [136, 200, 416])
 def test_columns_that_are_not_whole_units(columns: int, how: str, library: KernelLibrary) -> None:
     """Oracle: the float64 reference. What lies behind x's last column and row must not be read into the sum."""
-    group = WEIGHTS[how].group
-    if group is not None and columns % group:
-        pytest.skip("columns are not whole groups")
+    skip_parts_of_groups(columns, how)
     made, exact = made_weight(72, columns, how, torch.float16)
     for rows in (20, 40):
         whole = torch.full((rows + 1, columns), float("nan"), device="cuda", dtype=torch.float16)
