@@ -1,55 +1,23 @@
-"""The op table. Oracle of every reference: a formula in numpy float64, written from the op's definition alone."""
+"""The op table. Oracle of every reference: a formula in numpy float64, written from the op's definition alone.
+
+Attention is in test_attention_ops.py, what ops refuse in test_op_shape_rules.py.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from trtc.core.dtypes import DType
 from trtc.core.errors import GraphError, ShapeError
-from trtc.core.ops import Cost, Op, ReferenceContext, Signature, get_op, op_names, register
-from trtc.core.spec import Dim, TensorSpec
-from trtc.tests.tolerances import OP_FLOAT64_ABS, max_error
+from trtc.core.ops import Cost, Op, ReferenceContext, get_op, op_names, register
+from trtc.core.spec import TensorSpec
+from trtc.tests.tolerances import max_error
 
-Array = npt.NDArray[np.float64]
-F32, I32 = DType.FLOAT32, DType.INT32
-SIZES = {"T": 5, "B": 2, "B+1": 3, "P": 4, "R": 2, "C": 7}
-
-
-def f32(*shape: Dim) -> TensorSpec:
-    return TensorSpec(F32, shape)
-
-
-def i32(*shape: Dim) -> TensorSpec:
-    return TensorSpec(I32, shape)
-
-
-def infer(op: str, *inputs: TensorSpec | None, **attrs: Any) -> tuple[TensorSpec, ...]:
-    return get_op(op).infer(Signature(op, "n", inputs, attrs))
-
-
-def cost(op: str, *inputs: TensorSpec | None, **attrs: Any) -> Cost:
-    signature = Signature(op, "n", inputs, attrs)
-    return get_op(op).cost(signature, get_op(op).infer(signature), SIZES)
-
-
-def run(op: str, *inputs: Array | npt.NDArray[Any] | None, context: Any = None, **attrs: Any) -> Any:
-    tensors = [None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for x in inputs]
-    return get_op(op).reference(context or ReferenceContext(), attrs, *tensors)
-
-
-def values(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def close(result: Any, expected: Any) -> bool:
-    return max_error(result, expected) <= OP_FLOAT64_ABS
-
+from .op_calls import Array, close, cost, f32, i32, infer, int8, run, uint8, values
 
 # ---- oracles -----------------------------------------------------------------------------------------
 
@@ -75,26 +43,6 @@ def np_rms_norm(x: Array, weight: Array | None, bias: Array | None, eps: float) 
 
 
 NORMS = {"layer_norm": np_layer_norm, "rms_norm": np_rms_norm}
-
-
-def np_rotary(x: Array, positions: npt.NDArray[np.int32], theta: float) -> Array:
-    """Pairs (i, i + half) as complex numbers, turned by position * theta^(-i / half)."""
-    half = x.shape[-1] // 2
-    turn = np.exp(1j * positions[:, None, None] * theta ** (-np.arange(half) / half))
-    z = (x[..., :half] + 1j * x[..., half:]) * turn
-    return np.concatenate([z.real, z.imag], -1)
-
-
-def np_causal(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """The last len(q) tokens of one sequence attend to all before them. q: [n, H, D]; k, v: [length, KV, D]."""
-    out = np.empty_like(q)
-    for i in range(len(q)):
-        end = len(k) - len(q) + i + 1
-        for h in range(q.shape[1]):
-            kv = h * k.shape[1] // q.shape[1]
-            score = np.exp(scale * k[:end, kv] @ q[i, h])
-            out[i, h] = score @ v[:end, kv] / score.sum()
-    return out
 
 
 # ---- element-wise ------------------------------------------------------------------------------------
@@ -148,14 +96,6 @@ def test_linear_with_everything_fused_in(norm: str) -> None:
     assert close(result, np_activation("silu", y) + residual)
     shapes = (f32("T", 8), f32(3, 8), None, f32("T", 3))
     assert infer("linear", *shapes, norm=norm, eps=1e-3) == (f32("T", 3),)
-
-
-def int8(*shape: int) -> TensorSpec:
-    return TensorSpec(DType.INT8, shape)
-
-
-def uint8(*shape: int) -> TensorSpec:
-    return TensorSpec(DType.UINT8, shape)
 
 
 def test_linear_with_integers() -> None:
@@ -271,80 +211,6 @@ def test_cost_of_structure() -> None:
         assert cost(op, dtype="float32", shape=("T", 8)) == free
 
 
-# ---- attention, rotary -------------------------------------------------------------------------------
-
-
-def test_rotary() -> None:
-    x, positions = values(5, 3, 8), np.array([0, 1, 2, 50, 7], np.int32)
-    assert infer("rotary", f32("T", 3, 8), i32("T"), theta=1e4) == (f32("T", 3, 8),)
-    assert close(run("rotary", x, positions, theta=1e4), np_rotary(x, positions, 1e4))
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_attention_over_pages(kv_heads: int) -> None:
-    """Oracle: dense causal attention over each sequence on its own. Two sequences with pages in any order, fed in two
-    steps; the pages hold NaN where nothing was written."""
-    heads, dim, page = 4, 6, 4
-    lengths, pages = {0: (5, 3), 1: (1, 9)}, {0: [6, 1], 1: [0, 5, 3]}
-    cache = [tuple(torch.full((8, page, kv_heads, dim), math.nan, dtype=torch.float64) for _ in range(2))]
-    context = ReferenceContext(cache)  # type: ignore[arg-type]
-    q, k, v = ({b: values(sum(n), h, dim, seed=10 * i + b) for b, n in lengths.items()}
-               for i, h in enumerate((heads, kv_heads, kv_heads)))  # fmt: skip
-    table = np.full((2, 3), -1, np.int32)
-    for b, owned in pages.items():
-        table[b, : len(owned)] = owned
-    done = {0: 0, 1: 0}
-    for step in range(2):
-        parts = {b: slice(done[b], done[b] + n[step]) for b, n in lengths.items()}
-        done = {b: part.stop for b, part in parts.items()}
-        result = run(
-            "attention",
-            *(np.concatenate([x[b][part] for b, part in parts.items()]) for x in (q, k, v)),
-            np.cumsum([0, *(n[step] for n in lengths.values())]).astype(np.int32),
-            np.array(list(done.values()), np.int32),
-            table,
-            context=context, layer=0, scale=0.3,
-        )  # fmt: skip
-        expected = [np_causal(q[b][part], k[b][: done[b]], v[b][: done[b]], 0.3) for b, part in parts.items()]
-        assert close(result, np.concatenate(expected))
-    written = ~torch.isnan(cache[0][0]).all(-1).all(-1)
-    assert int(written.sum()) == 8 + 10, "one slot for each token, and no other"
-
-
-@pytest.mark.parametrize("held", [torch.float64, torch.float8_e4m3fn])
-def test_attention_over_an_fp8_cache(held: torch.dtype) -> None:
-    """Oracle: attention over k and v that torch has rounded, of a prompt in two chunks and then a token; whatever steps they
-    came in, tokens see the same of each other. What is too large for e4m3 is cut off."""
-    rows, dim, page = 10, 6, 4
-    q, k, v = (values(rows, 2, dim, seed=i) for i in range(3))
-    k[1, 0, 0], v[2, 1, 3] = 1000.0, -1000.0
-    rounded = [torch.from_numpy(x).clamp(-448, 448).to(torch.float8_e4m3fn).double().numpy() for x in (k, v)]
-    assert not close(rounded[0], k)
-    table = np.array([[2, 0, 1]], np.int32)
-    for chunks in ((rows,), (4, 5, 1)):
-        cache = [tuple(torch.full((3, page, 2, dim), math.nan).to(held) for _ in range(2))]
-        stop, parts = 0, []
-        for size in chunks:
-            start, stop = stop, stop + size
-            place = (np.array([0, size], np.int32), np.array([stop], np.int32), table)
-            new = (x[start:stop] for x in (q, k, v))
-            attrs = {"layer": 0, "scale": 0.3, "cache_dtype": "float8_e4m3fn"}
-            parts.append(run("attention", *new, *place, context=ReferenceContext(cache), **attrs))
-        assert close(np.concatenate(parts), np_causal(q, *rounded, 0.3))
-
-
-def test_cost_of_attention() -> None:
-    """Oracle: by hand. 5 queries of 4 heads of 6 see 7 keys: 2 flops for q.k and 2 for the sum of v. Two sequences read
-    k and v of 7 tokens; q, k, v come in and the result goes out."""
-    q, k = f32("T", 4, 6), f32("T", 2, 6)
-    tables = (i32("B+1"), i32("B"), i32("B", "P"))
-    moved = 2 * 7 * 2 * (2 * 6 * 4) + 4 * (2 * 5 * 4 * 6 + 2 * 5 * 2 * 6)
-    assert cost("attention", q, k, k, *tables, layer=0, scale=1.0) == Cost(4 * 5 * 4 * 6 * 7, moved)
-    small = moved - 2 * 7 * 2 * (2 * 6 * 3)  # a byte instead of four
-    fp8 = cost("attention", q, k, k, *tables, layer=0, scale=1.0, cache_dtype="float8_e4m3fn")
-    assert fp8 == Cost(4 * 5 * 4 * 6 * 7, small)
-
-
 # ---- collectives -------------------------------------------------------------------------------------
 
 
@@ -381,107 +247,6 @@ def test_collectives() -> None:
     assert close(run("all_gather", x, context=context, axis=1, tp_size=2), np.concatenate([x, 2 * x], 1))
     with pytest.raises(AssertionError, match="all_reduce needs a communicator"):
         run("all_reduce", x, tp_size=2)
-
-
-# ---- shape rules -------------------------------------------------------------------------------------
-
-X = f32("T", 8)
-HALF = TensorSpec(DType.FLOAT16, ("T", 8))
-QKV = (f32("T", 4, 6), f32("T", 2, 6), f32("T", 2, 6))
-TABLES = (i32("B+1"), i32("B"), i32("B", "P"))
-ATTENTION = {"layer": 0, "scale": 1.0}
-SUM_NORM = {"tp_size": 2, "norm": "layer", "eps": 1e-5}
-
-
-@pytest.mark.parametrize(
-    ("op", "inputs", "attrs", "message"),
-    [
-        ("linear", (X, f32(3, 9)), {}, "input float32[T, 8] does not fit weight float32[3, 9]"),
-        ("linear", (X, f32(3)), {}, "weight float32[3] is not [out_features, in_features]"),
-        ("linear", (HALF, f32(3, 8)), {}, "dtypes differ: input float16[T, 8], weight float32[3, 8]"),
-        ("linear", (X, f32(3, 8), f32(4)), {}, "bias float32[4] does not fit weight"),
-        ("linear", (X, f32(3, 8), TensorSpec(DType.FLOAT16, (3,))), {}, "dtypes differ: bias"),
-        ("linear", (X, f32(3, 8)), {"activation": "tanh"}, "attribute activation is 'tanh'; accepted: ('relu'"),
-        ("linear", (X, f32(3, 8), None, X), {}, "residual float32[T, 8] does not fit output float32[T, 3]"),
-        ("linear", (X, f32(3, 8)), {"norm": "batch"}, "attribute norm is 'batch'"),
-        ("linear", (X, f32(3, 8)), {"norm": "rms"}, "attribute 'eps' is missing"),
-        ("linear", (X,), {}, "input 1 is missing"),
-        ("linear", (None, f32(3, 8)), {}, "input 0 is missing"),
-        ("quantized_linear", (X, int8(3, 9), f32(3)), {}, "input float32[T, 8] does not fit weight float32[3, 9]"),
-        ("quantized_linear", (HALF, int8(3, 8), f32(3)), {}, "dtypes differ: input float16[T, 8], weight float32[3, 8]"),
-        ("quantized_linear", (X, int8(3, 8), f32(3), None, f32(4)), {}, "bias float32[4] does not fit weight"),
-        ("quantized_linear", (X, int8(3, 8), f32(3), None, None, X), {}, "residual float32[T, 8] does not fit output"),
-        ("quantized_linear", (X, int8(3, 8)), {}, "input 2 is missing"),
-        ("dequantize", (f32(3, 8), f32(3)), {}, "integers float32[3, 8] are not int8 or float8_e4m3fn [out, in]"),
-        ("dequantize", (int8(3, 8), int8(3)), {}, "scale int8[3] is not floating point"),
-        ("dequantize", (int8(3, 8), f32(8)), {}, "scale float32[8] does not fit integers int8[3, 8]"),
-        ("dequantize", (uint8(3, 4), f32(3, 3)), {}, "scale float32[3, 3] does not fit integers uint8[3, 4]"),
-        ("dequantize", (uint8(3, 4), f32(3, 2), int8(3)), {}, "zero int8[3] is not int8 of the shape of scale"),
-        ("embedding", (f32("T"), f32(6, 4)), {"offset": 0}, "ids float32[T] are not int32[tokens]"),
-        ("embedding", (i32("T", 1), f32(6, 4)), {"offset": 0}, "ids int32[T, 1] are not int32[tokens]"),
-        ("embedding", (i32("T"), f32(6)), {"offset": 0}, "table float32[6] is not [rows, features]"),
-        ("embedding", (i32("T"), f32(6, 4)), {}, "attribute 'offset' is missing"),
-        ("embedding", (i32("T"), f32(6, 4), i32("R"), f32(6, 4)), {"offset": 0}, "positions int32[R] and ids int32[T]"),
-        ("embedding", (i32("T"), f32(6, 4), i32("T"), f32(6, 5)), {"offset": 0}, "position table float32[6, 5] does"),
-        ("activation", (X,), {"kind": "tanh"}, "attribute kind is 'tanh'; accepted: ('relu', 'gelu',"),
-        ("activation", (X,), {}, "attribute 'kind' is missing"),
-        ("add", (X, HALF), {}, "dtypes differ: float32[T, 8] and float16[T, 8]"),
-        ("mul", (X, f32("T", 4)), {}, "shapes differ: float32[T, 8] and float32[T, 4]"),
-        ("mul", (f32(8), X), {}, "shapes differ"),
-        ("cast", (X,), {"dtype": "float31"}, "attribute dtype is 'float31'"),
-        ("layer_norm", (X, f32(4)), {"eps": 1e-5}, "weight float32[4] does not fit input float32[T, 8]"),
-        ("rms_norm", (X, None, f32(4)), {"eps": 1e-5}, "bias float32[4] does not fit"),
-        ("layer_norm", (HALF, f32(8)), {"eps": 1e-5}, "dtypes differ: weight float32[8], input float16[T, 8]"),
-        ("layer_norm", (X,), {}, "attribute 'eps' is missing"),
-        ("add_layer_norm", (X, f32("R", 8)), {"eps": 1e-5}, "input float32[T, 8] and residual float32[R, 8] differ"),
-        ("add_rms_norm", (X, X, f32(4)), {"eps": 1e-5}, "weight float32[4] does not fit"),
-        ("reshape", (X,), {"shape": ("T", 3, 3)}, "float32[T, 8] has another number of elements than shape"),
-        ("reshape", (X,), {"shape": ("R", 8)}, "float32[T, 8] has another number of elements than shape ['R', 8]"),
-        ("reshape", (f32("B", "P"),), {"shape": ("P", "B")}, "shape ['P', 'B'] has more than one symbol"),
-        ("concat", (X, f32("R", 8)), {"axis": 1}, "float32[R, 8] does not fit float32[T, 8] along axis 1"),
-        ("concat", (X, f32(8)), {"axis": 1}, "float32[8] does not fit float32[T, 8]"),
-        ("concat", (X, HALF), {"axis": 1}, "does not fit"),
-        ("concat", (X, X), {"axis": 0}, "axis 0 of float32[T, 8] is not a known size"),
-        ("concat", (X, X), {"axis": 2}, "axis 2 is outside of float32[T, 8]"),
-        ("split", (X,), {"axis": 1, "sizes": (4, 5)}, "sizes (4, 5) do not add up to axis 1"),
-        ("split", (X,), {"axis": 0, "sizes": (4, 4)}, "do not add up to axis 0"),
-        ("slice", (X,), {"axis": 1, "start": 4, "stop": 9}, "[4:9] is outside of axis 1 of float32[T, 8]"),
-        ("slice", (X,), {"axis": 1, "start": 4, "stop": 4}, "[4:4] is outside"),
-        ("slice", (X,), {"axis": 0, "start": 0, "stop": 1}, "[0:1] is outside of axis 0"),
-        ("slice", (X,), {"axis": -3, "start": 0, "stop": 1}, "axis -3 is outside of"),
-        ("transpose", (f32("T", 4, 6),), {}, "float32[T, 4, 6] is not a matrix"),
-        ("select_rows", (X, f32("R")), {}, "index float32[R] is not int32[rows]"),
-        ("attention", (X, *QKV[1:], *TABLES), ATTENTION, "q float32[T, 8] is not [tokens, heads, head_dim]"),
-        ("attention", (QKV[0], QKV[1], f32("T", 2, 5), *TABLES), ATTENTION, "k float32[T, 2, 6] and v float32"),
-        ("attention", (f32("T", 4, 5), *QKV[1:], *TABLES), ATTENTION, "q float32[T, 4, 5] and k float32[T, 2, 6]"),
-        ("attention", (f32("T", 3, 6), *QKV[1:], *TABLES), ATTENTION, "3 heads are not a multiple of 2 kv heads"),
-        ("attention", (*QKV, f32("B+1"), *TABLES[1:]), ATTENTION, "query_start float32[B+1] is not int32"),
-        ("attention", (*QKV, TABLES[0], f32("B"), TABLES[2]), ATTENTION, "kv_length float32[B] is not int32"),
-        ("attention", (*QKV, *TABLES[:2]), ATTENTION, "input 5 is missing"),
-        ("attention", (*QKV, *TABLES), {"scale": 1.0}, "attribute 'layer' is missing"),
-        ("attention", (*QKV, *TABLES), {"layer": 0}, "attribute 'scale' is missing"),
-        ("rotary", (X, i32("T")), {"theta": 1e4}, "input float32[T, 8] is not [tokens, heads, head_dim]"),
-        ("rotary", (QKV[0], i32("R")), {"theta": 1e4}, "positions int32[R] do not fit"),
-        ("rotary", (f32("T", 4, 5), i32("T")), {"theta": 1e4}, "head_dim of float32[T, 4, 5] is not even"),
-        ("all_gather", (X,), {"axis": 0, "tp_size": 2}, "axis 0 of float32[T, 8] is not a known size"),
-        ("all_gather", (X,), {"axis": 2, "tp_size": 2}, "axis 2 is outside of float32[T, 8]"),
-        ("all_reduce", (X,), {}, "attribute 'tp_size' is missing"),
-        ("all_reduce_norm", (X, f32("R", 8)), SUM_NORM, "input float32[T, 8] and residual float32[R, 8] differ"),
-        ("all_reduce_norm", (X, None, f32(4)), SUM_NORM, "weight float32[4] does not fit input float32[T, 8]"),
-        ("all_reduce_norm", (X,), SUM_NORM | {"norm": "none"}, "attribute norm is 'none'; accepted: ('layer', 'rms'"),
-        ("all_reduce_norm", (X,), {"tp_size": 2, "norm": "rms"}, "attribute 'eps' is missing"),
-        ("weight", (), {"dtype": "float31", "shape": (1,)}, "attribute dtype is 'float31'"),
-        ("input", (), {"dtype": "float32"}, "attribute 'shape' is missing"),
-    ],
-)  # fmt: skip
-def test_what_does_not_fit_is_refused(
-    op: str, inputs: tuple[TensorSpec | None, ...], attrs: dict[str, Any], message: str
-) -> None:
-    """The message starts with op and node, as every message about a graph does."""
-    with pytest.raises(ShapeError) as error:
-        infer(op, *inputs, **attrs)
-    assert str(error.value).startswith(f"{op} 'n': ")
-    assert message in str(error.value)
 
 
 # ---- the table ---------------------------------------------------------------------------------------
