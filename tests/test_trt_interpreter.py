@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from trtc.core.targets.tensorrt.build_log import build_log
-from trtc.tests.trt_interpreter import InterpreterError, NetworkInterpreter, run_ranks
+from trtc.tests.trt_interpreter import NetworkInterpreter, run_ranks
+from trtc.tests.trt_layers import InterpreterError
 
 trt = pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.tensorrt_rtx
