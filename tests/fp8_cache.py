@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import torch
 from trtc.core.dtypes import DType
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext
 from trtc.core.passes.cache import cache_type
-from trtc.runtime.executor import Executor
-from trtc.runtime.step_input import StepInput
 
 from .opt_models import OptCheckpoint, save_hf
 from .packed_steps import Inputs, filled_cache
@@ -50,9 +47,3 @@ class Reference:
     def run(self, inputs: Inputs) -> torch.Tensor:
         logits: torch.Tensor = interpret(self._graph, {**self._weights, **inputs}, self._context)
         return logits
-
-
-def execute(executor: Executor, inputs: Inputs) -> torch.Tensor:
-    """The logits of a step, on the CPU."""
-    step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
-    return executor.execute(step).float().cpu()

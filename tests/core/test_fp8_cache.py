@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from trtc.core.config import BuildConfig
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
@@ -16,7 +15,8 @@ from trtc.core.targets.base import CacheShape
 from trtc.core.targets.cuda.code import kernel_sources, read_code
 from trtc.runtime.benchmark import step_bytes
 from trtc.runtime.load import load_executor
-from trtc.tests.fp8_cache import Fp8CacheEngine, execute
+from trtc.tests.engine_steps import TOKENS, check_copied_pages, engine_logits
+from trtc.tests.fp8_cache import Fp8CacheEngine
 from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import PagedSequences
 from trtc.tests.tolerances import LOGITS_FP8_CACHE_RELATIVE, max_error
@@ -26,35 +26,19 @@ from trtc.tests.toy_decoder import toy_decoder
 @pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16])
 def test_engines_of_target_cpu(dtype: DType, tmp_path: Path) -> None:
     """A prompt, a chunk, and token by token; a cache without rounding is further away than the tolerance."""
-    tokens = [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 60)]
     engine = Fp8CacheEngine.build("bias_free_non_affine_gelu", dtype, tmp_path)
-    whole = PagedSequences(BUILD.page_size, 16).step({"a": tokens})
+    whole = PagedSequences(BUILD.page_size, 16).step({"a": TOKENS})
     expected, exact = (
         engine.reference(BUILD.page_size, 16, rounds=rounds).run(whole) for rounds in (True, False)
     )
     tolerance = LOGITS_FP8_CACHE_RELATIVE[dtype] * float(expected.abs().max())
     assert max_error(exact, expected) > LOGITS_FP8_CACHE_RELATIVE[DType.FLOAT32] * float(expected.abs().max())
-    executor = load_executor(engine.path)
-    sequence = PagedSequences(executor.page_size, executor.num_pages)
-    rows = [execute(executor, sequence.step({"a": part})) for part in (tokens[:20], tokens[20:40])]
-    rows += [execute(executor, sequence.step({"a": [token]})) for token in tokens[40:]]
-    executor.close()
-    assert max_error(torch.cat(rows), expected) <= tolerance
+    chunks = [20, 20, *[1] * (len(TOKENS) - 40)]
+    assert max_error(engine_logits(engine.path, TOKENS, chunks), expected) <= tolerance
 
 
 def test_copied_pages(tmp_path: Path) -> None:
-    """A sequence goes on from copies of another's pages as that does. Oracle: the logits of the other."""
-    executor = load_executor(Fp8CacheEngine.build("pre_norm", DType.FLOAT32, tmp_path).path)
-    sequence = PagedSequences(executor.page_size, executor.num_pages)
-    execute(executor, sequence.step({"a": list(range(30))}))
-    step = sequence.step({"a": [7]})
-    pages = step["page_table"][0].tolist()
-    copies = [page for page in range(executor.num_pages) if page not in pages][: len(pages)]
-    executor.copy_pages(pages, copies)
-    expected = execute(executor, step)
-    step["page_table"][0] = torch.tensor(copies, dtype=torch.int32)
-    assert torch.equal(execute(executor, step), expected)
-    executor.close()
+    check_copied_pages(Fp8CacheEngine.build("pre_norm", DType.FLOAT32, tmp_path).path)
 
 
 def test_an_engine_counts_the_bytes_of_its_cache(tmp_path: Path) -> None:

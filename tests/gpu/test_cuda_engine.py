@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
+from trtc.kernels.launch import architecture
 from trtc.runtime.drafting import StepCosts
 from trtc.runtime.early_start import BegunEngine, begin_loading
 from trtc.runtime.executor import DecodeLoop, GreedyChooser, StepStarter
@@ -17,27 +17,19 @@ from trtc.runtime.llm import LLM
 from trtc.runtime.load import load_executor
 from trtc.runtime.prompt_lookup import PromptLookup
 from trtc.runtime.sampling_params import SamplingParams
-from trtc.runtime.step_input import StepInput
 from trtc.runtime.weight_loading import loading_to_gpu
+from trtc.tests.engine_steps import TOKENS, engine_logits, step_input
 from trtc.tests.opt_models import CUDA_VARIANTS, OptCheckpoint, hf_logits, save_hf
 from trtc.tests.packed_steps import PagedSequences
 from trtc.tests.tolerances import logits_tolerance, max_error
 
 pytestmark = pytest.mark.gpu
-TOKENS = [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 80)]
 GREEDY = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def needs_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
 
 
 def build(variant: str, dtype: DType, folder: Path, **options: object) -> Path:
     checkpoint = OptCheckpoint.open(save_hf(variant, folder / "hf"))
-    major, minor = torch.cuda.get_device_capability()
-    target_options = {"architectures": [f"sm_{major}{minor}"], **options.pop("target_options", {})}
+    target_options = {"architectures": [architecture()], **options.pop("target_options", {})}
     return checkpoint.build(
         folder / "engine", dtype=dtype, target="cuda", target_options=target_options, **options
     )
@@ -86,19 +78,6 @@ def test_weights_that_come_while_torch_is_imported_are_those_of_the_files(tmp_pa
     assert tokens[0] == tokens[1]
 
 
-def logits_in_chunks(engine: Path, chunks: list[int], tokens: list[int] = TOKENS) -> torch.Tensor:
-    executor = load_executor(engine)
-    sequence = PagedSequences(executor.page_size, executor.num_pages)
-    rows, start = [], 0
-    for size in chunks:
-        inputs = sequence.step({"a": tokens[start : start + size]})
-        step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
-        rows.append(executor.execute(step).float().cpu())
-        start += size
-    executor.close()
-    return torch.cat(rows)
-
-
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
 @pytest.mark.parametrize("variant", CUDA_VARIANTS)
 def test_logits(variant: str, dtype: DType, tmp_path: Path) -> None:
@@ -108,7 +87,7 @@ def test_logits(variant: str, dtype: DType, tmp_path: Path) -> None:
     reference = hf_logits(variant, TOKENS)
     tolerance = logits_tolerance(dtype, reference)
     for chunks in ([len(TOKENS)], [33, 36], [33, 3, 20, *[1] * (len(TOKENS) - 56)], [5, 32, 32]):
-        error = max_error(logits_in_chunks(engine, chunks), reference)
+        error = max_error(engine_logits(engine, TOKENS, chunks), reference)
         assert error <= tolerance, f"chunks {chunks[:3]}: {error} > {tolerance}"
 
 
@@ -121,7 +100,7 @@ def test_all_positions_of_opt(dtype: DType, tmp_path: Path) -> None:
     )
     reference = hf_logits("positions_2048", tokens)
     for chunks in ([2048], [1000, 1040, *[1] * 8]):
-        logits = logits_in_chunks(engine, chunks, tokens)
+        logits = engine_logits(engine, tokens, chunks)
         assert logits.isfinite().all()
         assert max_error(logits, reference) <= logits_tolerance(dtype, reference), f"chunks {chunks[:2]}"
 
@@ -130,9 +109,8 @@ def test_all_positions_of_opt(dtype: DType, tmp_path: Path) -> None:
 def test_context_attention_modes(fmha: str, tmp_path: Path) -> None:
     engine = build("cuda_pre_norm", DType.FLOAT16, tmp_path, target_options={"context_fmha": fmha})
     reference = hf_logits("cuda_pre_norm", TOKENS)
-    assert max_error(logits_in_chunks(engine, [33, 36]), reference) <= logits_tolerance(
-        DType.FLOAT16, reference
-    )
+    error = max_error(engine_logits(engine, TOKENS, [33, 36]), reference)
+    assert error <= logits_tolerance(DType.FLOAT16, reference)
 
 
 def test_batched_tokens_follow_the_reference(tmp_path: Path) -> None:
@@ -222,8 +200,7 @@ def test_a_chosen_token_has_the_largest_logit(tmp_path: Path) -> None:
         {"a": [5], "b": [6]},
         {"b": TOKENS[:3], "a": [7]},
     ):
-        inputs = sequence.step(work)
-        step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
+        step = step_input(sequence.step(work))
         assert first.choose(step).tolist() == second.execute(step).argmax(-1).tolist()
     first.close()
     second.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from trtc.core.build import build_engine
@@ -17,26 +16,19 @@ from trtc.core.ops import ReferenceContext
 from trtc.core.ops.attention import CACHE_DTYPE
 from trtc.core.ops.quantized import ACTIVATIONS
 from trtc.core.quantize.source import nearest
+from trtc.kernels.launch import architecture
 from trtc.kernels.library import KernelLibrary
 from trtc.kernels.quantize_rows.reference import quantize_rows
-from trtc.runtime.executor import Executor
 from trtc.runtime.load import load_executor
-from trtc.runtime.step_input import StepInput
+from trtc.tests.engine_steps import TOKENS, batch_work, engine_logits, execute
 from trtc.tests.fp8_products import W8A8, planned, products
 from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import Inputs, PagedSequences, filled_cache
 from trtc.tests.tolerances import ROUNDING_RATIO, max_error
 
 pytestmark = pytest.mark.gpu
-TOKENS = [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 80)]
 PRODUCT_RELATIVE = {DType.FLOAT16: 2e-3, DType.BFLOAT16: 1.5e-2}
 """Of the largest result: it is rounded to the type, and the library sums in float32."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def needs_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
 
 
 @pytest.mark.parametrize("rows", [1, 7, 65, 300])
@@ -71,11 +63,6 @@ def test_products(variant: str, dtype: DType, rows: int, tmp_path: Path) -> None
             expected = torch.nn.functional.gelu(expected)
         error = max_error(y.cpu(), expected.cpu())
         assert error <= PRODUCT_RELATIVE[dtype] * float(expected.abs().max()), node.name
-
-
-def execute(executor: Executor, inputs: Inputs) -> torch.Tensor:
-    step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
-    return executor.execute(step).float().cpu()
 
 
 class Reference:
@@ -114,8 +101,7 @@ def distance(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 def build(variant: str, dtype: DType, folder: Path, **options: object) -> Path:
     checkpoint = OptCheckpoint.open(save_hf(variant, folder / "hf"))
-    major, minor = torch.cuda.get_device_capability()
-    target = {"architectures": [f"sm_{major}{minor}"]}
+    target = {"architectures": [architecture()]}
     build = dataclasses.replace(BUILD, target="cuda", target_options=target, **options)
     model = dataclasses.replace(checkpoint.config, dtype=dtype)
     weights = nearest(W8A8)(checkpoint.weights(dtype))
@@ -135,14 +121,7 @@ def test_logits(variant: str, dtype: DType, cache: str, tmp_path: Path) -> None:
         Reference(path, BUILD.page_size, 16, rounds=rounds).run(whole) for rounds in (True, False)
     )
     for chunks in ([len(TOKENS)], [9, 20, *[1] * (len(TOKENS) - 29)]):
-        executor = load_executor(path)
-        sequence = PagedSequences(executor.page_size, executor.num_pages)
-        rows, start = [], 0
-        for size in chunks:
-            rows.append(execute(executor, sequence.step({"a": TOKENS[start : start + size]})))
-            start += size
-        executor.close()
-        ratio = distance(torch.cat(rows), exact) / distance(rounded, exact)
+        ratio = distance(engine_logits(path, TOKENS, chunks), exact) / distance(rounded, exact)
         assert ratio <= ROUNDING_RATIO, f"chunks {chunks[:3]}: {ratio}"
 
 
@@ -156,8 +135,7 @@ def test_batches(sequences: int, tmp_path: Path) -> None:
         Reference(path, executor.page_size, executor.num_pages, rounds=rounds) for rounds in (True, False)
     ]
     for step in range(3):
-        inputs = paged.step({str(i): [(7 * i + step) % 90, (5 * i) % 90, i % 90][: 3 if step == 0 else 1]
-                             for i in range(sequences)})  # fmt: skip
+        inputs = paged.step(batch_work(sequences, step))
         rounded, exact = (reference.run(inputs) for reference in references)
         ratio = distance(execute(executor, inputs), exact) / distance(rounded, exact)
         assert ratio <= ROUNDING_RATIO, f"step {step}: {ratio}"

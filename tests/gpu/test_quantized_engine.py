@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from trtc.core.build import build_engine
@@ -15,18 +14,15 @@ from trtc.core.ops import ReferenceContext
 from trtc.core.quantize.integers import dequantize
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import QuantizedWeights, nearest
-from trtc.runtime.executor import Executor
-from trtc.runtime.llm import LLM
+from trtc.kernels.launch import architecture
 from trtc.runtime.load import load_executor
-from trtc.runtime.sampling_params import SamplingParams
-from trtc.runtime.step_input import StepInput
 from trtc.tests.asymmetric import with_zeros
+from trtc.tests.engine_steps import TOKENS, batch_work, check_reproducible, engine_logits, execute
 from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import PagedSequences, filled_cache
 from trtc.tests.tolerances import logits_tolerance, max_error
 
 pytestmark = pytest.mark.gpu
-TOKENS = [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 80)]
 INT8, INT4, FP8 = WeightFormat("int8"), WeightFormat("int4", 128), WeightFormat("fp8")
 ZEROS = WeightFormat("int4", 64, zero_point=True)
 CASES = [
@@ -44,12 +40,6 @@ CASES = [
     ("cuda_head_dim_80_odd_vocabulary", INT8),
     ("cuda_head_dim_128_untied", WeightFormat("int4", 64)),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def needs_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +66,8 @@ class Quantized:
         floats = checkpoint.weights(dtype)
         rounded = with_zeros(floats, how, lm_head) if how.zero_point else None
         source = rounded or nearest(QuantizeOptions(how, lm_head))(floats)
-        major, minor = torch.cuda.get_device_capability()
-        build = dataclasses.replace(
-            BUILD, target="cuda", target_options={"architectures": [f"sm_{major}{minor}"]}, **options
-        )
+        target = {"architectures": [architecture()]}
+        build = dataclasses.replace(BUILD, target="cuda", target_options=target, **options)
         model = dataclasses.replace(checkpoint.config, dtype=dtype)
         build_engine(checkpoint.family, model, source, build, folder / "engine")
         return cls(folder / "engine", checkpoint, source, lm_head)
@@ -109,11 +97,6 @@ class Reference:
         return logits
 
 
-def execute(executor: Executor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
-    return executor.execute(step).float().cpu()
-
-
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
 @pytest.mark.parametrize(("variant", "how"), CASES, ids=str)
 def test_logits(variant: str, how: WeightFormat, dtype: DType, tmp_path: Path) -> None:
@@ -124,14 +107,7 @@ def test_logits(variant: str, how: WeightFormat, dtype: DType, tmp_path: Path) -
     )
     tolerance = logits_tolerance(dtype, reference)
     for chunks in ([len(TOKENS)], [9, 20, *[1] * (len(TOKENS) - 29)]):
-        executor = load_executor(quantized.engine)
-        sequence = PagedSequences(executor.page_size, executor.num_pages)
-        rows, start = [], 0
-        for size in chunks:
-            rows.append(execute(executor, sequence.step({"a": TOKENS[start : start + size]})))
-            start += size
-        executor.close()
-        error = max_error(torch.cat(rows), reference)
+        error = max_error(engine_logits(quantized.engine, TOKENS, chunks), reference)
         assert error <= tolerance, f"chunks {chunks[:3]}: {error} > {tolerance}"
 
 
@@ -146,21 +122,13 @@ def test_batches(sequences: int, how: WeightFormat, lm_head: bool, tmp_path: Pat
     executor = load_executor(quantized.engine)
     paged = PagedSequences(executor.page_size, executor.num_pages)
     reference = quantized.reference(executor.page_size, executor.num_pages)
-    names = [str(i) for i in range(sequences)]
     for step in range(3):
-        inputs = paged.step({name: [(7 * i + step) % 90, (5 * i) % 90, i % 90][: 3 if step == 0 else 1]
-                             for i, name in enumerate(names)})  # fmt: skip
+        inputs = paged.step(batch_work(sequences, step))
         expected = reference.run(inputs)
         assert max_error(execute(executor, inputs), expected) <= logits_tolerance(DType.FLOAT16, expected)
     executor.close()
 
 
 def test_generation_is_reproducible(tmp_path: Path) -> None:
-    """Greedy tokens, run ahead in CUDA graphs, twice, after weights were laid out anew for the kernels."""
-    quantized = Quantized.build("cuda_pre_norm", INT4, DType.FLOAT16, tmp_path)
-    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-    runs = []
-    for _ in range(2):
-        with LLM(quantized.engine) as llm:
-            runs.append(list(llm.generate([TOKENS[:20]], params)[0].outputs[0].token_ids))
-    assert runs[0] == runs[1]
+    """Weights are laid out anew for the kernels each time."""
+    check_reproducible(Quantized.build("cuda_pre_norm", INT4, DType.FLOAT16, tmp_path).engine)

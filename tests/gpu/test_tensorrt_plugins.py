@@ -43,12 +43,6 @@ BATCHES = {
 """New tokens and tokens in the cache, of every sequence; 1 to 2048 in all, at and beside the borders of pages and tiles."""
 
 
-@pytest.fixture(autouse=True)
-def needs_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-
-
 def launch_ptx(
     launch: AotLaunch, signature: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
 ) -> None:

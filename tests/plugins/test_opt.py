@@ -24,13 +24,10 @@ from trtc.core.sharding import ShardingOptions
 from trtc.core.weight_source import DummyWeights
 from trtc.plugins.opt import config as opt_config
 from trtc.plugins.opt import model as opt_model
-from trtc.runtime.executor import Executor
 from trtc.runtime.llm import LLM
-from trtc.runtime.load import load_executor
 from trtc.runtime.sampling_params import SamplingParams
-from trtc.runtime.step_input import StepInput
+from trtc.tests.engine_steps import engine_logits
 from trtc.tests.opt_models import VARIANTS, OptCheckpoint, hf_config_fields, hf_logits, hf_model, hf_state
-from trtc.tests.packed_steps import PagedSequences
 from trtc.tests.tolerances import LOGITS_FLOAT32_ABS, logits_tolerance, max_error
 
 NEW_TOKENS = 64
@@ -44,23 +41,8 @@ def generate(engine_dir: Path, prompts: list[list[int]], params: SamplingParams 
         return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params)]
 
 
-def engine_logits(executor: Executor, token_ids: list[int], chunks: list[int]) -> torch.Tensor:
-    """[tokens, vocab] of one sequence that is fed in `chunks` of so many tokens."""
-    sequence = PagedSequences(executor.page_size, executor.num_pages)
-    rows, start = [], 0
-    for size in chunks:
-        inputs = sequence.step({"a": token_ids[start : start + size]})
-        step = StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
-        rows.append(executor.execute(step).clone())
-        start += size
-    assert start == len(token_ids)
-    return torch.cat(rows)
-
-
 def hf_error(engine_dir: Path, variant: str, token_ids: list[int], chunks: list[int] | None = None) -> float:
-    executor = load_executor(engine_dir)
-    logits = engine_logits(executor, token_ids, chunks or [len(token_ids)])
-    executor.close()
+    logits = engine_logits(engine_dir, token_ids, chunks or [len(token_ids)])
     return max_error(logits, hf_logits(variant, token_ids))
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tokenizers
-import torch
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from trtc.runtime.tokenizer import Tokenizer
 
@@ -18,15 +16,6 @@ CORPUS = [
     "ünïcödé 漢字 and emoji 🙂🙂 over the end",
 ] * 3
 SPECIALS = ["</s>", "<s>", "<pad>"]  # </s> has id 0, as the toy model's end of sequence
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """The tensors here are tiny: threads cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import pytest
 from trtc.core.targets.cuda.code import decode_buckets, verify_buckets
 from trtc.runtime.cuda_executor import CudaExecutor
 from trtc.runtime.step_input import StepInput
+from trtc.tests.engine_steps import step_input
 from trtc.tests.packed_steps import PagedSequences
 
 
@@ -26,8 +27,7 @@ class Recorder:
 
 
 def step_of(work: dict[str, list[int]], sequences: PagedSequences, **options: bool) -> StepInput:
-    inputs = sequences.step(work, **options)
-    return StepInput(**{name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()})
+    return step_input(sequences.step(work, **options))
 
 
 @pytest.mark.parametrize(
