@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import ConfigError, RequestError
+from ..core.errors import ConfigError
 from ..runtime.early_start import begin_loading
 from .ranks import add_nproc, enter_job
 from .run import write_json
@@ -62,15 +62,11 @@ def main(args: argparse.Namespace) -> int:
     from ..runtime.evaluation import perplexity
     from ..runtime.evaluation.hf import HFModel
     from ..runtime.load import load_executor
-    from ..runtime.tokenizer import Tokenizer
+    from ..runtime.tokenizer import Tokenizer, required_tokenizer
 
     plugins()  # the graph may hold ops that a plugin registers
     engine = Engine.open(args.engine_dir, verify=False)
-    tokenizer = Tokenizer.from_dir(args.engine_dir)
-    if tokenizer is None:
-        raise RequestError(
-            f"{args.engine_dir}: the engine has no tokenizer files; build it from a folder with them"
-        )
+    tokenizer = required_tokenizer(Tokenizer.from_dir(args.engine_dir), args.engine_dir)
     token_ids = tokenizer.encode(_read_text(args.text))
     window, stride = _window(args, engine)
     executor = load_executor(engine_dir)

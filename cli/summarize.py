@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import ConfigError, RequestError
+from ..core.errors import ConfigError
 from .ranks import add_nproc, enter_job
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
     from ..core.plugin_registry import plugins
     from ..runtime.evaluation import summarize
     from ..runtime.evaluation.dataset import load_pairs
-    from ..runtime.tokenizer import Tokenizer
+    from ..runtime.tokenizer import Tokenizer, required_tokenizer
 
     pairs = load_pairs(
         _dataset(args),
@@ -99,11 +99,7 @@ def main(args: argparse.Namespace) -> int:
     )
     plugins()  # the graph may hold ops that a plugin registers
     engine = Engine.open(args.engine_dir, verify=False)
-    tokenizer = Tokenizer.from_dir(args.engine_dir)
-    if tokenizer is None:
-        raise RequestError(
-            f"{args.engine_dir}: the engine has no tokenizer files; build it from a folder with them"
-        )
+    tokenizer = required_tokenizer(Tokenizer.from_dir(args.engine_dir), args.engine_dir)
     limit = summarize.input_limit(engine.build, args.output_len)
     prompts = summarize.encode_prompts(pairs, tokenizer, limit)
     sides: dict[str, tuple[Summaries, float | None]] = {}

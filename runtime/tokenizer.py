@@ -86,6 +86,15 @@ def _byte_of() -> Mapping[str, int]:
     return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
+def required_tokenizer(tokenizer: Tokenizer | None, engine_dir: str | PathLike[str]) -> Tokenizer:
+    """The tokenizer of an engine that is of no use without. Raises RequestError when it has none."""
+    if tokenizer is None:
+        raise RequestError(
+            f"{engine_dir}: the engine has no tokenizer files; build it from a folder with them"
+        )
+    return tokenizer
+
+
 def _special_token_names(path: Path) -> dict[str, str]:
     """bos_token, eos_token, ... by name; the first file that knows a name wins."""
     names: dict[str, str] = {}

@@ -18,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from ...core.errors import ConfigError, RequestError, TrtcError
 from ..llm import LLM
 from ..sampling_params import SamplingParams
+from ..tokenizer import required_tokenizer
 from .forward import Scored, sequence_logits
 
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -59,11 +60,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self._add_bos_token = add_bos_token
 
     def _configure(self, engine_dir: str | Path, max_length: int | None) -> None:
-        tokenizer = self._llm.tokenizer
-        if tokenizer is None:
-            raise RequestError(
-                f"{engine_dir}: the engine has no tokenizer files; build it from a folder with them"
-            )
+        tokenizer = required_tokenizer(self._llm.tokenizer, engine_dir)
         longest = self._llm.core.executor.max_seq_len
         self.max_length = longest if max_length is None else max_length
         if not 2 <= self.max_length <= longest:
