@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .markdown import table_of
+
 ROOT = Path(__file__).parent.parent
 VOCAB, INPUT_LEN, OUTPUT_LEN = 50272, 128, 64
 KINDS = {"float32": "float32", "bfloat16": "float32", "int8": "int8"}
@@ -255,7 +257,7 @@ def rows(data: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def table(data: dict[str, Any]) -> str:
     """README's table and the lines below it."""
     header = ("OPT-125M on the CPU", "weights", "trtc", "CTranslate2", "ratio", "aim", "transformers float32")
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ("---",) * len(header), *rows(data)))
+    text = table_of(header, rows(data))
     versions, one = data["versions"], data["processes"]["float32"]
     bytes_read = 4 * 12 * (12 * 768 * 768)
     floor = bytes_read / data["read_bandwidth_gb_s"] / 1e6

@@ -27,6 +27,7 @@ from ..runtime.benchmark import step_bytes
 from ..runtime.llm import LLM
 from ..runtime.sampling_params import SamplingParams
 from .cpu import ROOT, VOCAB, read_bandwidth, setup
+from .markdown import table_of
 
 SHAPES = {"125m": (768, 12, 12), "350m": (1024, 24, 16), "1.3b": (2048, 24, 32)}
 """Hidden size, layers, heads of OPT. (The real OPT-350M projects its embeddings from 512; here they are 1024 wide.)"""
@@ -80,9 +81,9 @@ def table(data: dict[str, Any]) -> str:
     header = ("engine", "batch", "context", "step", "floor", "floor / step")
     rows = ((c["engine"], str(c["batch"]), str(c["context"]), f"{c['step_ms']:.1f} ms", f"{c['floor_ms']:.1f} ms",
              f"{c['percent_of_floor']:.0f} %") for c in data["cases"])  # fmt: skip
-    lines = "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ("---",) * len(header), *rows))
     return (
-        f"{lines}\n{data['device']}, {data['threads']} threads, {data['read_bandwidth_gb_s']:.0f} GB/s read; trtc at "
+        f"{table_of(header, rows)}\n"
+        f"{data['device']}, {data['threads']} threads, {data['read_bandwidth_gb_s']:.0f} GB/s read; trtc at "
         f"{data['commit']}, {data['date']}, torch {data['versions']['torch']}. Samples: `bench/results/cpu-scaling.json`.\n"
     )
 

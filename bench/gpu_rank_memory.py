@@ -28,6 +28,7 @@ from ..runtime.placement import placement
 from ..runtime.sampling_params import SamplingParams
 from .against_vllm import TRTC, run
 from .kernels.harness import nvidia_smi
+from .markdown import table_of
 from .opt_sizes import SIZES, is_built, work_folder, write_config
 from .rank_memory import EMBEDDINGS, MIB
 
@@ -144,14 +145,14 @@ def markdown(data: dict[str, Any]) -> str:
         "allocated at most",
         "taken of the GPU",
     )
-    lines: list[tuple[str, ...]] = [header, ("---",) * len(header)]
+    lines: list[tuple[str, ...]] = []
     whole: dict[str, int] = {}
     for row in data["rows"]:
         largest = {key: max(rank[key] for rank in row["ranks"]) for key in ("weights", "allocated", "taken")}
         share = largest["weights"] / whole.setdefault(row["model"], largest["weights"])
         cells = [f"{largest[key] / MIB:.0f} MiB" for key in largest]
         lines.append((f"OPT-{row['model'].upper()}", row["embedding"], cells[0], f"{share:.0%}", *cells[1:]))
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = table_of(header, lines)
     return (
         f"{text}\nTarget cuda, tensor parallel over {data['tp_size']} x {data['device']}, float16, random weights, a KV cache "
         f"of {data['cache_bytes'] >> 20} MiB, driver {data['driver']}, torch {data['torch']}, trtc at {data['commit']} on "

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from trtc import LLM
+from trtc.bench.markdown import table_of, with_table
 from trtc.bench.opt_sizes import write_config
 from trtc.cli.main import main as trtc
 from trtc.runtime.evaluation import summarize
@@ -38,7 +39,6 @@ from trtc.runtime.tokenizer import Tokenizer
 ROOT = Path(__file__).parent.parent
 TINY_OPT, NEWS, PAGE = ROOT / "examples/tiny-opt", ROOT / "examples/news.jsonl", ROOT / "docs/evaluation.md"
 RESULTS = {target: ROOT / f"bench/results/{target}-prompt-lookup.json" for target in ("cpu", "cuda")}
-END = "<!-- /bench -->\n"
 SETTINGS = ("1:2", "1:4", "2:8")
 OUTPUT_LEN = 100
 PADDED = 16384
@@ -195,7 +195,7 @@ def table(data: dict[str, Any]) -> str:
         "tokens/s",
         "speed-up",
     )
-    lines = [header, ("---",) * len(header)]
+    lines: list[tuple[str, ...]] = []
     cpu, base = data["target"] == "cpu", 1.0
     for row in data["rows"]:
         case, found = (row["name"], str(row["batch"]), str(row["articles"])), speed(row, cpu=cpu)
@@ -207,7 +207,7 @@ def table(data: dict[str, Any]) -> str:
         steps = f"{row['tokens'] / (row['tokens'] - row['accepted']):.2f}"
         guessed = f"{row['proposed'] / row['tokens']:.2f}"
         lines.append((*case, row["lookup"], guessed, share, steps, f"{found:.0f}", f"{found / base:.2f}"))
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = table_of(header, lines)
     return (
         f"{text}\nGuessed: tokens tried, of each token of output. {data['device']}, "
         f"{'one thread, float32' if cpu else DTYPES['cuda']}; {_sameness(data)} Times, prompts included, are "
@@ -227,18 +227,10 @@ def _sameness(data: dict[str, Any]) -> str:
 
 def with_tables(page: str) -> str:
     """The page with the tables of all results that there are."""
-    for target, results in RESULTS.items():
+    for results in RESULTS.values():
         if results.exists():
-            page = with_table(page, target, table(json.loads(results.read_text())))
+            page = with_table(page, results.stem, table(json.loads(results.read_text())))
     return page
-
-
-def with_table(page: str, target: str, text: str) -> str:
-    start = f"<!-- bench: {target}-prompt-lookup -->\n"
-    before, found, rest = page.partition(start)
-    assert found, f"{PAGE}: no place for the table of target {target}"
-    _, _, after = rest.partition(END)
-    return before + start + "\n" + text + "\n" + END + after
 
 
 def _processor() -> str:

@@ -33,11 +33,11 @@ from ..runtime.evaluation.perplexity import engine_logits
 from ..runtime.llm import LLM
 from ..runtime.load import load_executor
 from ..runtime.tokenizer import Tokenizer
+from .markdown import table_of, with_table
 
 ROOT = Path(__file__).parent.parent
 TINY_OPT, NEWS = ROOT / "examples" / "tiny-opt", ROOT / "examples" / "news.jsonl"
 RESULTS, PAGE = ROOT / "bench" / "results" / "quantization.json", ROOT / "docs" / "quantization.md"
-START, END = "<!-- bench: quantization -->\n", "<!-- /bench -->\n"
 CALIBRATION_PAIRS, BATCH, OUTPUT_LEN = 128, 50, 60
 
 INT4 = ("--use-weight-only", "--weight-only-precision", "int4", "--group-size")
@@ -153,12 +153,12 @@ def table(data: dict[str, Any]) -> str:
     """The table and the line below it that says what was measured."""
     base = data["cases"]["float16"]
     header = ("weights", "perplexity", "to float16", "ROUGE-1", "weights in all")
-    lines = [header, ("---",) * len(header)]
+    lines: list[tuple[str, ...]] = []
     for name, case in data["cases"].items():
         ratio = 100 * (case["perplexity"] / base["perplexity"] - 1)
         lines.append((name, f"{case['perplexity']:.4f}", f"{ratio:+.2f} %", f"{case['rouge1']:.2f}",
                       f"{case['weight_bytes'] / 1e6:.2f} MB"))  # fmt: skip
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = table_of(header, lines)
     return (
         f"{text}\nThe trained tiny OPT on {data['articles']} held-out articles, {base['scored_tokens']} scored tokens; "
         f"quantized rows compute in float16, embeddings and head stay in it. GPTQ: {data['calibration_texts']} articles of "
@@ -168,12 +168,6 @@ def table(data: dict[str, Any]) -> str:
     )
 
 
-def with_table(page: str, text: str) -> str:
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return before + START + "\n" + text + "\n" + END + after
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--articles", type=int, default=200)
@@ -181,7 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         RESULTS.write_text(json.dumps(run(args.articles), indent=1) + "\n")
-    PAGE.write_text(with_table(PAGE.read_text(), table(json.loads(RESULTS.read_text()))))
+    PAGE.write_text(with_table(PAGE.read_text(), RESULTS.stem, table(json.loads(RESULTS.read_text()))))
 
 
 if __name__ == "__main__":

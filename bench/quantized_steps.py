@@ -19,6 +19,7 @@ from typing import Any
 
 from .against_vllm import TRTC, run
 from .kernels.harness import nvidia_smi
+from .markdown import table_of
 from .opt_sizes import SIZES, is_built, work_folder, write_config
 
 Record = dict[str, Any]
@@ -75,8 +76,7 @@ def measure(size: str, name: str, folder: Path, args: argparse.Namespace) -> lis
 def table(data: Record, name: str = RESULTS.name) -> str:
     """The table of results file `name`, and the line below it that says what was measured."""
     header = ("model", "weights", "batch", "step", "beside float16", "% of read limit", "prefill")
-    lines = [header, ("---",) * len(header), *rows(data["runs"])]
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = table_of(header, rows(data["runs"]))
     records = [record for one in data["runs"] for record in one["records"]]
     setup = next(record for record in records if record["kind"] == "setup")
     notes = "".join(f" OPT-{one['model'].upper()}: {one['note']}." for one in data["runs"] if "note" in one)

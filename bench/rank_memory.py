@@ -22,10 +22,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from .markdown import table_of, with_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu-rank-memory.json"
 PAGE = ROOT / "docs" / "parallel.md"
-START, END = "<!-- bench: cpu-rank-memory -->\n", "<!-- /bench -->\n"
 MODELS = {"OPT-125M": (768, 12, 12), "OPT-1.3B": (2048, 24, 32)}
 """Hidden size, layers, heads of the published models."""
 EMBEDDINGS = {"off": (), "dim 0": (0,), "dim 1": (1,)}
@@ -141,7 +142,7 @@ def table(data: dict[str, Any]) -> str:
         "beside off",
         "peak beyond an empty process",
     )
-    lines = [header, ("---",) * len(header)]
+    lines: list[tuple[str, ...]] = []
     whole: dict[tuple[str, int], int] = {}
     for row in data["rows"]:
         weights = max(rank["weights"] for rank in row["ranks"])
@@ -150,19 +151,13 @@ def table(data: dict[str, Any]) -> str:
         share = weights / whole.setdefault(key, weights)
         cells = (row["model"], str(row["tp_size"]), row["embedding"], f"{weights / MIB:.0f} MiB")
         lines.append((*cells, f"{100 * share:.0f}%", f"{peak / MIB:.0f} MiB"))
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = table_of(header, lines)
     return (
         f"{text}\nTarget cpu, float16, dummy weights, {data['device']}, trtc at {data['commit']}"
         f"{' with local changes' if data['dirty'] else ''}, torch {data['torch']}, {data['date']}. The largest rank of each "
         f"row; the peak is that of the process (VmHWM) once every weight was touched, less what it had before it loaded the "
         f"engine. Every rank: `bench/results/{RESULTS.name}`.\n"
     )
-
-
-def with_table(page: str, text: str) -> str:
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return before + START + "\n" + text + "\n" + END + after
 
 
 def main() -> None:
@@ -177,7 +172,7 @@ def main() -> None:
         return
     if not args.table:
         RESULTS.write_text(json.dumps(run(args.models, args.tp_sizes), indent=1) + "\n")
-    PAGE.write_text(with_table(PAGE.read_text(), table(json.loads(RESULTS.read_text()))))
+    PAGE.write_text(with_table(PAGE.read_text(), RESULTS.stem, table(json.loads(RESULTS.read_text()))))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 from .against_vllm import TRTC, run
 from .kernels.harness import nvidia_smi
+from .markdown import table_of
 from .opt_sizes import SIZES, is_built, opt_config, work_folder, write_config
 
 Record = dict[str, Any]
@@ -209,7 +210,7 @@ def row(
 
 def markdown(data: Record) -> str:
     """The table of a results file, and the line below it that says what was measured."""
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in (HEADER, ("---",) * len(HEADER), *rows(data)))
+    text = table_of(HEADER, rows(data))
     every = [record for sides in data["models"].values() for record in records(sides)]
     setup = next(r for r in every if r["kind"] == "setup" and "trtc" in r)
     peer = next((f" and vLLM {r['vllm']} in one run" for r in every if "vllm" in r), "")

@@ -6,10 +6,11 @@ python -m trtc.bench.server_tables     # writes them between their markers
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .markdown import table_of, with_table
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "server.md"
@@ -19,7 +20,7 @@ RESULTS = ROOT / "bench" / "results"
 def checks(data: dict[str, Any]) -> str:
     """What a server was put through, and what was found."""
     lines = [(row["case"], row["value"], row["wanted"] or "") for row in data["rows"]]
-    return _table(("case", "found", "wanted"), lines) + _setup(data)
+    return table_of(("case", "found", "wanted"), lines) + _setup(data)
 
 
 def rates(data: dict[str, Any]) -> str:
@@ -41,7 +42,7 @@ def rates(data: dict[str, Any]) -> str:
         "output tokens/s",
         "of `LLM`, all at once",
     )
-    return _table(header, lines) + _setup(data)
+    return table_of(header, lines) + _setup(data)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -59,16 +60,8 @@ def with_tables(page: str) -> str:
         results = RESULTS / f"{name}.json"
         if name == ON_A_GPU and not results.exists():
             continue
-        text = table(json.loads(results.read_text()))
-        block = re.compile(rf"(<!-- bench: {name} -->\n).*?(<!-- /bench -->\n)", re.DOTALL)
-        page, count = block.subn(lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}", page)
-        assert count == 1, f"{PAGE} has {count} places for {name}"
+        page = with_table(page, name, table(json.loads(results.read_text())))
     return page
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
 def _setup(data: dict[str, Any]) -> str:

@@ -23,12 +23,12 @@ from trtc.bench import (
     tensor_parallel,
 )
 from trtc.bench.kernels import fp8
+from trtc.bench.markdown import table_of, with_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "gpu-vs-vllm.json"
 H100 = ROOT / "bench" / "results" / "h100-vs-vllm.json"
 PLANS = ROOT / "bench" / "results" / "tensorrt-plans.json"
-END = "<!-- /bench -->\n"
 BARS = {
     ("125m", "decode", 1): 5.0, ("125m", "decode", 8): 4.0, ("125m", "decode", 64): 3.0,
     ("1.3b", "decode", 1): 1.8, ("1.3b", "decode", 8): 1.7, ("1.3b", "decode", 64): 1.5,
@@ -104,8 +104,7 @@ def row(
 def table(data: dict[str, Any], name: str = RESULTS.name) -> str:
     """The table of results file `name`, and the line below it that says what was measured."""
     header = ("model", "case", "trtc", "vLLM", "ratio", "aim", "% of read limit", "ratio at the limit")
-    lines = [header, ("---",) * len(header), *rows(data)]
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = table_of(header, rows(data))
     others = data.get("other_runs", {})
     sides = next(sides for model, sides in data["models"].items() if model not in others)
     setup, peer = (next(r for r in sides[side] if r["kind"] == "setup") for side in ("trtc", "vllm"))
@@ -141,7 +140,7 @@ def plans_table(data: dict[str, Any]) -> str:
         "of a processor",
         "memory at most",
     )
-    lines = [header, ("---",) * len(header)]
+    lines: list[tuple[str, ...]] = []
     by_size = sorted(data["cases"], key=lambda case: case["weight_bytes"])
     for model, dtype in dict.fromkeys((case["model"], case["dtype"]) for case in by_size):
         cases = [case for case in data["cases"] if (case["model"], case["dtype"]) == (model, dtype)]
@@ -152,7 +151,7 @@ def plans_table(data: dict[str, Any]) -> str:
             spread(cases, "build_s", 1, "s"), spread(cases, "cpu_s", 1, "s"),
             spread(cases, "peak_bytes", 1e9, "GB"),
         ))  # fmt: skip
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = table_of(header, lines)
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     return (
         f"{text}\n{data['device']}; random weights, max-batch-size 8, max-num-tokens 8192; {versions}; trtc at "
@@ -166,15 +165,6 @@ def spread(cases: list[dict[str, Any]], key: str, unit: float, name: str) -> str
     """`12.1 to 12.4 MB`, or `12.1 MB` where both ends read alike."""
     least, most = (f"{float(f'{pick(case[key] for case in cases) / unit:.3g}'):g}" for pick in (min, max))
     return f"{least} {name}" if least == most else f"{least} to {most} {name}"
-
-
-def with_table(page: str, name: str, text: str) -> str:
-    """`page` with `text` between the markers of table `name`."""
-    start = f"<!-- bench: {name} -->\n"
-    before, found, rest = page.partition(start)
-    assert found, f"no marker {start.strip()}"
-    _, _, after = rest.partition(END)
-    return before + start + "\n" + text + "\n" + END + after
 
 
 TABLES = (

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .kernels.harness import nvidia_smi
+from .markdown import table_of
 from .opt_sizes import SIZES, is_built, work_folder, write_config
 
 Record = dict[str, Any]
@@ -134,7 +135,7 @@ def table(runs: Sequence[Record]) -> str:
 def markdown(data: Record) -> str:
     """The table of a results file, and the line below it that says what was measured."""
     header, *lines = rows(data["runs"])
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ("---",) * len(header), *lines))
+    text = table_of(header, lines)
     records = [record for run in data["runs"] for record in run["records"]]
     setup = next(record for record in records if record["kind"] == "setup")
     batch = next(record for record in records if record["kind"] == "batch")
@@ -165,13 +166,13 @@ def where_and_when(data: Record) -> str:
 def pipeline_markdown(data: Record) -> str:
     """The table of a results file of pipelines alone, and the line below it."""
     header = ("model", "stages", "batch", "step ms", "prefill ms")
-    lines = [header, ("---",) * len(header)]
+    lines: list[tuple[str, ...]] = []
     for one in data["runs"]:
         for record in one["records"]:
             if record["kind"] == "batch":
                 times = f"{record['decode_ms_per_token']:.3f}", f"{1e3 * record['prefill_s']:.1f}"
                 lines.append((one["model"], str(one["pp_size"]), str(record["batch"]), *times))
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text = table_of(header, lines)
     records = [record for run in data["runs"] for record in run["records"]]
     setup = next(record for record in records if record["kind"] == "setup")
     return (

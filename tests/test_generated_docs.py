@@ -38,10 +38,11 @@ def test_numbers_of_the_server_page_are_those_of_the_results_files() -> None:
 
 def test_numbers_of_the_page_on_ranks_are_those_of_the_results_file() -> None:
     from trtc.bench import rank_memory
+    from trtc.bench.markdown import with_table
 
     page = rank_memory.PAGE.read_text()
     text = rank_memory.table(json.loads(rank_memory.RESULTS.read_text()))
-    assert rank_memory.with_table(page, text) == page, "run `make docs`"
+    assert with_table(page, rank_memory.RESULTS.stem, text) == page, "run `make docs`"
 
 
 def test_numbers_of_prompt_lookup_are_those_of_the_results_files() -> None:

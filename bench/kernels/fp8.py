@@ -27,6 +27,7 @@ from ...kernels.paged import as_bytes
 from ...kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
 from ...kernels.quantize_rows import QuantizeRows
 from ...kernels.quantize_rows.reference import quantize_rows as reference_rows
+from ..markdown import table_of
 from . import attention_checks
 from .attention_cases import Model, PagedBatch, paged_batch
 from .dense import layers
@@ -193,18 +194,15 @@ def markdown(data: dict[str, Any]) -> str:
         if row["config"].endswith("chosen"):
             _, size, batch = row["case"].split(" ", 2)
             attention[size, batch][row["config"].split()[0]] = row
-    lines: list[tuple[str, ...]] = [
-        ("decode attention", "cache of float16", "cache of fp8", "ratio"),
-        ("---",) * 4,
-    ]
+    lines: list[tuple[str, ...]] = []
     for (size, batch), found in attention.items():
         cells = [f"{found[cache]['us']:.1f} us, {found[cache]['gbps']:.0f} GB/s" for cache in CACHES]
         ratio = found["float16"]["us"] / found["fp8"]["us"]
         lines.append((f"OPT-{size}, {batch.removeprefix('b')} tokens", *cells, f"{ratio:.2f}"))
-    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
+    text = table_of(("decode attention", "cache of float16", "cache of fp8", "ratio"), lines) + "\n"
     header = ("product of OPT-6.7B", "rows", "float16", "decode kernel, fp8 weights", "fp8 x fp8, exact sums", "fast sums",
               "rounding", "exact, to float16")  # fmt: skip
-    lines = [header, ("---",) * len(header)]
+    lines = []
     for one in data["products"]:
         us, layer = one["us"], " ".join(one["case"].split()[1:])
         times = [
@@ -214,7 +212,7 @@ def markdown(data: dict[str, Any]) -> str:
         lines.append(
             (layer, str(one["rows"]), *times, f"{us['float16'] / (us['product'] + us['round']):.2f}")
         )
-    text += "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    text += table_of(header, lines)
     where = data["environment"]
     note = f" {data['note']}." if "note" in data else ""
     exact, fast = (max(product[name] for product in data["products"]) for name in ("error", "fast_error"))
