@@ -239,10 +239,11 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
                         work[stage] = {tiles, block.first_row, block.first_token, block.new_tokens, block.past, head};
                     barrier_arrive(shared_address(full + stage));
                 }
+                // All lanes have read what is there; what comes there they read behind the next tiles' __syncwarp.
+                __syncwarp();
                 if (lane == 0)
                     own_appends[stage] = {pages, first, block.past + block.first_row, min(append_to, first + kKeys),
                                           kv_head * kHeadDim};
-                __syncwarp();
                 advance();
                 copy_async_wait<kLater>();
                 append_tile(stage);
