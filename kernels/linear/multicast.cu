@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(kGroupsOf<kFeatures> * kGroupThreads + kWarpSi
     // A part finishes kPartRows rows: those of kPartWarps warps of a group, or, of eight parts, half of those of a warp.
     constexpr int kPartRows = kTokens / kSplit;
     constexpr int kHalves = kSplit == 8 ? 1 : 2;  // rows of a thread, 8 apart
+    constexpr int kTileRows = 8 * kHalves;        // that lie together in the sums of a warp; those of no row are not sent
     constexpr int kPartWarps = kSplit == 8 ? 1 : kGroupWarps / kSplit;
     constexpr int kTeams = kGroupWarps / kPartWarps;        // warps that finish the same rows, of different quads
     constexpr int kItems = (kQuads + kTeams - 1) / kTeams;  // quads of a warp
@@ -157,7 +158,9 @@ __global__ void __launch_bounds__(kGroupsOf<kFeatures> * kGroupThreads + kWarpSi
         for (int stage = 0; stage < weight_ahead; ++stage) copy_weight(stage, stage);
 #pragma unroll 1
         for (int stage = 0; stage < rows_ahead; ++stage) expect_rows(stage);
-        barrier_expect(shared_address(&sums_full), (kSplit - 1) * kPartRows * kFeatures * sizeof(float));
+        const int own_rows = max(0, min(rows - part * kPartRows, kPartRows));
+        const int sent_rows = (own_rows + kTileRows - 1) / kTileRows * kTileRows;
+        barrier_expect(shared_address(&sums_full), (kSplit - 1) * sent_rows * kFeatures * sizeof(float));
     }
     cluster_wait();  // barriers of all blocks are there
 
@@ -312,7 +315,7 @@ __global__ void __launch_bounds__(kGroupsOf<kFeatures> * kGroupThreads + kWarpSi
                 for (int octet = 0; octet < kOctets; ++octet) keep(octet, half);
                 __syncwarp();
                 if (lane == 0) barrier_arrive(barrier);
-            } else {
+            } else if (16 * group_warp + 8 * half < rows) {
 #pragma unroll
                 for (int octet = 0; octet < kOctets; ++octet) {
                     const uint32 place = shared_address(received_place(part, octet));
@@ -322,6 +325,7 @@ __global__ void __launch_bounds__(kGroupsOf<kFeatures> * kGroupThreads + kWarpSi
                 }
             }
         }
+        if (own_row - lane / 4 >= rows) return;
         barrier_wait_cluster(barrier, 0);
 #pragma unroll
         for (int i = 0; i < kQuad * kItems; ++i) {
