@@ -32,10 +32,10 @@ from ...kernels.linear.quantized_warpgroup_plan import (
     QuantizedWarpgroupPlan,
     most_groups,
     plan_quantized_warpgroup,
+    resident_blocks,
     widths,
 )
 from ...kernels.linear.reference import linear as reference_linear
-from ...kernels.linear.sizes import resident_clusters
 from ...kernels.linear.stripe_plan import fits_stripe, plan_stripe
 from ...kernels.nvrtc import KernelSource, compile_kernel
 from .dense import HIDDEN, TOLERANCE, label, layers, median_us, take_turns
@@ -147,7 +147,7 @@ def warpgroup_candidates(
         return
     for groups, split in itertools.product(range(1, most_groups(how) + 1), SPLITS):
         for width in sorted(widths(features, groups, split, 132)):
-            if not 72 <= -(-features // width) * split <= split * resident_clusters(split, 132):
+            if not 72 <= -(-features // width) * split <= resident_blocks(split, 132):
                 continue
             for ring_bytes in (48 << 10, 64 << 10, 96 << 10):
                 yield plan_quantized_warpgroup(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..launch import SWIZZLED_COLUMNS, LaunchShape
 from ..nvrtc import KernelSource
-from .sizes import BLOCK_BYTES, FOLDER, SWIZZLED_ROW_BYTES, ceil_div, resident_clusters, round_up
+from .sizes import BLOCK_BYTES, FOLDER, SWIZZLED_ROW_BYTES, ceil_div, round_up
 
 MULTICAST_SIGNATURE = "PPPTTiiiiiiii"
 MAX_WEIGHT_STAGES = 32
@@ -33,11 +33,15 @@ LEAST_PART_COLUMNS = 512
 """Columns of a part of K of a large weight, at least: fewer are not worth the exchange of sums."""
 
 LEAST_WIDTH = 64
-"""Features of a block of a large weight, at least, while K can be split instead: its rows of x are 64 at most."""
+"""Features of a block of a large weight, at least, while K can be split instead: it reads as many bytes of x as of W then."""
 
-LARGE_ROW_STAGES = 6
-LEAST_ROW_STAGES = 4
-"""Stages of x in flight before W gets the rest of a block's shared memory."""
+CLUSTERS_IN_PAIRS = {1: 264, 2: 132, 4: 60, 8: 27}
+"""Blocks of a cluster -> clusters that an H200 runs at once, of its 132 multiprocessors, two blocks on each. 30 of eight also
+fit, but not beside other kernels' blocks: with 29 and 30 a launch took 2 us more than with 26 and 27."""
+
+SHORT_PART_COLUMNS = 1280
+LEAST_ROW_STAGES, LONG_ROW_STAGES = 4, 6
+"""Stages of x in flight before W gets the rest of a block's shared memory: fewer for short parts of K."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +144,12 @@ def choose_multicast(rows: int, features: int, columns: int, multiprocessors: in
         return None
     if features * columns < SMALL_WEIGHT:
         return _choose_small(rows, features, columns, multiprocessors)
-    split, width = 1, even_width(features, 2 * resident_clusters(1, multiprocessors))
+    split = 1
+    width = even_width(features, 2 * multiprocessors)
     while width < LEAST_WIDTH and split < MAX_SPLIT and columns >= 2 * split * LEAST_PART_COLUMNS:
         split *= 2
-        width = even_width(features, 2 * resident_clusters(split, multiprocessors))
-    if width < LEAST_WIDTH:  # a block a multiprocessor
-        width = even_width(features, resident_clusters(split, multiprocessors))
+        width = even_width(features, CLUSTERS_IN_PAIRS[split] * multiprocessors // 132)
+    short = split <= 2 and columns_per_block(columns, split) <= SHORT_PART_COLUMNS
     return plan_multicast(
         rows,
         features,
@@ -153,7 +157,7 @@ def choose_multicast(rows: int, features: int, columns: int, multiprocessors: in
         features_per_block=width,
         copies=1,
         split=split,
-        row_stages=LARGE_ROW_STAGES,
+        row_stages=LEAST_ROW_STAGES if short else LONG_ROW_STAGES,
     )
 
 

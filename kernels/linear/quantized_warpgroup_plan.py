@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..launch import LaunchShape
 from ..nvrtc import KernelSource
 from .formats import WEIGHTS
-from .sizes import FOLDER, SWIZZLED_ROW_BYTES, ceil_div, resident_clusters, round_up
+from .sizes import FOLDER, SWIZZLED_ROW_BYTES, ceil_div, round_up
 
 QUANTIZED_WARPGROUP_SIGNATURE = "PPPPPTiiiiiii"
 
@@ -44,6 +44,9 @@ TILE_CLOCKS, TOKEN_CLOCKS, LEAST_TILES = 180, 3, 1.5
 
 WEIGHT_BYTES, ALL_BYTES, SUM_BYTES, ROW_BYTES = 17, 36, 32, 128
 """That a multiprocessor gets a clock: of W, of W and x, of the sums of other parts, and of x, beside all that."""
+
+RESIDENT_CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 8: 15}
+"""Blocks of a cluster -> clusters that an H200 runs at once, of its 132 multiprocessors, a block on each."""
 
 BLOCK_LIMIT = 226 * 1024
 """Most dynamic shared memory of a block on Hopper: its 227 KiB without the barriers."""
@@ -151,7 +154,7 @@ def choose_quantized_warpgroup(
 def clocks(plan: QuantizedWarpgroupPlan, multiprocessors: int) -> float:
     """About as many clocks as a launch takes: it multiplies while it reads; the waves of blocks follow each other."""
     blocks, depth = plan.launch_shape(dependent=True).grid[0], plan.columns_per_block
-    waves = ceil_div(blocks, plan.split * resident_clusters(plan.split, multiprocessors))
+    waves = ceil_div(blocks, resident_blocks(plan.split, multiprocessors))
     weights = plan.features_per_block * depth * WEIGHTS[plan.weight].bits / 8
     x_bytes = plan.tokens * 2 * depth
     share = blocks / waves / multiprocessors  # that is busy; the others leave it their bandwidth
@@ -163,10 +166,15 @@ def clocks(plan: QuantizedWarpgroupPlan, multiprocessors: int) -> float:
     return waves * (WAVE_CLOCKS + max(products, reading) + x_bytes / ROW_BYTES + sums / SUM_BYTES)
 
 
+def resident_blocks(split: int, multiprocessors: int) -> int:
+    """Blocks that run at once: not every group of multiprocessors is a multiple of a cluster."""
+    return RESIDENT_CLUSTERS[split] * multiprocessors // 132 * split
+
+
 def widths(features: int, groups: int, split: int, multiprocessors: int) -> set[int]:
     """Features of a block of so many warpgroups: all it can have, and as many as make every block's share the same."""
     full = groups * GROUP_FEATURES
-    ranges = max(1, resident_clusters(split, multiprocessors))
+    ranges = max(1, resident_blocks(split, multiprocessors) // split)
     waves = ceil_div(features, full * ranges)
     even = round_up(ceil_div(features, ranges * waves), 8)
     return {full, even} if even > full - GROUP_FEATURES else {full}

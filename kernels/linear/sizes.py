@@ -19,14 +19,6 @@ RESERVED_BYTES = 1024
 
 SWIZZLED_ROW_BYTES = 2 * SWIZZLED_COLUMNS
 
-RESIDENT_CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 8: 15}
-"""Blocks of a cluster -> clusters that an H200 runs at once, of its 132 multiprocessors, a block on each."""
-
-
-def resident_clusters(blocks: int, multiprocessors: int) -> int:
-    """Clusters of so many blocks that run at once, a block on each multiprocessor: not every group of those is a multiple."""
-    return RESIDENT_CLUSTERS[blocks] * multiprocessors // 132
-
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
