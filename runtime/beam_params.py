@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from ..core.errors import RequestError
 
 if TYPE_CHECKING:
     from .sampling_params import SamplingParams
+
+_MAX_LENGTH_PENALTY = 5.0
+"""To this power, and to its opposite, any length that fits a cache is a number of float32."""
 
 _OTHERS = {
     "best_of": None,
@@ -31,8 +33,10 @@ _OTHERS = {
 def check_beam_params(params: SamplingParams) -> None:
     """Raises RequestError naming the field that is wrong. Whether it is of the right kind is known already."""
     penalty = params.length_penalty
-    if not isinstance(penalty, int | float) or isinstance(penalty, bool) or not math.isfinite(penalty):
-        raise _refusal("length_penalty", penalty, "a finite number")
+    number = isinstance(penalty, int | float) and not isinstance(penalty, bool)
+    if not number or not abs(penalty) <= _MAX_LENGTH_PENALTY:
+        limit = f"{_MAX_LENGTH_PENALTY:g}"
+        raise _refusal("length_penalty", penalty, f"a number from -{limit} to {limit}")
     if not isinstance(params.early_stopping, bool) and params.early_stopping != "never":
         raise _refusal("early_stopping", params.early_stopping, 'True, False or "never"')
     if params.beam_width == 1:

@@ -217,7 +217,8 @@ def candidates(logits: torch.Tensor, beams: Sequence[tuple[Request, BeamSearch]]
         raise EngineError(f"the engine's logits for {names} are not finite: its weights or dtype overflow")
     for row, (beam, search) in enumerate(beams):
         if len(beam.output_token_ids) < beam.params.min_tokens:
-            logprobs[row, list(search.stop_ids)] = -float("inf")
+            banned = [token_id for token_id in search.stop_ids if token_id < logprobs.shape[1]]
+            logprobs[row, banned] = -float("inf")
     scores = logprobs.new_tensor([search.logprob(beam) for beam, search in beams])
     most = max(search.num_candidates for _, search in beams)
     values, token_ids = (logprobs + scores[:, None]).topk(min(most, logprobs.shape[1]), dim=-1)

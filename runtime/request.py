@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -130,5 +130,5 @@ def check_line(priority: object, timeout_s: Any) -> None:
     if timeout_s is None:
         return
     number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
-    if not number or not 0 < timeout_s < math.inf:
+    if not number or not 0 < timeout_s <= sys.float_info.max:
         raise RequestError(f"timeout_s is {timeout_s!r}; accepted: a number of seconds above 0, or None")

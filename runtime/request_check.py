@@ -52,12 +52,10 @@ def _check_something_is_left(
     params: SamplingParams, vocab_size: int, tokenizer: Tokenizer | None, eos_token_ids: Collection[int]
 ) -> None:
     """A step that may choose no token at all would have nothing to give."""
-    words = bad_words(params, tokenizer)
-    if not words:
-        return
-    forbidden = words.ever_forbidden
+    forbidden = bad_words(params, tokenizer).ever_forbidden
     if params.min_tokens:
         forbidden = forbidden.union(params.stop_token_ids or (), eos_token_ids)
     if len(forbidden) >= vocab_size:
-        name = "bad_words" if params.bad_words else "bad_words_ids"
+        named = [name for name in ("bad_words", "bad_words_ids") if getattr(params, name)]
+        name = named[0] if named else "stop_token_ids"
         raise RequestError(f"{name} may leave no token of the vocabulary's {vocab_size}; give fewer", name)

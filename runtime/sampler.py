@@ -24,6 +24,8 @@ from .request import Request
 CANDIDATES = 512
 """The most likely tokens that are put in order first: nearly always the one to be drawn is among them."""
 
+_SMALLEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class SampledToken:
@@ -166,15 +168,16 @@ def _draw(scores: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     # the best score becomes 0 first, so that no temperature makes it overflow
     scores = scores - scores.amax(dim=-1, keepdim=True)
     scores = scores / _column([p.temperature for p in params], scores)
-    top_k = [p.top_k if p.top_k > 0 else vocab_size for p in params]
+    top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     filters = Filters(
         min_p=_column([p.min_p for p in params], scores),
         top_k=torch.tensor(top_k, device=scores.device)[:, None],
-        top_p=_column([p.top_p for p in params], scores),
+        # above 0 in float32 too: the most probable token always stays
+        top_p=_column([max(p.top_p, _SMALLEST) for p in params], scores),
     )
     uniforms = [uniform(r.seed, r.sample_index, len(r.output_token_ids)) for r in requests]
     chances = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)[:, None]
-    widest = min(max(top_k), vocab_size)
+    widest = max(top_k)
     if widest <= CANDIDATES:
         return _pick(scores, filters, chances, widest)[0]
     chosen, sure = _pick(scores, filters, chances, CANDIDATES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,9 @@ GREEDY_TEMPERATURE = 1e-5
 
 MAX_LOGIT_BIAS = 100.0
 """OpenAI's limit: a hundred is more than any model's logits differ by."""
+
+MAX_REPETITION_PENALTY = 1000.0
+"""And its inverse the least: within them no logit that it divides or multiplies leaves float32."""
 
 _MAX_SEED = 2**64 - 1
 
@@ -33,7 +36,7 @@ class SamplingParams:
     top_k:              keep the k most probable tokens (and ties of the k-th); 0 or -1 keeps all
     top_p:              keep the smallest set of most probable tokens whose probability reaches top_p
     min_p:              keep tokens at least min_p times as probable as the most probable one
-    repetition_penalty: divides positive, multiplies negative logits of tokens in prompt or output (CTRL)
+    repetition_penalty: divides positive, multiplies negative logits of tokens in prompt or output (CTRL); 0.001 to 1000
     presence_penalty:   subtracted once from the logit of each token in the output (OpenAI)
     frequency_penalty:  subtracted from the logit of a token once per occurrence in the output (OpenAI)
     logit_bias:         added to the logits of token ids, from -100 (never) to 100 (always)
@@ -99,9 +102,9 @@ class SamplingParams:
         _check_float("temperature", self.temperature, "a finite number of at least 0", low=0.0)
         _check_float("top_p", self.top_p, "a number above 0 and at most 1", low=0.0, high=1.0, above=True)
         _check_float("min_p", self.min_p, "a number from 0 to 1", low=0.0, high=1.0)
-        _check_float(
-            "repetition_penalty", self.repetition_penalty, "a finite number above 0", low=0.0, above=True
-        )
+        least, most = 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        accepted = f"a number from {least:g} to {most:g}"
+        _check_float("repetition_penalty", self.repetition_penalty, accepted, low=least, high=most)
         for name in ("presence_penalty", "frequency_penalty"):
             _check_float(name, getattr(self, name), "a number from -2 to 2", low=-2.0, high=2.0)
         _check_logit_bias(self.logit_bias)
@@ -172,11 +175,17 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> N
 
 
 def _check_float(
-    name: str, value: object, accepted: str, *, low: float, high: float = math.inf, above: bool = False
+    name: str,
+    value: object,
+    accepted: str,
+    *,
+    low: float,
+    high: float = sys.float_info.max,
+    above: bool = False,
 ) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise _refusal(name, value, accepted)
-    if value < low or value > high or (above and value == low):
+    if not low <= value <= high or (above and value == low):  # NaN is in no range
         raise _refusal(name, value, accepted)
 
 

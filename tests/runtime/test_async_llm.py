@@ -374,6 +374,7 @@ def test_a_request_that_takes_too_long_ends_and_says_so() -> None:
         ({"timeout_s": 0}, "timeout_s is 0; accepted: a number of seconds above 0"),
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"timeout_s": True}, "timeout_s is True"),
+        ({"timeout_s": 10**400}, "timeout_s is 1000"),
         ({"timeout_s": "5"}, "timeout_s is '5'"),
         ({"priority": 1.5}, "priority is 1.5; accepted: an integer"),
         ({"priority": None}, "priority is None"),

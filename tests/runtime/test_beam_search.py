@@ -283,6 +283,13 @@ def test_after_a_copy_that_failed_beams_are_computed_again() -> None:
     assert found == run(core)["a"].outputs
 
 
+def test_a_model_may_end_at_a_token_beyond_its_vocabulary() -> None:
+    """As config.json may have it: nothing can choose that token, so only the length ends a search."""
+    core = EngineCore(ToyExecutor(eos_token_ids=(10**9,)))
+    core.add_request("a", [3], beams(max_tokens=4, min_tokens=2))
+    assert [output.finish_reason for output in run(core)["a"].outputs] == ["length"] * 4
+
+
 def test_logits_that_are_not_finite_are_an_error() -> None:
     class NanToy(ToyExecutor):
         def execute(self, step: StepInput) -> torch.Tensor:
@@ -305,6 +312,11 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
         ({"beam_width": 2, "stop": ["x"]}, "stop is"),
         ({"beam_width": 2, "best_of": 3}, "best_of is 3"),
         ({"beam_width": 2, "length_penalty": float("inf")}, "length_penalty is inf"),
+        (
+            {"beam_width": 2, "length_penalty": 1e308},
+            "length_penalty is 1e\\+308; accepted: a number from -5 to 5",
+        ),
+        ({"beam_width": 2, "length_penalty": -(10**400)}, "length_penalty is -1000"),
         ({"beam_width": 2, "early_stopping": "maybe"}, "early_stopping is 'maybe'; accepted: True, False or"),
         ({"beam_width": 2, "early_stopping": 1}, "early_stopping is 1"),
         ({"length_penalty": 2.0}, "length_penalty is 2.0; accepted: 1 without beam_width"),

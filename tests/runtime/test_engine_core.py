@@ -266,6 +266,11 @@ def test_a_failed_step_can_be_repeated() -> None:
             {"bad_words_ids": [[i] for i in range(1, 50)], "min_tokens": 1},
             "may leave no token of the vocabulary's 50",
         ),
+        (
+            [1],
+            {"stop_token_ids": list(range(50)), "min_tokens": 1},
+            "stop_token_ids may leave no token of the vocabulary's 50",
+        ),
         ([1], {"logprobs": 51}, "logprobs is 51; accepted: 0 to the vocabulary's 50"),
         ([1], {"prompt_logprobs": 51}, "prompt_logprobs is 51"),
         ([1], {"stop": "x"}, "stop strings need a tokenizer and this engine has none; use stop_token_ids"),

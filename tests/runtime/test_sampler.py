@@ -3,6 +3,7 @@ probabilities themselves for how often a token is drawn."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -309,6 +310,26 @@ def test_a_tiny_temperature_is_greedy_without_overflow(temperature: float) -> No
         t.token_id for t in sample(logits, [request(temperature=temperature, seed=i) for i in range(8)])
     ]
     assert tokens == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_p": 5e-324},
+        {"top_k": 2**70},
+        {"temperature": sys.float_info.max},
+        {"repetition_penalty": 0.001},
+        {"repetition_penalty": 1000},
+        {"logit_bias": {3: 100, 5: -100}, "repetition_penalty": 0.001},
+    ],
+)
+def test_the_ends_of_what_is_accepted_give_tokens(values: dict[str, Any]) -> None:
+    """One request with a value that float32 or int64 cannot hold would end the engine for all the others."""
+    logits = random_logits(1) * 1e4
+    (token,) = sample(logits, [request(seed=1, **values)])
+    assert 0 <= token.token_id < VOCAB
+    if "top_p" in values:
+        assert token.token_id == int(logits.argmax())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -37,6 +37,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("temperature", -0.1),
     ("temperature", math.nan),
     ("temperature", math.inf),
+    ("temperature", 10**400),
     ("temperature", "1"),
     ("temperature", None),
     ("top_k", -2),
@@ -49,8 +50,11 @@ REFUSED: list[tuple[str, Any]] = [
     ("min_p", 1.1),
     ("repetition_penalty", 0.0),
     ("repetition_penalty", -1.0),
+    ("repetition_penalty", 1e-320),
+    ("repetition_penalty", 1001),
     ("repetition_penalty", math.inf),
     ("presence_penalty", 2.1),
+    ("presence_penalty", -(10**400)),
     ("frequency_penalty", -2.1),
     ("stop", ""),
     ("stop", ["a", ""]),
@@ -71,7 +75,7 @@ REFUSED: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), REFUSED, ids=[f"{name}={value!r}" for name, value in REFUSED])
+@pytest.mark.parametrize(("name", "value"), REFUSED, ids=[f"{name}={value!r:.40}" for name, value in REFUSED])
 def test_a_bad_value_is_refused_in_one_line_that_names_it(name: str, value: Any) -> None:
     with pytest.raises(RequestError) as error:
         SamplingParams(**{name: value})
