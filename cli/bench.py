@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.early_start import begin_loading
 from ..runtime.heap import keep_heap, without_collection
 from .common import add_kv_cache_memory
+from .output_files import check_output_file, write_json
 from .ranks import add_nproc, enter_job
-from .run import write_json
 
 if TYPE_CHECKING:
     from ..runtime.load_core import LoadOptions
@@ -49,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     from ..runtime.bench_case import Case
 
     cases = tuple(map(Case.parse, args.cases))  # first: what is wrong is said at once
+    check_output_file(args.json, "--json")
     load_options: LoadOptions = {
         "verify": not args.no_verify,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes,

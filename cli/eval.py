@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError
 from ..runtime.early_start import begin_loading
+from .output_files import check_output_file, write_json, write_text
 from .ranks import add_nproc, enter_job
-from .run import write_json
 from .summarize import DATA_TYPES
 
 if TYPE_CHECKING:
@@ -94,9 +94,8 @@ def main(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.report is not None and args.hf_model_dir is None:
         raise ConfigError("--report compares with transformers; add --hf-model-dir")
-    for flag, path in (("--json", args.json), ("--report", args.report)):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ConfigError(f"{flag}: {path.resolve().parent} is not a folder")
+    check_output_file(args.json, "--json")
+    check_output_file(args.report, "--report")
 
 
 def _read_text(path: Path) -> str:
@@ -209,7 +208,6 @@ def _write_report(
     continuations: list[Continuation],
 ) -> None:
     from ..runtime.evaluation.report import ReportData, render
-    from .run import write_text
 
     def texts(ids: Any) -> list[str]:
         return [tokenizer.decode([int(token)], skip_special_tokens=False) for token in ids]

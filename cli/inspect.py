@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..core.dtypes import DType
 from ..core.errors import ConfigError
 from .common import human_bytes
+from .output_files import check_output_file, write_bytes
 
 if TYPE_CHECKING:
     from ..core.engine import Engine
@@ -37,6 +38,7 @@ def main(args: argparse.Namespace) -> int:
     from ..core.engine import Engine
     from ..core.plugin_registry import plugins
 
+    check_output_file(args.output, "--output")
     plugins()  # the graph may hold ops that a plugin registers
     engine = Engine.open(args.engine_dir)
     if args.format:
@@ -111,10 +113,7 @@ def _draw(engine: Engine, args: argparse.Namespace) -> int:
         sys.stdout.buffer.write(content)
         sys.stdout.flush()
         return 0
-    try:
-        args.output.write_bytes(content)
-    except OSError as error:
-        raise ConfigError(f"--output {args.output}: cannot be written: {error.strerror}") from None
+    write_bytes(args.output, content)
     print(f"{args.output}: {human_bytes(len(content))}")
     return 0
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, TargetError, TrtcError
+from .output_files import check_output_file, write_json
 from .ranks import add_nproc, enter_job
-from .run import write_json
 
 NAME = "lm-eval"
 HELP = "run tasks of the lm-evaluation-harness on an engine"
@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.json is not None and not args.json.resolve().parent.is_dir():
-        raise ConfigError(f"--json: {args.json.resolve().parent} is not a folder")
+    check_output_file(args.json, "--json")
     if args.include_path is not None and not args.include_path.is_dir():
         raise ConfigError(f"--include-path: {args.include_path} is not a folder")
     code = enter_job(args)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..runtime.early_start import begin_loading
 from ..runtime.heap import without_collection
-from .run import write_json
+from .output_files import check_output_file, write_json
 
 if TYPE_CHECKING:
     from ..runtime.profiling import StepProfile
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    check_output_file(args.json, "--json")
     engine_dir = begin_loading(args.engine_dir, verify=not args.no_verify)
     with without_collection():
         from ..runtime.llm import LLM

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from ..core.errors import ConfigError, RequestError
 from ..runtime.early_start import begin_loading
 from ..runtime.heap import keep_heap, without_collection
 from .common import add_kv_cache
+from .output_files import check_output_file, write_json
 from .ranks import add_nproc, enter_job
 from .summarize import add_prompt_lookup
 
@@ -103,8 +103,7 @@ def main(args: argparse.Namespace) -> int:
     n = args.num_beams if args.n is None else args.n
     if args.stream and n != 1:
         raise ConfigError(f"--stream shows one output, -n is {n}; leave it out for several")
-    if args.output_json is not None and not args.output_json.resolve().parent.is_dir():
-        raise ConfigError(f"--output-json: {args.output_json.resolve().parent} is not a folder")
+    check_output_file(args.output_json, "--output-json")
     params = SamplingParams(
         n=n,
         best_of=args.best_of,
@@ -216,7 +215,7 @@ def _read_prompt_file(path: Path) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"--input-file: {path}: not UTF-8 text (byte {error.start})") from None
     if path.suffix == ".jsonl":
-        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         prompts = [_prompt_of_json(_parse_json(line, where), where) for where, line in lines]
     elif path.suffix == ".json":
         value = _parse_json(text, str(path))
@@ -226,7 +225,7 @@ def _read_prompt_file(path: Path) -> list[Prompt]:
             )
         prompts = [_prompt_of_json(item, f"{path}, item {i}") for i, item in enumerate(value)]
     else:
-        prompts = [line for line in text.splitlines() if line.strip()]
+        prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ConfigError(f"--input-file: {path}: holds no prompt")
     return prompts
@@ -235,7 +234,7 @@ def _read_prompt_file(path: Path) -> list[Prompt]:
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--input-file: {where}: not valid JSON: {error}") from None
 
 
@@ -280,19 +279,3 @@ def _logprobs_json(entries: Mapping[int, Logprob]) -> dict[str, Any]:
         str(token): {"logprob": lp.logprob, "rank": lp.rank, "token": lp.decoded_token}
         for token, lp in entries.items()
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` to `path`, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path`, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None

@@ -331,8 +331,12 @@ def _load_state_dict(path: Path, mode: AbstractContextManager[Any]) -> dict[str,
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}; expected a dict of tensors")
     for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"{path}: entry {name!r} is named by {type(name).__name__}; expected names as text"
+            )
         kind = str(tensor.layout) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        if not isinstance(name, str) or kind != str(torch.strided):
+        if kind != str(torch.strided):
             raise CheckpointError(f"{path}: entry {name!r} is of the kind {kind}; expected a dense tensor")
     return state
 

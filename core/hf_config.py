@@ -71,8 +71,10 @@ class HFConfigReader:
 
     def architecture(self) -> str:
         """`architectures[0]`, or an empty text where the file names none (the family was chosen by the user)."""
-        architectures = self._get("architectures", ())
-        return str(architectures[0]) if architectures else ""
+        names = self._get("architectures", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self._refuse("architectures", names, "a list of names")
+        return names[0] if names else ""
 
     def dtype(self, default: str) -> str:
         """`dtype`, or `torch_dtype` as files of transformers 4 have it."""

@@ -283,6 +283,8 @@ class SafetensorsWriter:
             os.pwrite(self._fd, header, 0)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+        except OverflowError:
+            raise CheckpointError(f"{path}: cannot be written: no file can have {size} bytes") from None
 
     def __enter__(self) -> SafetensorsWriter:
         return self

@@ -36,7 +36,7 @@ def read_texts(path: Path, encode: Callable[[str], list[int]], max_length: int) 
     Raises ConfigError naming file and line for what is neither, and for a file without tokens.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"--calibrate {path}: cannot be read: {reason}") from None
@@ -54,7 +54,7 @@ def read_texts(path: Path, encode: Callable[[str], list[int]], max_length: int) 
 def _token_ids(line: str, where: str, encode: Callable[[str], list[int]]) -> list[int]:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{where}: not valid JSON") from None
     if isinstance(value, dict):
         ids = value.get("token_ids")

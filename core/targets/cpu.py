@@ -6,6 +6,7 @@ computes, and what plugins bring.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from ..config import KV_CACHE_DTYPES, BuildConfig
 from ..dtypes import MODEL_DTYPES, to_torch
-from ..errors import ConfigError
+from ..errors import ConfigError, TargetError
 from ..graph import Graph
 from ..ops import ReferenceContext, op_names
 from ..ops.registry import Communicator
@@ -61,15 +62,24 @@ TARGET = CpuTarget()
 
 
 def allocate_cache(shape: CacheShape, num_pages: int) -> KVCache:
-    """Per layer, k and v of zeros. The memory is committed by the system as pages are first written."""
+    """Per layer, k and v of zeros. The memory is committed by the system as pages are first written.
+
+    Raises TargetError for more than this machine can address.
+    """
     size = (num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
 
     def zeros() -> torch.Tensor:
         # numpy allocates zeros lazily; torch writes them. Zeros, because attention reads (and masks) unused slots.
-        raw = np.zeros(int(np.prod(size)) * shape.dtype.itemsize, np.uint8)
+        raw = np.zeros(math.prod(size) * shape.dtype.itemsize, np.uint8)
         return torch.from_numpy(raw).view(to_torch(shape.dtype)).view(size)
 
-    return [(zeros(), zeros()) for _ in range(shape.layers)]
+    try:
+        return [(zeros(), zeros()) for _ in range(shape.layers)]
+    except (MemoryError, ValueError):  # numpy's for more than is free, and than it can count
+        raise TargetError(
+            f"a KV cache of {num_pages} pages ({num_pages * shape.bytes_per_page} bytes) is more than this machine has; "
+            f"give it less memory (--kv-cache-memory-bytes), or build for fewer sequences or shorter ones"
+        ) from None
 
 
 class CpuProgram:

@@ -52,7 +52,9 @@ def load_pairs(dataset: str, count: int, *, config: str | None = None, split: st
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # texts may hold the others that Python takes for ends
     except OSError as error:
         raise ConfigError(f"dataset {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -62,7 +64,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path}, line {number}"
             try:
                 yield where, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"dataset {where}: not valid JSON: {error}") from None
 
 

@@ -165,6 +165,8 @@ ROWS = [
     Row("unknown architecture", build(lambda r: r.hf_config(architectures=["MambaForCausalLM"])),
         ("MambaForCausalLM", "OPTForCausalLM")),
     Row("no architecture", build(lambda r: r.hf_config(architectures=...)), ("architectures", "--model")),
+    Row("architectures that are no list", build(lambda r: r.hf_config(architectures={"a": 1}), "--model", "opt"),
+        ("architectures", "a list of names")),
     Row("unknown family", build(Room.hf, "--model", "bloom"), ("bloom", "opt")),
     Row("field missing", build(lambda r: r.hf_config(ffn_dim=...)), ("ffn_dim", "missing")),
     Row("field of the wrong type", build(lambda r: r.hf_config(hidden_size="128")), ("hidden_size", "positive integer")),
@@ -172,6 +174,8 @@ ROWS = [
     Row("heads do not divide", build(lambda r: r.hf_config(num_attention_heads=5)), ("num_attention_heads 5", "128")),
     Row("unknown activation", build(lambda r: r.hf_config(activation_function="swish")), ("swish", "relu")),
     Row("unsupported dtype", build(lambda r: r.hf_config(dtype="int8", torch_dtype="int8")), ("int8", "float16")),
+    Row("size beyond any file", build(lambda r: r.hf_config(ffn_dim=2**63), "--dummy-weights"),
+        (".safetensors", "no file can have")),
     # tensors
     Row("missing tensor", build(lambda r: r.hf_weights(lambda t: t.pop("model.decoder.layers.0.fc1.weight"))),
         ("missing", "layers.0.fc1.weight")),
@@ -295,7 +299,20 @@ ROWS = [
         lambda r: ["run", "--engine-dir", r.engine(), "--input-file", r.file("p.jsonl", '"fine"\n{"promt": "x"}\n')],
         ("p.jsonl, line 2",),
     ),
+    Row(
+        "bottomless JSON",
+        lambda r: ["run", "--engine-dir", r.engine(), "--input-file", r.file("p.json", "[" * 100_000)],
+        ("p.json", "not valid JSON"),
+    ),
+    Row("output file that is a folder", lambda r: run(*TEXT, "--output-json", r.tmp)(r), ("--output-json", "is a folder")),
+    Row("output file without a name", run(*TEXT, "--output-json", ""), ("--output-json", "is a folder")),
+    Row("times to be written into no folder", lambda r: ["bench", "--engine-dir", r.engine(), "--json", "/nowhere/x.json"],
+        ("--json", "/nowhere is not a folder")),
+    Row("profile to be written into a folder", lambda r: ["profile", "--engine-dir", r.engine(), "--json", r.tmp],
+        ("--json", "is a folder")),
     Row("output file in no folder", run(*TEXT, "--output-json", "/nonexistent-folder/o.json"), ("nonexistent-folder",)),
+    Row("cache of more than the machine has", run(*TEXT, "--kv-cache-memory-bytes", str(10**25)),
+        ("KV cache", "10000000000000000000", "--kv-cache-memory-bytes")),
     Row("cache too small", run(*TEXT, "--kv-cache-memory-bytes", "1000"), ("max_seq_len", "pages")),
 ]  # fmt: skip
 

@@ -94,11 +94,15 @@ def test_run_gives_the_text_of_transformers(
 
 
 def test_input_files_agree(engine: Path, tmp_path: Path) -> None:
-    """The same prompts as lines, as JSON and as JSON lines give the same output."""
+    """The same prompts as lines, as JSON and as JSON lines give the same output.
+
+    One has the characters at which `str.splitlines` ends a line and no file does.
+    """
+    prompts = [*ARTICLES, "A storm\u2028\x85\x0c over"]
     files = {
-        "p.txt": "\n".join(ARTICLES),
-        "p.json": json.dumps(ARTICLES),
-        "p.jsonl": "\n".join(json.dumps({"prompt": article}) for article in ARTICLES),
+        "p.txt": "\n".join(prompts),
+        "p.json": json.dumps(prompts),
+        "p.jsonl": "\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts),
     }
     results = []
     for name, text in files.items():
@@ -115,6 +119,15 @@ def test_input_files_agree(engine: Path, tmp_path: Path) -> None:
         assert main([*command, "--output-json", str(tmp_path / "out.json")]) == 0
         results.append((tmp_path / "out.json").read_text())
     assert results[0] == results[1] == results[2]
+
+
+def test_a_device_is_written_to_and_not_replaced(engine: Path, tmp_path: Path) -> None:
+    """As root, a file in the place of /dev/null would break the machine. Oracle: what the link leads to."""
+    link = tmp_path / "null"
+    link.symlink_to("/dev/null")
+    command = ["run", "--engine-dir", str(engine), "--input-text", "x", "--max-output-len", "2"]
+    assert main([*command, "--output-json", str(link)]) == 0
+    assert link.is_char_device() and [path.name for path in tmp_path.iterdir()] == ["null"]
 
 
 def test_stream_prints_the_same_text(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

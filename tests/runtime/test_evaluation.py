@@ -239,8 +239,10 @@ def test_rouge_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_jsonl(tmp_path: Path) -> None:
     file = tmp_path / "news.jsonl"
-    file.write_text('{"article": "a", "highlights": "b", "id": 1}\n\n{"article": "c", "highlights": "d"}\n')
-    assert load_pairs(str(file), 9) == [Pair("a", "b"), Pair("c", "d")]
+    file.write_text(
+        '{"article": "a", "highlights": "b", "id": 1}\n\n{"article": "c", "highlights": "\u2028d"}\n'
+    )
+    assert load_pairs(str(file), 9) == [Pair("a", "b"), Pair("c", "\u2028d")]
     assert load_pairs(str(file), 1) == [Pair("a", "b")]
 
 
