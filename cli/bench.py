@@ -46,9 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    from ..runtime.bench_case import Case
+    from ..runtime.bench_case import Case, Load
 
-    cases = tuple(map(Case.parse, args.cases))  # first: what is wrong is said at once
+    # first: what is wrong is said at once
+    cases = tuple(map(Case.parse, args.cases))
+    load = Load(tuple(args.batch), args.input_len, args.output_len, args.mixed, args.repeat, cases=cases)
     check_output_file(args.json, "--json")
     load_options: LoadOptions = {
         "verify": not args.no_verify,
@@ -60,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     engine_dir = begin_loading(args.engine_dir, verify=not args.no_verify)
     with without_collection():
         from ..core.engine import Engine
-        from ..runtime.benchmark import Load, run
+        from ..runtime.benchmark import run
         from ..runtime.llm import LLM
         from ..runtime.sampling_params import SamplingParams
 
@@ -81,7 +83,6 @@ def main(args: argparse.Namespace) -> int:
         )
         show(results[0])
         engine = Engine.open(args.engine_dir, verify=False)
-        load = Load(tuple(args.batch), args.input_len, args.output_len, args.mixed, args.repeat, cases=cases)
         for result in run(llm, engine, load):
             results.append(result)
             show(result)

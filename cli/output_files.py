@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`, whole or not at all, or into what is no file, as a pipe. Raises ConfigError where that fails."""
+    """Writes `content` to `path`: whole or not at all, unless that is a device. Raises ConfigError where it fails."""
     whole = path.resolve()
     scratch = whole.with_name(f".{whole.name}.tmp-{os.getpid()}")
     try:

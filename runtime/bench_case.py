@@ -1,10 +1,14 @@
-"""A batch to time. Imports nothing heavy: command lines are read before ranks are started."""
+"""What to time. Imports nothing heavy: command lines are read before ranks are started."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.errors import ConfigError
+from ..core.config import BuildConfig
+from ..core.errors import ConfigError, RequestError
+
+MIXED_INPUT, MIXED_OUTPUT = (64, 512), (32, 256)
+"""Tokens of a request of the mixed load, at least and at most."""
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,41 @@ class Case:
                 f"case {text!r}: accepted: BxIxO, sequences, tokens in and tokens out, as 64x512x128"
             )
         return cls(*map(int, parts))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What to time. Lengths are in tokens. cases: instead of `batches`, each with lengths of its own.
+
+    Raises ConfigError naming the number that is too small.
+    """
+
+    batches: tuple[int, ...] = (1, 8, 64)
+    input_len: int = 512
+    output_len: int = 128
+    mixed: int = 0
+    """Requests of the mixed load, of MIXED_INPUT tokens in and MIXED_OUTPUT out; 0: none."""
+    repeat: int = 3
+    seed: int = 0
+    cases: tuple[Case, ...] = ()
+
+    def __post_init__(self) -> None:
+        numbers = [("batch", batch, 1) for batch in self.batches]
+        numbers += [(name, getattr(self, name), 1) for name in ("input_len", "output_len", "repeat")]
+        for name, value, least in (*numbers, ("mixed", self.mixed, 0)):
+            if value < least:
+                raise ConfigError(f"{name} is {value}; accepted: at least {least}")
+
+    def fixed(self) -> tuple[Case, ...]:
+        """The fixed batches."""
+        return self.cases or tuple(Case(batch, self.input_len, self.output_len) for batch in self.batches)
+
+    def check_fits(self, build: BuildConfig) -> None:
+        """Raises RequestError naming the first case with a sequence that an engine cannot hold."""
+        longest = [Case(self.mixed, MIXED_INPUT[1], MIXED_OUTPUT[1])] if self.mixed else []
+        for case in (*self.fixed(), *longest):
+            if case.input_len > build.max_input_len or case.input_len + case.output_len > build.max_seq_len:
+                raise RequestError(
+                    f"{case.input_len} tokens in and {case.output_len} out; the engine takes max_input_len = "
+                    f"{build.max_input_len} and max_seq_len = {build.max_seq_len} together"
+                )

@@ -10,7 +10,6 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 
 from .. import __version__
 from ..core.engine import Engine
-from .bench_case import Case
+from .bench_case import MIXED_INPUT, MIXED_OUTPUT, Case, Load
 from .llm import LLM
 from .sampling_params import SamplingParams
 
@@ -27,29 +26,12 @@ FIRST_TOKEN_ID = 4
 """Random prompts use ids from here up: below lie special tokens, in most vocabularies."""
 
 
-@dataclass(frozen=True)
-class Load:
-    """What to time. Lengths are in tokens. cases: instead of `batches`, each with lengths of its own."""
-
-    batches: tuple[int, ...] = (1, 8, 64)
-    input_len: int = 512
-    output_len: int = 128
-    mixed: int = 0
-    """Requests of the mixed load: 64 to 512 tokens in, 32 to 256 out; 0: none."""
-    repeat: int = 3
-    seed: int = 0
-    cases: tuple[Case, ...] = ()
-
-    def fixed(self) -> tuple[Case, ...]:
-        """The fixed batches."""
-        return self.cases or tuple(Case(batch, self.input_len, self.output_len) for batch in self.batches)
-
-
 def run(llm: LLM, engine: Engine, load: Load) -> Iterator[dict[str, Any]]:
     """Times `load` on `llm`, which runs `engine`; yields one result a case, as JSON values.
 
     Raises RequestError when the engine is too small for a case.
     """
+    load.check_fits(engine.build)
     bandwidth = read_bandwidth()
     yield {"kind": "setup", **setup(engine), "read_bandwidth_gb_s": round(bandwidth / 1e9, 1)}
     rng = np.random.default_rng(load.seed)
@@ -115,9 +97,10 @@ def mixed(llm: LLM, load: Load, prompts: Any) -> Iterator[dict[str, Any]]:
 
 
 def mixed_lengths(count: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Tokens in, 64 to 512, and out, 32 to 256, of `count` requests."""
+    """Tokens in and out, MIXED_INPUT and MIXED_OUTPUT, of `count` requests."""
     rng = np.random.default_rng(seed)
-    return rng.integers(64, 513, count), rng.integers(32, 257, count)
+    inputs = rng.integers(*MIXED_INPUT, count, endpoint=True)
+    return inputs, rng.integers(*MIXED_OUTPUT, count, endpoint=True)
 
 
 def timed(llm: LLM, prompts: list[list[int]], output_lens: Sequence[int]) -> float:

@@ -308,6 +308,8 @@ ROWS = [
     Row("output file without a name", run(*TEXT, "--output-json", ""), ("--output-json", "is a folder")),
     Row("times to be written into no folder", lambda r: ["bench", "--engine-dir", r.engine(), "--json", "/nowhere/x.json"],
         ("--json", "/nowhere is not a folder")),
+    Row("no runs of a case", lambda r: ["bench", "--engine-dir", r.engine(), "--repeat", "0"], ("repeat is 0", "at least 1")),
+    Row("fewer requests than none", lambda r: ["bench", "--engine-dir", r.engine(), "--mixed", "-1"], ("mixed is -1",)),
     Row("profile to be written into a folder", lambda r: ["profile", "--engine-dir", r.engine(), "--json", r.tmp],
         ("--json", "is a folder")),
     Row("output file in no folder", run(*TEXT, "--output-json", "/nonexistent-folder/o.json"), ("nonexistent-folder",)),

@@ -194,7 +194,8 @@ def test_what_calibration_cannot_work_with_is_refused(opt_checkpoint: Callable[[
 def test_texts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text(
-        '"abc"\n\n{"text": "h\u2028\\u0069"}\n{"text": "de"}\n{"article": "f", "highlights": "g"}\n{"token_ids": [7, 8, 9, 10]}\n""\n'
+        '"abc"\n\n{"text": "h\u2028\\u0069"}\n'
+        '{"text": "de"}\n{"article": "f", "highlights": "g"}\n{"token_ids": [7, 8, 9, 10]}\n""\n'
     )
     assert read_texts(file, lambda text: list(text.encode()), 3) == [
         [97, 98, 99],
