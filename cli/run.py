@@ -19,9 +19,9 @@ from .ranks import add_nproc, enter_job
 from .summarize import add_prompt_lookup
 
 if TYPE_CHECKING:
-    from ..runtime.llm import Prompt
     from ..runtime.load_core import LoadOptions
     from ..runtime.outputs import CompletionOutput, Logprob, RequestOutput
+    from ..runtime.prompt import Prompt
 
 NAME = "run"
 HELP = "generate text with an engine"

@@ -9,15 +9,14 @@ from os import PathLike
 from types import TracebackType
 from typing import Self, Unpack
 
-from ..core.errors import RequestError
 from .engine_core import EngineCore
 from .engine_process import EngineProcess
 from .engine_thread import EngineStats, EngineThread, OnFinished, Submission
 from .executor import Executor
-from .llm import Prompt, _prompt_value, _token_ids
 from .load_core import CoreOptions, EngineOptions, load_core
 from .output_stream import OutputStream
 from .outputs import RequestOutput
+from .prompt import Prompt, is_text, tokenized
 from .request import check_line
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
@@ -117,7 +116,7 @@ class AsyncLLM:
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         check_line(priority, timeout_s)
-        if isinstance(_prompt_value(prompt), str):  # which may take a while
+        if is_text(prompt):
             text, token_ids = await asyncio.to_thread(self.tokenize, prompt)
         else:
             text, token_ids = self.tokenize(prompt)
@@ -137,12 +136,8 @@ class AsyncLLM:
 
     def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text of a prompt, if it has one, and its token ids. Raises RequestError for what is no prompt."""
-        value = _prompt_value(prompt)
-        if not isinstance(value, str):
-            return None, list(_token_ids(value))
-        if self.tokenizer is None:
-            raise RequestError("text needs a tokenizer and this engine has none; give a list of token ids")
-        return value, self.tokenizer.encode(value)
+        text, token_ids = tokenized(prompt, self.tokenizer)
+        return text, list(token_ids)
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises RequestError, naming value and limit, when this engine cannot serve the request."""

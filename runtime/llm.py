@@ -10,22 +10,17 @@ from itertools import count
 from numbers import Integral
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self, TypeAlias, Unpack
+from typing import Any, Self, Unpack
 
 from ..core.errors import RequestError
 from .engine_core import EngineCore
 from .executor import Executor
 from .load_core import CoreOptions, EngineOptions, load_core
 from .outputs import RequestOutput
+from .prompt import ACCEPTED, Prompt, tokenized
 from .request import check_line
 from .sampling_params import SamplingParams
-from .token_ids import packed, unsigned
 from .tokenizer import Tokenizer
-
-Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
-
-_ACCEPTED = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
 
 
 class LLM:
@@ -127,14 +122,7 @@ class LLM:
     def _tokenize(self, index: int, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         """The text of a prompt, if it has one, and its token ids."""
         with _naming_prompt(index):
-            value = _prompt_value(prompt)
-            if not isinstance(value, str):
-                return None, _token_ids(value)
-            if self.tokenizer is None:
-                raise RequestError(
-                    "text needs a tokenizer and this engine has none; give a list of token ids"
-                )
-            return value, self.tokenizer.encode(value)
+            return tokenized(prompt, self.tokenizer)
 
 
 @contextmanager
@@ -149,38 +137,10 @@ def _prompt_list(prompts: object) -> list[Any]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, list | tuple):
-        raise RequestError(
-            f"prompts is a {type(prompts).__name__}; accepted: {_ACCEPTED}, or a list of these"
-        )
+        raise RequestError(f"prompts is a {type(prompts).__name__}; accepted: {ACCEPTED}, or a list of these")
     if prompts and all(isinstance(item, Integral) for item in prompts):
         return [prompts]
     return list(prompts)
-
-
-def _prompt_value(prompt: object) -> object:
-    """What stands for the prompt: its text or its token ids."""
-    if not isinstance(prompt, Mapping):
-        return prompt
-    known = [key for key in ("prompt", "prompt_token_ids") if key in prompt]
-    if len(prompt) != 1 or not known:
-        raise RequestError(f"it has the keys {sorted(map(str, prompt))}; accepted: {_ACCEPTED}")
-    return prompt[known[0]]
-
-
-def _token_ids(value: object) -> Sequence[int]:
-    if not isinstance(value, list | tuple):
-        raise RequestError(f"it is a {type(value).__name__}; accepted: {_ACCEPTED}")
-    try:
-        token_ids = packed(value)
-    except ValueError:
-        pass  # an item that is no integer, or a large one
-    else:  # as nearly always; only what has become 0 or 1 may have been a bool
-        if not token_ids or unsigned(token_ids).min() > 1 or set(map(type, value)) <= {int}:
-            return token_ids
-    for position, item in enumerate(value):
-        if isinstance(item, bool) or not isinstance(item, Integral):
-            raise RequestError(f"its item {position} is {item!r}; accepted: integers, as token ids")
-    return [int(item) for item in value]
 
 
 def _params_list(
