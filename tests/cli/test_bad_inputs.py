@@ -17,8 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from trtc.cli.main import main
-
-TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
+from trtc.tests.tiny_opt import TINY_OPT
 
 
 class Room:

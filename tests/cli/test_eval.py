@@ -10,26 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from trtc.cli.main import main
-
-ROOT = Path(__file__).parents[2]
-TINY_OPT = ROOT / "examples" / "tiny-opt"
+from trtc.tests.tiny_opt import NEWS, TINY_OPT, build_tiny_opt
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Longer than the engine's sequences."""
     file = tmp_path_factory.mktemp("eval") / "news.txt"
-    lines = (ROOT / "examples" / "news.jsonl").read_text().splitlines()[:5]
+    lines = NEWS.read_text().splitlines()[:5]
     file.write_text("\n".join(json.loads(line)["article"] for line in lines), encoding="utf-8")
     return file
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("eval") / "engine"
-    options = "--dtype float32 --max-seq-len 96"
-    assert main(f"build --model-dir {TINY_OPT} --output-dir {folder} {options}".split()) == 0
-    return folder
+    return build_tiny_opt(tmp_path_factory.mktemp("eval") / "engine", "--max-seq-len", "96")
 
 
 def printed(output: str) -> dict[str, str]:

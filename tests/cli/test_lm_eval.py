@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from trtc.cli.main import main
 from trtc.tests.server.running import RunningServer
+from trtc.tests.tiny_opt import TINY_OPT, build_tiny_opt
 
 ROOT = Path(__file__).parents[2]
-TINY_OPT = ROOT / "examples" / "tiny-opt"
 TASKS = ("news_choice", "news_summary", "news_text", "news_generate")
 MAX_LENGTH = 160
 """Below the length of the texts of news_text, which take several windows."""
@@ -26,11 +26,7 @@ MAX_LENGTH = 160
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lm-eval") / "engine"
-    assert (
-        main(["build", "--model-dir", str(TINY_OPT), "--dtype", "float32", "--output-dir", str(folder)]) == 0
-    )
-    return folder
+    return build_tiny_opt(tmp_path_factory.mktemp("lm-eval") / "engine")
 
 
 def test_without_the_harness(

@@ -9,13 +9,9 @@ from pathlib import Path
 
 import pytest
 from trtc.cli.main import main, with_dashes
+from trtc.tests.tiny_opt import NEWS, TINY_OPT
 
-ROOT = Path(__file__).parents[2]
-TINY_OPT = ROOT / "examples" / "tiny-opt"
-ARTICLES = [
-    json.loads(line)["article"] + " TL;DR:"
-    for line in (ROOT / "examples/news.jsonl").read_text().splitlines()[:3]
-]
+ARTICLES = [json.loads(line)["article"] + " TL;DR:" for line in NEWS.read_text().splitlines()[:3]]
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,12 @@ import torch
 from trtc.cli.main import main
 from trtc.core.targets.cpu import CpuProgram
 from trtc.kernels import cpu_step
-
-TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
+from trtc.tests.tiny_opt import build_tiny_opt
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("profile") / "engine"
-    command = f"build --model-dir {TINY_OPT} --output-dir {folder} --dtype float32 --max-batch-size 2"
-    assert main(command.split()) == 0
-    return folder
+    return build_tiny_opt(tmp_path_factory.mktemp("profile") / "engine", "--max-batch-size", "2")
 
 
 def with_more(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

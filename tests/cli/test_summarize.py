@@ -17,20 +17,16 @@ from trtc.core.engine import Engine
 from trtc.core.errors import ConfigError
 from trtc.runtime.drafting import StepCosts
 from trtc.tests.cli.tensorrt_llm_programs import PROGRAMS
+from trtc.tests.tiny_opt import TINY_OPT, build_tiny_opt
 
 ROOT = Path(__file__).parents[2]
-TINY_OPT = ROOT / "examples" / "tiny-opt"
 
 pytest.importorskip("rouge_score")
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("summarize") / "engine"
-    assert (
-        main(["build", "--model-dir", str(TINY_OPT), "--dtype", "float32", "--output-dir", str(folder)]) == 0
-    )
-    return folder
+    return build_tiny_opt(tmp_path_factory.mktemp("summarize") / "engine")
 
 
 def table(output: str) -> dict[str, list[float]]:

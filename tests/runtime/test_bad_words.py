@@ -5,31 +5,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trtc.cli.main import main
 from trtc.core.errors import RequestError
 from trtc.runtime.bad_words import BadWords, bad_words
 from trtc.runtime.llm import LLM
 from trtc.runtime.outputs import CompletionOutput
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.tokenizer import Tokenizer
+from trtc.tests.tiny_opt import build_tiny_opt
 
-TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 IDS = st.integers(0, 3)
 
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    folder = tmp_path_factory.mktemp("bad_words") / "engine"
-    assert (
-        main(["build", "--model-dir", str(TINY_OPT), "--output-dir", str(folder), "--dtype", "float32"]) == 0
-    )
-    with LLM(folder) as llm:
+    with LLM(build_tiny_opt(tmp_path_factory.mktemp("bad_words") / "engine")) as llm:
         yield llm
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import trtc
-from trtc.cli.main import main
 from trtc.core.build import build_engine
 from trtc.core.errors import EngineError, RequestError
 from trtc.runtime.engine_core import EngineCore
@@ -21,10 +18,10 @@ from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import StepInput
 from trtc.runtime.tokenizer import Tokenizer
 from trtc.tests.opt_models import BUILD, OptCheckpoint, hf_model
+from trtc.tests.tiny_opt import TINY_OPT, build_tiny_opt
 
 from .toy import EOS, VOCAB_SIZE, ToyExecutor, toy_logits
 
-TINY_OPT = Path(trtc.__path__[0]) / "examples" / "tiny-opt"
 TEXTS = [
     "The mayor of the town said",
     "A company",
@@ -76,9 +73,8 @@ def assert_equal(
 def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, Any]]:
     from transformers import AutoModelForCausalLM
 
-    engine = tmp_path_factory.mktemp("beams") / "engine"
-    command = ["build", "--model-dir", str(TINY_OPT), "--output-dir", str(engine), "--dtype", "float32"]
-    assert main([*command, "--max_beam_width", "4", "--page-size", "16"]) == 0
+    options = ("--max_beam_width", "4", "--page-size", "16")
+    engine = build_tiny_opt(tmp_path_factory.mktemp("beams") / "engine", *options)
     with LLM(engine) as llm:
         yield llm, AutoModelForCausalLM.from_pretrained(TINY_OPT, dtype=torch.float32)
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trtc.cli.main import main
 from trtc.core.config import BuildConfig
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
@@ -26,10 +25,9 @@ from trtc.runtime.evaluation.hf import HFModel
 from trtc.runtime.llm import LLM
 from trtc.runtime.load import load_executor
 from trtc.runtime.tokenizer import Tokenizer
+from trtc.tests.tiny_opt import NEWS, TINY_OPT, build_tiny_opt
 
 ROOT = Path(__file__).parents[2]
-TINY_OPT = ROOT / "examples" / "tiny-opt"
-NEWS = ROOT / "examples" / "news.jsonl"
 WINDOW = 128
 
 
@@ -42,8 +40,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         path = folder / f"{dtype}-{max_num_tokens}"
         if not path.exists():
             options = f"--dtype {dtype} --max-seq-len {WINDOW} --max-num-tokens {max_num_tokens}"
-            command = f"build --model-dir {TINY_OPT} --output-dir {path} {options}"
-            assert main(command.split()) == 0
+            build_tiny_opt(path, *options.split())
         return path
 
     return built

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from trtc.cli.main import main
 from trtc.core.dtypes import DType
 from trtc.core.errors import RequestError
 from trtc.runtime.evaluation.forward import Scored, sequence_logits
@@ -15,16 +14,13 @@ from trtc.runtime.evaluation.hf import HFModel
 from trtc.runtime.executor import Executor
 from trtc.runtime.load import load_executor
 from trtc.runtime.step_input import StepInput
-
-TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
+from trtc.tests.tiny_opt import TINY_OPT, build_tiny_opt
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("forward") / "engine"
     limits = "--max-seq-len 96 --max-batch-size 3 --max-num-tokens 64"
-    assert main(f"build --model-dir {TINY_OPT} --dtype float32 --output-dir {folder} {limits}".split()) == 0
-    return folder
+    return build_tiny_opt(tmp_path_factory.mktemp("forward") / "engine", *limits.split())
 
 
 class Counting:

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import openai
 import pytest
-from trtc.cli.main import main
 from trtc.runtime.llm import LLM
+from trtc.tests.tiny_opt import TINY_OPT, build_tiny_opt
 
 from .running import LIMIT_S, RunningServer
-
-TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 
 CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}
@@ -22,17 +20,12 @@ CHAT_TEMPLATE = """\
 {% endfor %}
 {% if add_generation_prompt %}assistant:{% endif %}"""
 
-
-def build(model_dir: Path, engine_dir: Path) -> Path:
-    command = f"build --model-dir {model_dir} --output-dir {engine_dir} --dtype float32 --max-batch-size 8"
-    command += " --max-beam-width 4"
-    assert main(command.split()) == 0
-    return engine_dir
+LIMITS = ("--max-batch-size", "8", "--max-beam-width", "4")
 
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(TINY_OPT, tmp_path_factory.mktemp("server") / "tiny-opt")
+    return build_tiny_opt(tmp_path_factory.mktemp("server") / "tiny-opt", *LIMITS)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +39,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def chat_engine(chat_model: Path) -> Path:
-    return build(chat_model, chat_model.parent / "chatty")
+    return build_tiny_opt(chat_model.parent / "chatty", *LIMITS, model_dir=chat_model)
 
 
 @pytest.fixture(scope="session")

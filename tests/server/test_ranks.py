@@ -8,11 +8,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from trtc.cli.main import main
 from trtc.runtime.llm import LLM
 from trtc.runtime.sampling_params import SamplingParams
+from trtc.tests.tiny_opt import build_tiny_opt
 
-from .conftest import TINY_OPT
 from .running import LIMIT_S, RunningServer, wait_until
 
 TOKENS = 200
@@ -22,9 +21,7 @@ PROMPT = "The council of"
 @pytest.mark.slow
 def test_ranks_serve_and_drain_together(engine: Path, tmp_path: Path) -> None:
     """A request that is under way when SIGTERM comes is finished by all ranks; then they end well."""
-    folder = tmp_path / "tiny-opt"
-    options = "--dtype float32 --tp-size 2 --use-parallel-embedding"
-    assert main(f"build --model-dir {TINY_OPT} --output-dir {folder} {options}".split()) == 0
+    folder = build_tiny_opt(tmp_path / "tiny-opt", "--tp-size", "2", "--use-parallel-embedding")
     server = RunningServer(folder, "--nproc", "2")
     body = {"model": "tiny-opt", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     with ThreadPoolExecutor() as pool:
