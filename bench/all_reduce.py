@@ -40,6 +40,7 @@ from .normed_sums import NormedRow, NormedSums
 from .normed_sums import table as normed_table
 
 RESULTS = Path(__file__).parent / "results" / "gpus-all-reduce.json"
+ON_FOUR = RESULTS.with_name("gpus-4-all-reduce.json")
 SIZES = tuple(1 << power for power in range(13, 23))
 """Bytes of one rank's part: 8 KB to 4 MB."""
 OURS = ("trtc", "trtc two-shot")
@@ -251,8 +252,8 @@ def show(rows: list[Row], ranks: int) -> None:
         print(error)
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """The table of a results file, and the line below it that says what was measured."""
+def markdown(data: dict[str, Any], name: str = RESULTS.name) -> str:
+    """The table of the results file `name`, and the line below it that says what was measured."""
     times = {(row["way"], row["bytes"]): row["us"] for row in data["rows"]}
     ways = [
         way for way in dict.fromkeys(way for way, _ in times) if any(times.get((way, size)) for size in SIZES)
@@ -277,7 +278,7 @@ def markdown(data: dict[str, Any]) -> str:
         + normed_text
         + f"\n{data['ranks']} x {where['device']}, driver {where['driver']}, torch {where['torch']}, NCCL {where['nccl']}, "
         f"trtc at {where['commit'][:12]}; float16, torch's own kernels bfloat16; the median of replays of a CUDA graph of "
-        f"{data['launches']} sums. Samples: `bench/results/{RESULTS.name}`.\n"
+        f"{data['launches']} sums. Samples: `bench/results/{name}`.\n"
     )
 
 

@@ -184,6 +184,11 @@ TABLES = (
         for module in (all_reduce, tensor_parallel, ranks_vs_vllm, rank_tokens, gpu_rank_memory)
         if module.RESULTS.exists()  # measured when there are GPUs
     ),
+    (
+        ROOT / "docs" / "parallel.md",
+        all_reduce.ON_FOUR,
+        partial(all_reduce.markdown, name=all_reduce.ON_FOUR.name),
+    ),
     *(
         (ROOT / "README.md", path, server_tables.rates)
         for path in [RESULTS.parent / f"{server_tables.ON_A_GPU}.json"]
