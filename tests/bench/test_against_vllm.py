@@ -67,6 +67,7 @@ def test_a_side_that_fails_is_on_record(tmp_path: Path, args: argparse.Namespace
     args.arch = "sm_1"
     failed = against_vllm.build("125m", tmp_path, args)
     assert failed is not None and failed["kind"] == "error" and "sm_1" in failed["message"]
+    (tmp_path / "none").mkdir()
     first, second = against_vllm.ours(tmp_path / "none", args)
     assert first["kind"] == second["kind"] == "error" and "no such folder" in second["message"]
     config = tmp_path / "model"
