@@ -30,15 +30,20 @@ def enter_job(
     drain_s: rank 0 may take so long to finish after SIGTERM or SIGINT, and the others wait for it; None: all end at once.
     load_options: what the command gives `LLM` or `load_executor`; the same on every rank.
     """
-    from ..runtime.placement import placement
+    from ..runtime.placement import placement, require_interface, require_runnable
 
     place = placement()
     if args.nproc is not None:
         if args.nproc < 1:
             raise ConfigError(f"--nproc is {args.nproc}; accepted: 1 or more")
         if place.size == 1 and args.nproc > 1:
+            from ..core.engine_files import EngineFiles
             from ..runtime.launcher import launch
 
+            # Here, before there are ranks of which each would find it out for itself.
+            engine = EngineFiles(args.engine_dir, verify=False)
+            require_interface()
+            require_runnable(engine.folder, engine.num_ranks, args.nproc)
             command = [sys.executable, "-P", "-m", "trtc.cli", *args.words]
             return launch(command, args.nproc, drain_s=drain_s)
         if place.size != args.nproc:

@@ -82,6 +82,14 @@ class EngineFiles:
             return []
 
     @property
+    def num_ranks(self) -> int:
+        """Raises EngineError where engine.json holds no ranks."""
+        ranks = self.description["ranks"]
+        if not isinstance(ranks, list) or not ranks:
+            raise EngineError(f"{self.folder / DESCRIPTION}: not an engine of this format: no list of ranks")
+        return len(ranks)
+
+    @property
     def target(self) -> object:
         """The target that the engine was built for, if engine.json says it where it should."""
         build = self.description["build"]

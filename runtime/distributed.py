@@ -25,7 +25,7 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: i
 from ..core.errors import TargetError, TrtcError
 from .gpus import set_defaults
 from .heartbeat import Heartbeat
-from .placement import Placement
+from .placement import INTERFACE, Placement, require_interface
 
 JOIN_S = 60
 """How long a rank waits for the others to start."""
@@ -55,13 +55,17 @@ class RankGroup:
         self.rank, self.size, self.local_rank, self.one_host = place.rank, place.size, local_rank, one_host
         self.name = names[place.rank]
         self._names, self._store, self._heartbeat = names, store, heartbeat
-        dist.init_process_group(
-            "gloo",
-            store=PrefixStore("gloo", store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=_UNLIMITED,
-        )
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=PrefixStore("gloo", store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=_UNLIMITED,
+            )
+        except RuntimeError as error:  # with a stack of C++ behind the first line
+            reason = str(error).partition("\n")[0]
+            raise TargetError(f"{self.name}: cannot reach the other ranks by gloo: {reason}") from None
         self._peers = self._pipeline = dist.new_group(backend="gloo", timeout=timedelta(seconds=STALL_S))
         self.num_peers, self.member = self.size, self.rank
         self._gpus: dist.ProcessGroup | None = None
@@ -208,6 +212,8 @@ class RankGroup:
         try:
             yield
         except TrtcError as error:
+            if self.rank > 0:
+                self._heartbeat.let_others_speak()
             self.fail()
             if self.rank == 0:
                 raise
@@ -260,8 +266,9 @@ class RankGroup:
 def join(place: Placement) -> RankGroup:
     """Meets the other ranks of the job; every rank calls it, and as often as the others.
 
-    Raises TargetError when they do not come within `JOIN_S` seconds, or when MPI cannot be used.
+    Raises TargetError when they do not come within `JOIN_S` seconds, or when MPI or the network cannot be used.
     """
+    require_interface()
     try:
         rendezvous, hosts = _rendezvous(place)
         prefix = f"job{next(_numbers)}"
@@ -277,7 +284,7 @@ def join(place: Placement) -> RankGroup:
     names = [f"rank {r} on {who['host']} (process {who['process']})" for r, who in enumerate(ranks)]
     _share_cores(hosts.count(host))
     if len(set(hosts)) == 1 and _LOOPBACK in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)  # one host: nothing leaves it
+        os.environ.setdefault(INTERFACE, _LOOPBACK)  # one host: nothing leaves it
     watched = rendezvous.clone()  # type: ignore[attr-defined]  # torch's stubs do not have it
     heartbeat = Heartbeat(PrefixStore(prefix, watched), place.rank, names, place.launcher_pid)
     heartbeat.start()

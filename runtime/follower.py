@@ -20,7 +20,7 @@ from .distributed import RankGroup, join
 from .engine_limits import EngineLimits
 from .executor import DecodeLoop, GreedyChooser, PageCopier, StepStarter
 from .gpus import choose_device
-from .placement import Placement
+from .placement import Placement, require_runnable
 from .stage_executor import StageExecutor
 from .step_input import Int32Array, StepInput
 
@@ -312,7 +312,7 @@ def load_ranks(
     with group.failing_together():
         engine = Engine.open(engine_dir, verify=verify, rank=place.rank)
         if place.rank == 0:  # which speaks for all
-            require_runnable(engine, place.size)
+            require_runnable(engine.path, len(engine.ranks), place.size)
         group.agree(
             {
                 "trtc": __version__,
@@ -376,13 +376,3 @@ _LOCAL: dict[str, Callable[[Engine, int | None, int | None, RankGroup], Local]] 
     "cuda": _cuda,
     "tensorrt": _tensorrt,
 }
-
-
-def require_runnable(engine: Engine, processes: int) -> None:
-    """Raises TargetError, saying what to do, when `engine` is not one for so many ranks."""
-    count = len(engine.ranks)
-    if count != processes:
-        raise TargetError(
-            f"{engine.path}: built for {count} rank{'s' * (count > 1)} and {processes} processes run it: start it with "
-            f"`mpirun -n {count}` or `--nproc {count}`, or build it for {processes}: --tp-size times --pp-size"
-        )

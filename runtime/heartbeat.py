@@ -67,6 +67,13 @@ class Heartbeat:
         if self._read_at > time.monotonic() - SILENCE_S:  # else nobody hears it
             self._store.set(self._keys[self._rank], FAILED)
 
+    def let_others_speak(self) -> None:
+        """Called when this rank fails, before `fail`: returns unless another one does, too, which then says why. That spares
+        the user what all ranks find wrong from each of them."""
+        self._stopped.wait(2 * INTERVAL_S)
+        if FAILED in self._values:
+            self._stopped.wait()  # `_watch` ends this process
+
     def next_round(self) -> None:
         """Called by all ranks at the same point. Within a round, ranks may have different exchanges."""
         self.progress = (self.progress // _ROUND + 1) * _ROUND

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, TargetError
 
 RANK, SIZE = "TRTC_RANK", "TRTC_NUM_RANKS"
 RENDEZVOUS = "TRTC_RENDEZVOUS"
 """A file that the ranks which `runtime.launcher` started meet through."""
 LAUNCHER = "TRTC_LAUNCHER_PID"
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""The network between ranks, where a host has several: a variable that gloo reads."""
 _MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
@@ -55,6 +59,25 @@ def environment(place: Placement) -> dict[str, str]:
         LAUNCHER: place.launcher_pid,
     }
     return {name: str(value) for name, value in values.items()}
+
+
+def require_runnable(engine_dir: Path, ranks: int, processes: int) -> None:
+    """Raises TargetError, saying what to do, when an engine of so many ranks is not one for so many processes."""
+    if ranks != processes:
+        raise TargetError(
+            f"{engine_dir}: built for {ranks} rank{'s' * (ranks > 1)} and {processes} processes run it: start it with "
+            f"`mpirun -n {ranks}` or `--nproc {ranks}`, or build it for {processes}: --tp-size times --pp-size"
+        )
+
+
+def require_interface(environ: Mapping[str, str] = os.environ) -> None:
+    """Raises TargetError when the environment names a network that this host does not have."""
+    wanted = environ.get(INTERFACE, "")
+    known = [name for _, name in socket.if_nameindex()]
+    if not set(filter(None, wanted.split(","))) <= set(known):
+        raise TargetError(
+            f"environment: {INTERFACE} is {wanted!r}; accepted: networks of {socket.gethostname()}: {', '.join(known)}"
+        )
 
 
 def _pair(environ: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:

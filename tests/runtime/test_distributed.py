@@ -32,10 +32,10 @@ from trtc.core.errors import ConfigError, EngineError, TargetError
 from trtc.core.hf import HFCheckpoint
 from trtc.core.plugin_registry import PluginRegistry
 from trtc.core.sharding import ShardingOptions
-from trtc.runtime.follower import HEADER, STOP, length, pack, pack_copies, require_runnable, unpack
+from trtc.runtime.follower import HEADER, STOP, length, pack, pack_copies, unpack
 from trtc.runtime.launcher import launch
 from trtc.runtime.load import load_executor
-from trtc.runtime.placement import Placement, environment, placement
+from trtc.runtime.placement import Placement, environment, placement, require_runnable
 from trtc.runtime.step_input import StepInput
 from trtc.tests.opt_models import BUILD, OptCheckpoint
 from trtc.tests.rank_jobs import finish, lose, mpirun
@@ -301,6 +301,30 @@ group.close()
 """
 
 
+ALL_WRONG = """
+import sys
+from trtc.core.errors import EngineError
+from trtc.runtime import distributed
+from trtc.runtime.placement import placement
+
+group = distributed.join(placement())
+try:
+    with group.failing_together():
+        raise EngineError(f"found by {group.rank}")
+except EngineError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_what_all_ranks_find_wrong_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does
+    assert launch([sys.executable, "-c", ALL_WRONG], 2) == 1
+    assert capfd.readouterr().err == "found by 0\n"
+
+
 @pytest.mark.slow
 def test_exchanges(tmp_path: Path) -> None:
     """Oracle: numpy's order of rows and columns, written down."""
@@ -418,12 +442,44 @@ def test_another_number_of_processes_is_refused(
     ranks_engine: RanksEngine, tp_size: int, processes: int, says: str
 ) -> None:
     engine = Engine.open(ranks_engine(Case("pre_norm", tp_size)))
-    require_runnable(engine, tp_size)
+    require_runnable(engine.path, len(engine.ranks), tp_size)
     with pytest.raises(TargetError) as error:
-        require_runnable(engine, processes)
+        require_runnable(engine.path, len(engine.ranks), processes)
     assert says in str(error.value) and f"build it for {processes}: --tp-size times --pp-size" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize(
+    ("nproc", "interface", "gone", "says"),
+    [
+        (3, "lo", None, "built for 2 ranks and 3 processes run it"),
+        (2, "lo", "rank1-0.safetensors", "rank1-0.safetensors: file of the engine is missing"),
+        (2, "lo", "engine.json", "has no engine.json"),
+        (2, "lo,nowhere0", None, "GLOO_SOCKET_IFNAME is 'lo,nowhere0'; accepted: networks of "),
+    ],
+)
+def test_what_is_wrong_for_all_ranks_is_said_before_there_are_any(
+    ranks_engine: RanksEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    nproc: int,
+    interface: str,
+    gone: str | None,
+    says: str,
+) -> None:
+    def launched(*_: object, **__: object) -> int:
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr("trtc.runtime.launcher.launch", launched)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    folder = shutil.copytree(ranks_engine(Case("pre_norm", 2)), tmp_path / "engine")
+    if gone is not None:
+        (folder / gone).unlink()
+    assert main(["run", "--engine-dir", str(folder), "--input-ids", "5", "--nproc", str(nproc)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("trtc run: error: ") and says in line
 
 
 def test_a_rank_checks_its_own_files_only(ranks_engine: RanksEngine, tmp_path: Path) -> None:
