@@ -20,6 +20,7 @@ import torch
 from ..cli.main import main
 from ..core.engine import Engine
 from ..runtime import load, worker, worker_main
+from ..runtime.cache_size import ENOUGH, CacheBudget
 from ..runtime.engine_limits import EngineLimits
 from ..runtime.step_input import Int32Array, StepInput
 
@@ -40,10 +41,8 @@ class PacedExecutor(EngineLimits):
 
     max_draft_tokens = None
 
-    def __init__(
-        self, engine: Engine, num_pages: int | None = None, kv_cache_memory_bytes: int | None = None
-    ) -> None:
-        super().__init__(engine, num_pages or NUM_PAGES)
+    def __init__(self, engine: Engine, budget: CacheBudget = ENOUGH) -> None:
+        super().__init__(engine, budget.num_pages or NUM_PAGES)
         self._free_at = 0.0
         self._token_ids, self._kv_length, self._runs, self._chosen = np.zeros((4, 1), np.int32)
 

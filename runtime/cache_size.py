@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..core.engine import Engine
 from ..core.errors import ConfigError
 from ..core.targets.base import CacheShape
 from .kv_cache import pages_for
 
 
-def cache_pages(
-    engine: Engine, shape: CacheShape, num_pages: int | None, kv_cache_memory_bytes: int | None
-) -> int:
-    """Pages of the KV cache. Raises ConfigError when they could not hold one sequence of full length."""
-    one = pages_for(engine.build.max_seq_len, engine.build.page_size)
-    if num_pages is None:
-        if kv_cache_memory_bytes is None:
-            num_pages = one * engine.build.max_batch_size
+@dataclass(frozen=True, kw_only=True)
+class CacheBudget:
+    """What a KV cache may have.
+
+    num_pages:    pages; None: as many as memory_bytes hold
+    memory_bytes: None: enough for the engine's max_batch_size sequences of max_seq_len tokens
+    """
+
+    num_pages: int | None = None
+    memory_bytes: int | None = None
+
+    def pages(self, engine: Engine, shape: CacheShape) -> int:
+        """Raises ConfigError when they could not hold one sequence of full length."""
+        one = pages_for(engine.build.max_seq_len, engine.build.page_size)
+        if self.num_pages is not None:
+            pages = self.num_pages
+        elif self.memory_bytes is not None:
+            pages = self.memory_bytes // shape.bytes_per_page
         else:
-            num_pages = kv_cache_memory_bytes // shape.bytes_per_page
-    if num_pages < one:
-        raise ConfigError(
-            f"a KV cache of {num_pages} pages ({num_pages * shape.bytes_per_page} bytes) cannot hold one sequence of "
-            f"max_seq_len {engine.build.max_seq_len}: at least {one} pages ({one * shape.bytes_per_page} bytes) are needed"
-        )
-    return num_pages
+            pages = one * engine.build.max_batch_size
+        if pages < one:
+            raise ConfigError(
+                f"a KV cache of {pages} pages ({pages * shape.bytes_per_page} bytes) cannot hold one sequence of "
+                f"max_seq_len {engine.build.max_seq_len}: at least {one} pages ({one * shape.bytes_per_page} bytes) are needed"
+            )
+        return pages
+
+
+ENOUGH = CacheBudget()
+"""For as many and as long sequences as the engine was built for."""

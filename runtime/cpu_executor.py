@@ -15,7 +15,7 @@ from ..core.plugin_registry import plugins
 from ..core.targets.base import CacheShape
 from ..core.targets.cpu import CpuProgram, allocate_cache
 from ..core.targets.cpu_step import DecodeLimits
-from .cache_size import cache_pages
+from .cache_size import ENOUGH, CacheBudget
 from .cpu_memory import keep_freed_memory
 from .cpu_threads import limit_threads
 from .engine_limits import EngineLimits
@@ -31,9 +31,8 @@ class CpuExecutor(EngineLimits):
     def __init__(
         self,
         engine: Engine,
+        budget: CacheBudget = ENOUGH,
         *,
-        num_pages: int | None = None,
-        kv_cache_memory_bytes: int | None = None,
         rank: int = 0,
         communicator: Communicator | None = None,
     ) -> None:
@@ -43,7 +42,7 @@ class CpuExecutor(EngineLimits):
         part = engine.ranks[rank]
         shapes = [CacheShape.of(one.graph, engine.build.page_size) for one in engine.ranks]
         largest = max(shapes, key=lambda shape: shape.bytes_per_page)  # every rank has equally many pages
-        super().__init__(engine, cache_pages(engine, largest, num_pages, kv_cache_memory_bytes))
+        super().__init__(engine, budget.pages(engine, largest))
         self._cache = allocate_cache(shapes[rank], self.num_pages)
         self._program: CpuProgram | None = CpuProgram(
             part.graph,

@@ -9,6 +9,7 @@ import torch
 
 from ..core.engine import Engine
 from ..core.targets.cpu_step import Unsupported
+from .cache_size import ENOUGH, CacheBudget
 from .cpu_executor import COMPILED_TOKENS, CpuExecutor, step_tensors
 from .executor import token_list
 from .step_input import Int32Array, StepInput
@@ -22,10 +23,8 @@ class CpuLoopExecutor(CpuExecutor):
     compiled decode steps.
     """
 
-    def __init__(
-        self, engine: Engine, *, num_pages: int | None = None, kv_cache_memory_bytes: int | None = None
-    ) -> None:
-        super().__init__(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)
+    def __init__(self, engine: Engine, budget: CacheBudget = ENOUGH) -> None:
+        super().__init__(engine, budget)
         assert self._program is not None
         if not self._program.decodes_greedily:
             raise Unsupported("no compiled decode steps")
@@ -77,11 +76,9 @@ class CpuLoopExecutor(CpuExecutor):
         return tokens
 
 
-def cpu_executor(
-    engine: Engine, num_pages: int | None = None, kv_cache_memory_bytes: int | None = None
-) -> CpuExecutor:
+def cpu_executor(engine: Engine, budget: CacheBudget = ENOUGH) -> CpuExecutor:
     """The executor of an engine of one rank: with a decode loop where graph and machine have compiled decode steps."""
     try:
-        return CpuLoopExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)
+        return CpuLoopExecutor(engine, budget)
     except Unsupported:
-        return CpuExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes)
+        return CpuExecutor(engine, budget)

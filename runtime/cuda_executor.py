@@ -27,7 +27,7 @@ from ..kernels.errors import DeviceError
 from ..kernels.launch import architecture
 from ..kernels.library import KernelLibrary
 from ..kernels.sampling import Sampling
-from .cache_size import cache_pages
+from .cache_size import ENOUGH, CacheBudget
 from .distributed import RankGroup
 from .engine_limits import EngineLimits
 from .gpu_communicator import GpuCommunicator
@@ -87,9 +87,8 @@ class CudaExecutor(EngineLimits):
     def __init__(
         self,
         engine: Engine,
+        budget: CacheBudget = ENOUGH,
         *,
-        num_pages: int | None = None,
-        kv_cache_memory_bytes: int | None = None,
         device: int = 0,
         group: RankGroup | None = None,
         early: EarlyWeights | None = None,
@@ -111,7 +110,7 @@ class CudaExecutor(EngineLimits):
         if group is not None:
             torch.cuda.set_device(self._device)  # whose current stream the kernels are launched on
         try:
-            self._load(engine, library, num_pages, kv_cache_memory_bytes, early)
+            self._load(engine, library, budget, early)
         except torch.OutOfMemoryError:
             total = torch.cuda.mem_get_info(device)[1]
             raise TargetError(
@@ -123,8 +122,7 @@ class CudaExecutor(EngineLimits):
         self,
         engine: Engine,
         library: EngineKernels,
-        num_pages: int | None,
-        kv_cache_memory_bytes: int | None,
+        budget: CacheBudget,
         early: EarlyWeights | None,
     ) -> None:
         group = self._group
@@ -133,12 +131,12 @@ class CudaExecutor(EngineLimits):
         part = engine.ranks[rank]
         shape = CacheShape.of(part.graph, engine.build.page_size)
         with engine.weight_files(rank) as files, weights_on_gpu(files, self._device, early) as weights:
-            if num_pages is None and kv_cache_memory_bytes is None:
-                kv_cache_memory_bytes = int(torch.cuda.mem_get_info(self._device)[0] * CACHE_FRACTION)
+            if budget == ENOUGH:
+                free = int(torch.cuda.mem_get_info(self._device)[0] * CACHE_FRACTION)
                 whole = pages_for(engine.build.max_seq_len, engine.build.page_size)
                 whole *= engine.build.max_batch_size * shape.bytes_per_page
-                kv_cache_memory_bytes = min(kv_cache_memory_bytes, whole)
-            pages = cache_pages(engine, shape, num_pages, kv_cache_memory_bytes)
+                budget = CacheBudget(memory_bytes=min(free, whole))
+            pages = budget.pages(engine, shape)
             EngineLimits.__init__(self, engine, pages if group is None else group.least(pages))
             self._cache = self._allocate(shape)
             # cuBLAS takes a while to make it.

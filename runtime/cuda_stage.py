@@ -17,6 +17,7 @@ from ..core.dtypes import to_torch
 from ..core.engine import Engine
 from ..core.passes.stage import STAGE_INPUT
 from ..kernels.sampling import LoopState, Sampling
+from .cache_size import ENOUGH, CacheBudget
 from .cuda_executor import CudaExecutor, greedy_tokens
 from .distributed import RankGroup
 from .graph_loop import GraphLoop, TakenOver, Ticket
@@ -139,22 +140,15 @@ class CudaStageExecutor(CudaExecutor):
     def __init__(
         self,
         engine: Engine,
+        budget: CacheBudget = ENOUGH,
         *,
-        num_pages: int | None = None,
-        kv_cache_memory_bytes: int | None = None,
         device: int,
         group: RankGroup,
     ) -> None:
         self._stage = Stage(engine, group, torch.device("cuda", device))
         self._gives_logits = self._stage.last
         self._most_parts = MICRO_STEPS_PER_STAGE * engine.build.pp_size
-        super().__init__(
-            engine,
-            num_pages=num_pages,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            device=device,
-            group=group,
-        )
+        super().__init__(engine, budget, device=device, group=group)
 
     def _make_loop(self, sampling: Sampling, max_batch_size: int, pages: int) -> GraphLoop:
         return StageLoop(self._stage, self._program, sampling, self._device, max_batch_size, pages)

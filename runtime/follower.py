@@ -15,6 +15,7 @@ from .. import __version__
 from ..core.engine import Engine
 from ..core.engine_files import DESCRIPTION, sha256
 from ..core.errors import TargetError
+from .cache_size import CacheBudget
 from .cpu_executor import CpuExecutor
 from .distributed import RankGroup, join
 from .engine_limits import EngineLimits
@@ -300,13 +301,7 @@ def _obey(local: Local, message: Int32Array) -> None:
         local.loop_enqueue(pages)
 
 
-def load_ranks(
-    place: Placement,
-    engine_dir: Path,
-    num_pages: int | None,
-    kv_cache_memory_bytes: int | None,
-    verify: bool,
-) -> LeadingExecutor:
+def load_ranks(place: Placement, engine_dir: Path, budget: CacheBudget, verify: bool) -> LeadingExecutor:
     """See `load.load_executor`: on rank 0 the executor of the whole job; the other ranks follow and do not return."""
     group = join(place)
     with group.failing_together():
@@ -317,11 +312,11 @@ def load_ranks(
             {
                 "trtc": __version__,
                 "engine.json": sha256(engine.path / DESCRIPTION)[:16],
-                "num_pages": str(num_pages),
-                "kv_cache_memory_bytes": str(kv_cache_memory_bytes),
+                "num_pages": str(budget.num_pages),
+                "kv_cache_memory_bytes": str(budget.memory_bytes),
             }
         )
-        local = _LOCAL[engine.build.target](engine, num_pages, kv_cache_memory_bytes, group)
+        local = _LOCAL[engine.build.target](engine, budget, group)
     if place.rank > 0:
         follow(local, group)
     leading = LeadingCopier if isinstance(local, PageCopier) else LeadingExecutor
@@ -330,48 +325,32 @@ def load_ranks(
     return leading(engine, local.num_pages, local, group)
 
 
-def _cpu(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None, group: RankGroup) -> Local:
+def _cpu(engine: Engine, budget: CacheBudget, group: RankGroup) -> Local:
     group.divide(engine.build.tp_size)
-    part = CpuExecutor(
-        engine,
-        num_pages=num_pages,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        rank=group.rank,
-        communicator=group,
-    )
+    part = CpuExecutor(engine, budget, rank=group.rank, communicator=group)
     return StageExecutor(engine, part, group) if engine.build.pp_size > 1 else part
 
 
-def _cuda(
-    engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None, group: RankGroup
-) -> Local:
+def _cuda(engine: Engine, budget: CacheBudget, group: RankGroup) -> Local:
     from .cuda_executor import CudaExecutor
     from .cuda_stage import CudaStageExecutor
 
     device = choose_device(group.rank, group.local_rank, torch.cuda.device_count())
     group.divide(engine.build.tp_size)
     executor = CudaStageExecutor if engine.build.pp_size > 1 else CudaExecutor
-    return executor(
-        engine,
-        num_pages=num_pages,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        device=device,
-        group=group,
-    )
+    return executor(engine, budget, device=device, group=group)
 
 
-def _tensorrt(
-    engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None, group: RankGroup
-) -> Local:
+def _tensorrt(engine: Engine, budget: CacheBudget, group: RankGroup) -> Local:
     from .load import tensorrt_executor
 
     device = choose_device(group.rank, group.local_rank, torch.cuda.device_count())
     torch.cuda.set_device(device)
     group.connect_gpus(torch.device("cuda", device))
-    return tensorrt_executor(engine, num_pages, kv_cache_memory_bytes, group)
+    return tensorrt_executor(engine, budget, group)
 
 
-_LOCAL: dict[str, Callable[[Engine, int | None, int | None, RankGroup], Local]] = {
+_LOCAL: dict[str, Callable[[Engine, CacheBudget, RankGroup], Local]] = {
     "cpu": _cpu,
     "cuda": _cuda,
     "tensorrt": _tensorrt,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..core.engine import Engine
 from ..core.errors import TargetError
 from ..core.plugin_registry import plugins
+from .cache_size import ENOUGH, CacheBudget
 from .early_start import BegunEngine
 from .executor import Executor
 from .placement import placement
@@ -38,21 +39,20 @@ def load_executor(
     Raises EngineError for a directory that is not a sound engine, TargetError when its target cannot run here.
     """
     plugins()  # the graph may hold ops that a plugin registers
+    budget = CacheBudget(num_pages=num_pages, memory_bytes=kv_cache_memory_bytes)
     place = placement()
     if place.size > 1:
         from .follower import load_ranks
 
-        return load_ranks(place, Path(engine_dir), num_pages, kv_cache_memory_bytes, verify)
+        return load_ranks(place, Path(engine_dir), budget, verify)
     engine = Engine.open(engine_dir, verify=verify)
     early = engine_dir.weights if isinstance(engine_dir, BegunEngine) else None
     if early is not None and len(engine.ranks) == 1:
-        return _cuda(engine, num_pages, kv_cache_memory_bytes, early)
-    return executor_of(engine, num_pages, kv_cache_memory_bytes)
+        return _cuda(engine, budget, early)
+    return executor_of(engine, budget)
 
 
-def executor_of(
-    engine: Engine, num_pages: int | None = None, kv_cache_memory_bytes: int | None = None
-) -> Executor:
+def executor_of(engine: Engine, budget: CacheBudget = ENOUGH) -> Executor:
     """The executor of an engine of one rank that is open already; see `load_executor`."""
     count = len(engine.ranks)
     if count > 1:
@@ -60,31 +60,23 @@ def executor_of(
             f"{engine.path}: built for {count} ranks and one process runs it: start it with "
             f"`trtc run --nproc {count} ...` or `mpirun -n {count} trtc run ...`"
         )
-    return _EXECUTORS[engine.build.target](engine, num_pages, kv_cache_memory_bytes)
+    return _EXECUTORS[engine.build.target](engine, budget)
 
 
-def _cpu(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> Executor:
+def _cpu(engine: Engine, budget: CacheBudget) -> Executor:
     from .cpu_loop import cpu_executor
 
-    return cpu_executor(engine, num_pages, kv_cache_memory_bytes)
+    return cpu_executor(engine, budget)
 
 
-def _cuda(
-    engine: Engine,
-    num_pages: int | None,
-    kv_cache_memory_bytes: int | None,
-    early: EarlyWeights | None = None,
-) -> Executor:
+def _cuda(engine: Engine, budget: CacheBudget, early: EarlyWeights | None = None) -> Executor:
     from .cuda_executor import CudaExecutor
 
-    return CudaExecutor(engine, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, early=early)
+    return CudaExecutor(engine, budget, early=early)
 
 
 def tensorrt_executor(
-    engine: Engine,
-    num_pages: int | None,
-    kv_cache_memory_bytes: int | None,
-    group: RankGroup | None = None,
+    engine: Engine, budget: CacheBudget, group: RankGroup | None = None
 ) -> TensorRTExecutor | PackedTensorRTExecutor:
     """What runs a plan; of an engine of several ranks, the plan of this one's rank in `group`."""
     from .tensorrt_executor import (
@@ -97,13 +89,13 @@ def tensorrt_executor(
     from .tensorrt_session import TensorRTSession
 
     if is_packed(engine):
-        pages = packed_pages(engine, num_pages, kv_cache_memory_bytes)
+        pages = packed_pages(engine, budget)
         return PackedTensorRTExecutor(engine, TensorRTSession(engine, pages, group), pages)
-    slots = cache_slots(engine, num_pages, kv_cache_memory_bytes)
+    slots = cache_slots(engine, budget)
     return TensorRTExecutor(engine, TensorRTSession(engine, slots, group), slots)
 
 
-_EXECUTORS: dict[str, Callable[[Engine, int | None, int | None], Executor]] = {
+_EXECUTORS: dict[str, Callable[[Engine, CacheBudget], Executor]] = {
     "cpu": _cpu,
     "cuda": _cuda,
     "tensorrt": tensorrt_executor,

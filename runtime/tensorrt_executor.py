@@ -14,7 +14,7 @@ import torch
 from ..core.engine import Engine, RankPart
 from ..core.errors import ConfigError
 from ..core.targets.base import CacheShape
-from .cache_size import cache_pages
+from .cache_size import ENOUGH, CacheBudget
 from .engine_limits import EngineLimits
 from .kv_cache import pages_for
 from .step_input import StepInput
@@ -94,12 +94,12 @@ def is_packed(engine: Engine) -> bool:
     return "attention" in engine.ranks[0].artifacts.get("plugins", ())
 
 
-def packed_pages(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> int:
+def packed_pages(engine: Engine, budget: CacheBudget = ENOUGH) -> int:
     """Pages of the KV memory, at most those that the plan was built for."""
     build = engine.build
     shape = CacheShape.of(engine.ranks[0].graph, build.page_size)
     most = pages_for(build.max_seq_len, build.page_size) * build.max_batch_size
-    return min(cache_pages(engine, shape, num_pages, kv_cache_memory_bytes), most)
+    return min(budget.pages(engine, shape), most)
 
 
 def limits(engine: Engine) -> Limits:
@@ -118,17 +118,18 @@ def slot_bytes(part: RankPart, capacity: int) -> int:
     return CacheShape.of(part.graph, capacity).bytes_per_page
 
 
-def cache_slots(engine: Engine, num_pages: int | None, kv_cache_memory_bytes: int | None) -> int:
+def cache_slots(engine: Engine, budget: CacheBudget = ENOUGH) -> int:
     """Rows of the KV memory. Raises ConfigError when not even one fits.
 
-    num_pages: sequences, as a page holds one here; more than max_batch_size are of no use.
+    budget: a page holds a sequence here; more than max_batch_size are of no use
     """
     most, size = engine.build.max_batch_size, slot_bytes(engine.ranks[0], engine.build.max_seq_len)
-    if num_pages is None:
-        num_pages = most if kv_cache_memory_bytes is None else kv_cache_memory_bytes // size
-    if num_pages < 1:
+    slots = budget.num_pages
+    if slots is None:
+        slots = most if budget.memory_bytes is None else budget.memory_bytes // size
+    if slots < 1:
         raise ConfigError(
-            f"a KV cache of {kv_cache_memory_bytes or 0} bytes cannot hold one sequence of max_seq_len "
+            f"a KV cache of {budget.memory_bytes or 0} bytes cannot hold one sequence of max_seq_len "
             f"{engine.build.max_seq_len}: target tensorrt needs {size} bytes for each"
         )
-    return min(num_pages, most)
+    return min(slots, most)

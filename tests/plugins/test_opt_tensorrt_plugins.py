@@ -199,7 +199,7 @@ def test_executor_over_pages(flavour: Flavour, opt_checkpoint: Checkpoints) -> N
     part = RankPart(rank.graph, (), artifacts)
     engine = Engine(Path("engine"), checkpoint.config, BUILD, (part,), {}, "0")
     assert is_packed(engine)
-    pages = packed_pages(engine, None, None)
+    pages = packed_pages(engine)
     session = PackedSession(network, pages)
     llm = LLM.from_executor(PackedTensorRTExecutor(engine, session, pages))
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)

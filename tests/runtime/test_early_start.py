@@ -90,7 +90,7 @@ def test_an_executor_takes_the_weights_that_are_on_their_way(
     monkeypatch.setattr(early_start, "EarlyWeights", lambda paths: "on their way")
     monkeypatch.setattr(launch, "bindings", lambda: None)
     monkeypatch.setattr(BegunEngine, "target", "cuda")
-    monkeypatch.setattr(load, "_cuda", lambda *args: taken.append(args[3]))
+    monkeypatch.setattr(load, "_cuda", lambda *args: taken.append(args[2]))
     load.load_executor(begin_loading(built))
     assert taken == ["on their way"]
 

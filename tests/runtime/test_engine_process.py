@@ -149,8 +149,8 @@ from trtc.runtime import load, worker_main
 def fails(*arguments):
     raise RuntimeError("no more memory")
 
-def broken(engine, num_pages, kv_cache_memory_bytes):
-    executor = load._cpu(engine, num_pages, kv_cache_memory_bytes)
+def broken(engine, budget):
+    executor = load._cpu(engine, budget)
     executor.execute = executor.choose = executor.loop_load = fails
     return executor
 

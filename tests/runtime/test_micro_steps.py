@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from trtc.core.engine import Engine
+from trtc.runtime.cache_size import CacheBudget
 from trtc.runtime.cpu_executor import CpuExecutor
 from trtc.runtime.micro_steps import split
 from trtc.runtime.step_input import StepInput
@@ -52,7 +53,7 @@ def test_the_parts_of_a_step_do_what_it_does(
 ) -> None:
     """The logits, and those of a decode step after it, which show what was left in the cache."""
     engine = Engine.open(opt_engine("pre_norm"))
-    whole, parted = (CpuExecutor(engine, num_pages=16) for _ in range(2))
+    whole, parted = (CpuExecutor(engine, CacheBudget(num_pages=16)) for _ in range(2))
     step = prompts(lengths)
     parts = split(step, count)
     assert len(parts) == count

@@ -23,6 +23,7 @@ from trtc.core.targets.tensorrt.build import profiles
 from trtc.core.targets.tensorrt.flavour import Flavour, find_flavour
 from trtc.core.targets.tensorrt.lower import LoweringOptions, lower_graph
 from trtc.core.targets.tensorrt.network import Network
+from trtc.runtime.cache_size import CacheBudget
 from trtc.runtime.llm import LLM
 from trtc.runtime.load import executor_of
 from trtc.runtime.sampling_params import SamplingParams
@@ -87,7 +88,7 @@ def executor(
     options = LoweringOptions(kv_capacity=build.max_seq_len)
     network = lower_graph(rank.graph, rank.weights, find_flavour("tensorrt_rtx"), options)
     engine = engine_of(checkpoint, rank, build)
-    slots = cache_slots(engine, None, None)
+    slots = cache_slots(engine)
     session = InterpretedSession(network, slots, limits(engine))
     return TensorRTExecutor(engine, session, slots), session
 
@@ -242,11 +243,12 @@ def test_kv_memory(opt_checkpoint: Checkpoints) -> None:
     checkpoint = opt_checkpoint("pre_norm")
     engine = engine_of(checkpoint, ranks_of(checkpoint)[0], BUILD)
     row = 2 * 2 * 40 * 64 * 4  # k and v of two layers, float32
-    assert [cache_slots(engine, None, memory) for memory in (row, 2 * row, 9 * row, None)] == [1, 2, 3, 3]
+    budgets = (CacheBudget(memory_bytes=memory) for memory in (row, 2 * row, 9 * row, None))
+    assert [cache_slots(engine, budget) for budget in budgets] == [1, 2, 3, 3]
     with pytest.raises(
         ConfigError, match=f"cannot hold one sequence of max_seq_len 40: .* {row} bytes for each"
     ):
-        cache_slots(engine, None, row - 1)
+        cache_slots(engine, CacheBudget(memory_bytes=row - 1))
 
 
 @pytest.mark.parametrize("accepted", [True, False])
