@@ -11,7 +11,7 @@ import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,8 +73,7 @@ class Proposal(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class _Key:
+class _Key(NamedTuple):
     """What an algorithm depends on. x_stride, weight_stride: elements between rows; alignment: of all matrices, in bytes."""
 
     dtype: torch.dtype
@@ -137,14 +136,14 @@ class CublasLt:
         relu: bool,
     ) -> torch.Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
-        out = x.new_empty(len(x), len(weight))
+        (rows, columns), features = x.shape, weight.shape[0]
+        out = x.new_empty(rows, features)
         addend = out if residual is None else residual.contiguous()
         places = [tensor.data_ptr() for tensor in (weight, x, addend, out)]
         epilogue = (_EPILOGUE_RELU if relu else 0) | (0 if bias is None else _EPILOGUE_BIAS)
-        rows, columns = x.shape
         plan = self._plan(
             _Key(
-                x.dtype, rows, columns, weight.shape[0], x.stride(0), weight.stride(0), epilogue or _EPILOGUE_PLAIN,
+                x.dtype, rows, columns, features, x.stride(0), weight.stride(0), epilogue or _EPILOGUE_PLAIN,
                 residual is not None, common_alignment(places),
             )
         )  # fmt: skip
