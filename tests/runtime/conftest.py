@@ -1,14 +1,22 @@
-"""Tokenizers made on the spot: byte-level BPE as OPT and GPT-2 have it, and byte fallback as Llama has it."""
+"""Tokenizers made on the spot: byte-level BPE as OPT and GPT-2 have it, and byte fallback as Llama has it. Engines of ranks."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from trtc.core.build import build_engine
+from trtc.core.config import BuildConfig
+from trtc.core.sharding import ShardingOptions
 from trtc.runtime.tokenizer import Tokenizer
+from trtc.tests.opt_models import BUILD, OptCheckpoint
+
+from .rank_engines import PACKAGES, Case, RanksEngine, package_checkpoint
 
 CORPUS = [
     "the cat sat on the mat",
@@ -61,3 +69,30 @@ def byte_fallback() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return Tokenizer(tokenizer, bos_token=None, eos_token=None)
+
+
+@pytest.fixture(scope="session")
+def ranks_engine(
+    opt_checkpoint: Callable[[str], OptCheckpoint], tmp_path_factory: pytest.TempPathFactory
+) -> RanksEngine:
+    """Case -> folder of its engine, built once."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    @cache
+    def checkpoint(variant: str) -> OptCheckpoint:
+        if variant in PACKAGES:
+            return package_checkpoint(variant, folder / variant)
+        return opt_checkpoint(variant)
+
+    @cache
+    def engine(case: Case) -> Path:
+        source = checkpoint(case.variant)
+        sharding = ShardingOptions(case.tp_size, case.dim is not None, case.dim or 0, case.pp_size)
+        build = BuildConfig(
+            **{**vars(BUILD), "tp_size": case.tp_size, "pp_size": case.pp_size, "max_beam_width": 2}
+        )
+        path = folder / "-".join(map(str, case))
+        build_engine(source.family, source.config, source.weights(sharding=sharding), build, path)
+        return path
+
+    return engine

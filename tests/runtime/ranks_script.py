@@ -1,4 +1,4 @@
-"""What the ranks of `test_distributed` run under `mpirun`: engines one after the other, greedy tokens of rank 0 as JSON.
+"""What the ranks of tests run under `mpirun`: engines one after the other, greedy tokens of rank 0 as JSON.
 
     python ranks_script.py RESULTS.json MAX_TOKENS ENGINE_DIR [ENGINE_DIR ...]
 
