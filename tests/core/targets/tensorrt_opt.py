@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from trtc.core.build import plan
 from trtc.core.config import BuildConfig, ModelConfig
 from trtc.core.dtypes import DType
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
-from trtc.core.passes import Partition, optimize
+from trtc.core.passes import Partition
 from trtc.core.plugin_registry import Family, plugins
 from trtc.core.sharding import ShardingOptions
-from trtc.core.targets.tensorrt import TARGET
 from trtc.core.weight_source import DummyWeights, WeightSource
 from trtc.tests.opt_models import SIZES, OptCheckpoint
 from trtc.tests.trt_interpreter import NetworkInterpreter, run_ranks
@@ -65,17 +65,10 @@ def dummy_rank(num_heads: int, head_dim: int, dtype: DType) -> Rank:
 def _ranks(
     family: Family, config: ModelConfig, source: WeightSource, target_options: Mapping[str, Any]
 ) -> list[Rank]:
-    can, ranks = TARGET.capabilities(replace(BUILD, target_options=target_options)), []
-    for rank in range(source.sharding.tp_size):
-        planned = optimize(
-            family.compose(config),
-            sharding=source.sharding,
-            rank=rank,
-            aliases=source.aliases,
-            fusions=can.fusions,
-            ops=can.ops,
-            quantization=source.quantization,
-        )
+    tp_size, ranks = source.sharding.tp_size, []
+    build = replace(BUILD, tp_size=tp_size, target_options=target_options)
+    for rank in range(tp_size):
+        planned = plan(family, config, source, build, rank)
         weights = {node.name: _weight(planned, source, rank, node.name) for node in planned.graph.weights}
         ranks.append(Rank(planned.graph, weights))
     return ranks
