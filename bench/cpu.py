@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from .markdown import table_of
+from .provenance import commit_of_tree, processor
 
 ROOT = Path(__file__).parent.parent
 VOCAB, INPUT_LEN, OUTPUT_LEN = 50272, 128, 64
@@ -199,13 +199,8 @@ def start_and_memory(engine: Path) -> dict[str, Any]:
 def setup() -> dict[str, Any]:
     from importlib.metadata import version
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.processor())  # fmt: skip
-    return {"date": datetime.date.today().isoformat(), "commit": git("rev-parse", "--short=12", "HEAD"),
-            "dirty": bool(git("status", "--porcelain")), "device": model, "threads": torch.get_num_threads(),
+    return {"date": datetime.date.today().isoformat(), **commit_of_tree(),
+            "device": processor(), "threads": torch.get_num_threads(),
             "load_average": round(os.getloadavg()[0], 1),
             "versions": {name: version(name) for name in ("torch", "ctranslate2", "transformers", "numpy")},
             "read_bandwidth_gb_s": round(read_bandwidth(), 1), "input_len": INPUT_LEN, "output_len": OUTPUT_LEN}  # fmt: skip

@@ -17,7 +17,6 @@ import json
 import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ import torch
 from trtc import LLM
 from trtc.bench.markdown import table_of, with_table
 from trtc.bench.opt_sizes import write_config
+from trtc.bench.provenance import commit_of_tree, processor
 from trtc.cli.main import main as trtc
 from trtc.runtime.evaluation import summarize
 from trtc.runtime.evaluation.dataset import load_pairs
@@ -91,10 +91,9 @@ def measure(target: str, repeat: int, commit: str | None) -> dict[str, Any]:
             shutil.rmtree(engine)
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit or _output("git", "rev-parse", "--short=12", "HEAD"),
-        "dirty": commit is None and bool(_output("git", "status", "--porcelain")),
+        **commit_of_tree(commit),
         "target": target,
-        "device": torch.cuda.get_device_name() if target == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if target == "cuda" else processor(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rows": rows,
@@ -231,19 +230,6 @@ def with_tables(page: str) -> str:
         if results.exists():
             page = with_table(page, results.stem, table(json.loads(results.read_text())))
     return page
-
-
-def _processor() -> str:
-    names = [line.partition(":")[2].strip() for line in _output("cat", "/proc/cpuinfo").splitlines()
-             if line.startswith("model name")]  # fmt: skip
-    return names[0] if names else platform.machine()
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from ..runtime.llm import LLM
 from ..runtime.load import load_executor
 from ..runtime.tokenizer import Tokenizer
 from .markdown import table_of, with_table
+from .provenance import commit_of_tree
 
 ROOT = Path(__file__).parent.parent
 TINY_OPT, NEWS = ROOT / "examples" / "tiny-opt", ROOT / "examples" / "news.jsonl"
@@ -119,12 +119,6 @@ def held_out_nll(engine: Path, texts: Sequence[str], tokenizer: Tokenizer) -> tu
     return total, count
 
 
-def git(*words: str) -> str:
-    return subprocess.run(
-        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
 def run(articles: int) -> dict[str, Any]:
     pairs = load_pairs(str(NEWS), articles)
     results = {}
@@ -138,8 +132,7 @@ def run(articles: int) -> dict[str, Any]:
             results[name] = measure(filled, pairs, Path(scratch)) | {"options": list(options)}
         print(name, json.dumps(results[name]), flush=True)
     return {
-        "commit": git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        **commit_of_tree(),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"CPU, {platform.machine()}, {os.cpu_count()} cores",
         "versions": {"trtc": __version__, "torch": torch.__version__, "python": platform.python_version()},

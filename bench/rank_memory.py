@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from datetime import date
 from itertools import product
@@ -23,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .markdown import table_of, with_table
+from .provenance import commit_of_tree
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu-rank-memory.json"
@@ -119,11 +119,8 @@ def run(models: list[str], tp_sizes: list[int]) -> dict[str, Any]:
             ranks = measure(build(model, tp_size, embedding, folder), tp_size, folder)
         rows.append({"model": model, "tp_size": tp_size, "embedding": embedding, "ranks": ranks})
         print(json.dumps(rows[-1]), flush=True)
-    git = {"commit": ("rev-parse", "--short=12", "HEAD"), "changes": ("status", "--porcelain")}
-    said = {key: subprocess.check_output(["git", *words], cwd=ROOT, text=True) for key, words in git.items()}
     return {
-        "commit": said["commit"].strip(),
-        "dirty": bool(said["changes"]),
+        **commit_of_tree(),
         "date": date.today().isoformat(),
         "device": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "torch": torch.__version__,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import httpx
 from ..core.engine import Engine
 from ..core.plugin_registry import plugins
 from ..runtime.benchmark import setup
+from .provenance import commit_of_tree, processor
 
 ROOT = Path(__file__).parents[1]
 TINY_OPT = ROOT / "examples" / "tiny-opt"
@@ -144,10 +144,9 @@ def environment(engine_dir: Path, commit: str | None = None) -> dict[str, Any]:
     plugins()
     found = setup(Engine.open(engine_dir, verify=False))
     if found["target"] == "cpu":
-        found["device"] = _cpu_name()
+        found["device"] = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
     return {
-        "commit": (commit or _git("rev-parse", "--short=12", "HEAD"))[:12],
-        "dirty": commit is None and bool(_git("status", "--porcelain")),
+        **commit_of_tree(commit),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         **found,
         "versions": dict(_versions()),
@@ -179,21 +178,3 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _cpu_name() -> str:
-    cores = f"{len(os.sched_getaffinity(0))} cores"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()}, {cores}"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {cores}"
-
-
-def _git(*arguments: str) -> str:
-    try:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

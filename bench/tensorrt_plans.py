@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.engine import Engine
+from .provenance import commit_of_tree, processor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "tensorrt-plans.json"
@@ -83,16 +84,9 @@ def measure(model: str, dtype: str, capability: str) -> dict[str, Any]:
 
 
 def setup() -> dict[str, Any]:
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
-    dirty = bool(
-        subprocess.check_output([*git, "status", "--porcelain", "core", "cli", "plugins"], text=True)
-    )
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]  # fmt: skip
     return {
-        "date": datetime.now(UTC).date().isoformat(), "commit": commit, "dirty": dirty,
-        "device": f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores, no GPU",
+        "date": datetime.now(UTC).date().isoformat(), **commit_of_tree(),
+        "device": f"{processor()}, {len(os.sched_getaffinity(0))} cores, no GPU",
         "versions": {name: version(name) for name in ("tensorrt_rtx_cu13", "torch")} | {"python": platform.python_version()},
     }  # fmt: skip
 

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...runtime.benchmark import read_bandwidth
+from ..provenance import commit_of_tree, output_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -141,8 +141,7 @@ def write_json(path: Path, rows: Sequence[DataclassInstance], **extra: Any) -> N
 def environment() -> dict[str, Any]:
     """What the numbers depend on: commit, device, driver, clocks, versions."""
     return {
-        "commit": os.environ.get(COMMIT) or _output("git", "rev-parse", "--short", "HEAD"),
-        "dirty": COMMIT not in os.environ and bool(_output("git", "status", "--porcelain")),
+        **commit_of_tree(os.environ.get(COMMIT)),
         "device": torch.cuda.get_device_name(),
         "driver": nvidia_smi("driver_version"),
         "sm_clock_mhz": nvidia_smi("clocks.sm"),
@@ -154,14 +153,7 @@ def environment() -> dict[str, Any]:
 
 def nvidia_smi(query: str) -> str:
     """What nvidia-smi says of the first field of `query`, of the first GPU; "unknown" where there is none."""
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").partition("\n")[0]
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").partition("\n")[0]
 
 
 def out_dir() -> Path:
