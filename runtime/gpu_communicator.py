@@ -14,7 +14,7 @@ SENT_BYTES = 8 << 20
 """What a GPU sends for one sum at most, in the kernels' packets, twice as large as what they hold: in one step its part, to
 each other GPU; in two, two pieces of it. Above: NCCL, whose rings send less. On two H200s a part of 4 MB, the largest that is
 not NCCL's, takes 29.6 us, with NCCL 41.2; on four one of 2 MB takes 27.1 us, with NCCL 35.5
-(`bench/results/gpus-all-reduce.json`). More GPUs were not measured."""
+(`bench/results/gpus-all-reduce.json`, `gpus-4-all-reduce.json`). More GPUs were not measured."""
 
 SAVED_BYTES = 300 << 10
 """What a second step has to save a GPU from sending to be worth the wait for it, about a microsecond: on four H200s parts of 64
