@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from ..core.errors import TrtcError
+from ..core.errors import ConfigError, TrtcError
 from . import (
     bench,
     build,
@@ -86,6 +87,16 @@ def unknown_arguments(words: Sequence[str], command: argparse.ArgumentParser) ->
     return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
+def _check_folder() -> None:
+    """Raises ConfigError where the current folder has been removed: torch's libraries end the process then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the current folder cannot be used: {error.strerror}; change to another one"
+        ) from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     words = with_dashes(sys.argv[1:] if argv is None else argv)
@@ -93,7 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.words = words  # for commands that start themselves again
     if unknown:
         args.parser.error(unknown_arguments(unknown, args.parser))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as stderr: a model may write what a terminal cannot show
     try:
+        _check_folder()
         code: int = args.main(args)
         sys.stdout.flush()
         return code

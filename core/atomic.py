@@ -61,6 +61,10 @@ def _check_replaceable(target: Path, is_ours: Callable[[Path], bool]) -> None:
         raise ConfigError(f"{target}: exists and is not a folder; choose another output folder")
     if os.path.ismount(target):
         raise ConfigError(f"{target}: is a mount point, which cannot be replaced; choose a folder inside it")
+    if os.path.samefile(target, "."):  # whoever stands in it would be left in a folder that has been removed
+        raise ConfigError(
+            f"{target}: is the current folder, which cannot be replaced; call trtc from outside it"
+        )
     try:
         replaceable = not any(target.iterdir()) or is_ours(target)
     except OSError as error:

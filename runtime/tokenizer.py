@@ -46,7 +46,9 @@ class Tokenizer:
         import tokenizers
 
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            tokenizer = tokenizers.Tokenizer.from_buffer(file.read_bytes())
+        except OSError as error:
+            raise EngineError(f"{file}: cannot be read: {error.strerror}") from None
         except Exception as error:  # the library raises plain Exception for every fault
             raise EngineError(f"{file} is not a tokenizer file: {error}") from error
         names = _special_token_names(Path(path))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TrtcError
 from ..graph import Graph, Node
 from ..ops import ReferenceContext, get_op
 from .gptq import gptq
@@ -65,7 +65,10 @@ def _token_ids(line: str, where: str, encode: Callable[[str], list[int]]) -> lis
         raise ConfigError(
             f"{where}: expected a string, or an object with token_ids or one of {', '.join(TEXT_FIELDS)}"
         )
-    return encode(value)
+    try:
+        return encode(value)
+    except TrtcError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -115,6 +116,22 @@ def test_input_files_agree(engine: Path, tmp_path: Path) -> None:
         assert main([*command, "--output-json", str(tmp_path / "out.json")]) == 0
         results.append((tmp_path / "out.json").read_text())
     assert results[0] == results[1] == results[2]
+
+
+def test_what_a_terminal_cannot_show_is_escaped(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(["run", "--engine-dir", str(engine), "--input-text", "h\xe9", "--max-output-len", "2"]) == 0
+    assert b"Input [0]: 'h\\xe9'" in shown.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_removed_folder_is_no_place_to_start_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["inspect", "/none"]) == 1
+    assert "error: the current folder cannot be used: No such file or directory" in capsys.readouterr().err
 
 
 def test_a_device_is_written_to_and_not_replaced(engine: Path, tmp_path: Path) -> None:

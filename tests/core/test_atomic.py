@@ -133,6 +133,16 @@ with atomic_directory(Path(sys.argv[1]), lambda path: True) as folder:
 """
 
 
+def test_the_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even empty: a shell in it would be left in a folder that no longer has a name."""
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(ConfigError, match="is the current folder, which cannot be replaced"),
+        atomic_directory(".", is_ours),
+    ):
+        pass
+
+
 def test_rubbish_of_a_killed_process_is_removed_and_that_of_a_live_one_is_not(tmp_path):
     writer = subprocess.Popen(
         [sys.executable, "-c", KILLED_WRITER, str(tmp_path / "out")],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +58,14 @@ def test_a_damaged_file_is_named(tmp_path: Path, tokenizer_dir: Path, name: str,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EngineError, match=name):
         Tokenizer.from_dir(tmp_path)
+
+
+def test_a_folder_may_have_a_name_that_is_no_text(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """As file systems and containers without a locale have them."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    shutil.copytree(tokenizer_dir, folder)
+    tokenizer = Tokenizer.from_dir(folder)
+    assert tokenizer is not None and tokenizer.decode(tokenizer.encode("a storm")) == "a storm"
 
 
 def test_half_a_surrogate_pair_is_refused(byte_level: Tokenizer) -> None:
