@@ -16,6 +16,7 @@ from . import tensorrt_llm_flags
 from .common import (
     add_model_source,
     add_workers,
+    check_tokenizer,
     find_family,
     folder_bytes,
     human_bytes,
@@ -130,6 +131,7 @@ def main(args: argparse.Namespace) -> int:
             return 0
         from ..core.build import build_engine
 
+        check_tokenizer(source.text_files)
         build_engine(
             source.family,
             source.model,

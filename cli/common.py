@@ -96,6 +96,13 @@ def progress_bar(what: str) -> Iterator[Progress]:
         yield show
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raises EngineError for tokenizer files that an engine could not be run with: before weights are read, not after."""
+    from ..runtime.tokenizer import Tokenizer
+
+    Tokenizer.from_dir(folder)
+
+
 def human_bytes(count: float) -> str:
     """`1536` -> `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from .common import (
     add_model_source,
     add_workers,
+    check_tokenizer,
     find_family,
     folder_bytes,
     human_bytes,
@@ -40,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         source = stack.enter_context(open_checkpoint(args.model_dir))
         family, model = find_family(args, source.config, args.model_dir)
+        check_tokenizer(args.model_dir)
         convert(
             source,
             family.weight_table(model),

@@ -104,13 +104,13 @@ def build_engine(
     target = get_target(build.target)
     plans = [plan(family, model, source, build, rank) for rank in range(build.num_ranks)]
     with atomic_directory(output_dir, is_engine, seal=DESCRIPTION) as folder:
+        if text_files is not None:  # first: files that cannot be read cost no time
+            copy_text_files(text_files, folder)
         parts = [
             part
             for first in range(0, len(plans), workers)
             for part in _build_ranks(target, plans, first, source, build, folder, workers, progress)
         ]
-        if text_files is not None:
-            copy_text_files(text_files, folder)
         write_description(folder, describe(folder, model, build, parts, workers))
 
 

@@ -42,6 +42,10 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
     """
     if RANK in environ:
         rank, size = _pair(environ, RANK, SIZE)
+        if RENDEZVOUS not in environ:
+            raise ConfigError(
+                f"environment: {RANK} is set without {RENDEZVOUS}: they are of `--nproc`, leave them out"
+            )
         return Placement(rank, size, environ[RENDEZVOUS], _integer(environ, LAUNCHER))
     for rank_name, size_name, local_name in _MPI:
         if rank_name in environ and size_name in environ:

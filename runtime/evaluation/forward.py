@@ -11,6 +11,7 @@ import torch
 
 from ...core.errors import RequestError
 from ..executor import Executor
+from ..request_check import check_token_ids
 from ..step_input import StepInput
 
 STEP_TOKENS = 512
@@ -33,13 +34,14 @@ def sequence_logits(executor: Executor, sequences: Sequence[Scored]) -> Iterator
     """Logits [T - first_row, V] float32 of each sequence, in order; row i predicts the token after its own.
 
     Short sequences share steps, long ones take several. It uses the first pages of the cache.
-    Raises RequestError for a sequence that is longer than the engine's.
+    Raises RequestError for a sequence that is longer than the engine's, or has tokens that it does not know.
     """
     for sequence in sequences:
         if len(sequence.token_ids) > executor.max_seq_len:
             raise RequestError(
                 f"a sequence of {len(sequence.token_ids)} tokens; the engine's max_seq_len is {executor.max_seq_len}"
             )
+        check_token_ids(sequence.token_ids, executor.vocab_size)
     limit = min(STEP_TOKENS, executor.max_num_tokens)
     for group in _groups(executor, sequences, limit):
         if len(group) == 1:

@@ -160,6 +160,10 @@ ROWS = [
         lambda r: ["build", "--model-dir", TINY_OPT, "--output-dir", r.hf()],
         ("hf",),
     ),
+    Row("tokenizer.json of something else", build(lambda r: damaged(r.hf(), cut, "tokenizer.json")), ("tokenizer.json",)),
+    Row("tokenizer's names are no object",
+        convert(lambda r: damaged(r.hf(), lambda path: path.write_text("[]"), "tokenizer_config.json")),
+        ("tokenizer_config.json", "must be a JSON object")),
     # config.json
     Row("unknown architecture", build(lambda r: r.hf_config(architectures=["MambaForCausalLM"])),
         ("MambaForCausalLM", "OPTForCausalLM")),

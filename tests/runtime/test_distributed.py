@@ -172,6 +172,11 @@ def test_a_bad_environment_is_refused(rank: str, size: str) -> None:
         placement({"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": size})
 
 
+def test_a_rank_of_nobody_is_refused() -> None:
+    with pytest.raises(ConfigError, match="TRTC_RANK is set without TRTC_RENDEZVOUS"):
+        placement({"TRTC_RANK": "0", "TRTC_NUM_RANKS": "1"})
+
+
 def test_a_step_survives_its_message() -> None:
     """Two sequences: a chunk of a prompt without logits, and a decode step."""
 

@@ -58,6 +58,14 @@ def test_packed_sequences_have_the_logits_of_transformers(engine: Path, num_page
     assert sum(tokens for _, tokens in executor.steps) == sum(lengths) and len(executor.steps) < len(lengths)
 
 
-def test_a_sequence_that_the_engine_cannot_hold(engine: Path) -> None:
-    with pytest.raises(RequestError, match=r"97 tokens; the engine's max_seq_len is 96"):
-        list(sequence_logits(load_executor(engine), [Scored([2] * 97)]))
+@pytest.mark.parametrize(
+    ("token_ids", "says"),
+    [
+        ([2] * 97, "97 tokens; the engine's max_seq_len is 96"),
+        ([2, 5, 1920], "token id 1920 at position 2 is outside the vocabulary; accepted: 0 to 1919"),
+    ],
+)
+def test_a_sequence_that_the_engine_cannot_hold(engine: Path, token_ids: list[int], says: str) -> None:
+    """The second as from a tokenizer with more tokens than the model: a GPU would read past the embedding."""
+    with pytest.raises(RequestError, match=says):
+        list(sequence_logits(load_executor(engine), [Scored([2, 3]), Scored(token_ids)]))
