@@ -14,8 +14,10 @@ MAX_ROW_STAGES = 16
 TOKENS = 64
 """Rows of a wgmma; what it reads behind the rows of x there are must be shared memory of the block."""
 
-LEAST_ROWS = 33
-"""Rows from which the kernel was measured to be the fastest of ours."""
+LEAST_ROWS, LEAST_ROWS_OF_LARGE = 33, 17
+"""Rows from which the kernel was measured to be the fastest of ours; those of weights of LARGE_WEIGHT elements."""
+
+LARGE_WEIGHT = 20_000_000
 
 MAX_NARROW_FEATURES = 32_768
 """More features are logits."""
@@ -129,9 +131,10 @@ def plan_multicast(
     )
 
 
-def takes_multicast(rows: int, features: int) -> bool:
+def takes_multicast(rows: int, features: int, columns: int) -> bool:
     """Whether multicast.cu is the kernel for more than 16 rows of these sizes on Hopper, as measured."""
-    return rows >= LEAST_ROWS and features <= MAX_NARROW_FEATURES
+    least = LEAST_ROWS_OF_LARGE if features * columns >= LARGE_WEIGHT else LEAST_ROWS
+    return rows >= least and features <= MAX_NARROW_FEATURES
 
 
 def choose_multicast(rows: int, features: int, columns: int, multiprocessors: int) -> MulticastPlan | None:
@@ -140,7 +143,7 @@ def choose_multicast(rows: int, features: int, columns: int, multiprocessors: in
     What a block reads is x over its part of K and as much of W: wide blocks over parts of K read less, and parts have sums to
     send. A multiprocessor has room for two blocks: of this kernel, or one of it and one of the next.
     """
-    if not takes_multicast(rows, features):
+    if not takes_multicast(rows, features, columns):
         return None
     if features * columns < SMALL_WEIGHT:
         return _choose_small(rows, features, columns, multiprocessors)
