@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .config import BuildConfig, ModelConfig
+from .config import TARGETS, BuildConfig, ModelConfig
 from .engine_files import DESCRIPTION, FORMAT, FORMAT_VERSION, EngineFiles, sha256
 from .errors import CheckpointError, EngineError, TrtcError
 from .graph import Graph
@@ -92,6 +92,11 @@ class Engine:
                 part.graph.verify(where)
         except (TrtcError, KeyError, TypeError, AttributeError) as error:
             raise EngineError(f"{where}: not an engine of this format: {error}") from None
+        if engine.build.target not in TARGETS:
+            known = ", ".join(TARGETS)
+            raise EngineError(
+                f"{where}: built for target {engine.build.target!r}; this is trtc {__version__}, which has {known}"
+            )
         if len(engine.ranks) != engine.build.num_ranks:
             raise EngineError(
                 f"{where}: holds {len(engine.ranks)} ranks for tp_size {engine.build.tp_size}, "

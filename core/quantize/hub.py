@@ -57,8 +57,12 @@ class HubScheme:
         if data.get("bits") != 4:
             raise ConfigError(f"{where}: bits {data.get('bits')!r} is not supported; accepted: 4")
         group_size = data.get("group_size")
+        field = "zero_point" if method == "awq" else "sym"
+        stated = data.get(field, True)
+        if not isinstance(stated, bool):
+            raise ConfigError(f"{where}: {field} is {stated!r}; accepted: true or false")
+        symmetric = stated if field == "sym" else not stated
         try:
-            symmetric = not data.get("zero_point", True) if method == "awq" else bool(data.get("sym", True))
             how = WeightFormat("int4", group_size, zero_point=not symmetric)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
@@ -91,6 +95,11 @@ class PackedCheckpoint(HFCheckpoint):
         ]
         if missing:
             raise CheckpointError(f"{self.path}: {scheme.method} tensors are missing: {'; '.join(missing)}")
+        twice = [f"{stem}.weight" for stem in stems if f"{stem}.weight" in self._stored]
+        if twice:
+            raise CheckpointError(
+                f"{self.path}: weights stand there twice, as floats and as {scheme.method} tensors: {'; '.join(twice)}"
+            )
         packed = {f"{stem}.{part}" for stem in stems for part in (*PARTS, "g_idx")}
         self._stems = {f"{stem}.weight": stem for stem in stems}
         self.tensors = {name: tensor for name, tensor in self._stored.items() if name not in packed}
@@ -101,13 +110,12 @@ class PackedCheckpoint(HFCheckpoint):
         qweight, qzeros, scales = (self._stored[f"{stem}.{part}"] for part in PARTS)
         gptq, group = self.scheme.method == "gptq", self.scheme.format.group_size
         assert group is not None
-        rows, columns = (qweight.shape[1], qweight.shape[0] * PER_WORD) if gptq else (
-            qweight.shape[1] * PER_WORD, qweight.shape[0])  # fmt: skip
-        groups = -(-columns // group)
-        fits = len(qweight.shape) == 2 and (scales.shape, qzeros.shape) == (
-            (groups, rows),
-            (groups, rows // PER_WORD),
-        )
+        fits = len(qweight.shape) == 2
+        if fits:
+            first, last = qweight.shape
+            rows, columns = (last, first * PER_WORD) if gptq else (last * PER_WORD, first)
+            groups = -(-columns // group)
+            fits = (scales.shape, qzeros.shape) == ((groups, rows), (groups, rows // PER_WORD))
         if not fits or {qweight.dtype, qzeros.dtype} != {DType.INT32} or not scales.dtype.is_float:
             found = ", ".join(f"{part} {t.dtype}{list(t.shape)}" for part, t in
                               zip(PARTS, (qweight, qzeros, scales), strict=True))  # fmt: skip
@@ -143,7 +151,8 @@ class PackedCheckpoint(HFCheckpoint):
             return
         order, group = self._read_stored(f"{stem}.g_idx"), self.scheme.format.group_size
         assert group is not None
-        if not torch.equal(order.long(), torch.arange(len(order)) // group):
+        columns = self._stored[f"{stem}.qweight"].shape[0] * PER_WORD
+        if not torch.equal(order.long(), torch.arange(columns) // group):
             raise CheckpointError(
                 f"{self.path}: {stem}.g_idx: columns in another order (act-order, desc_act) are not supported; "
                 f"quantize without it"
@@ -179,8 +188,11 @@ def import_packed(floats: HFWeights, source: PackedCheckpoint) -> PrequantizedWe
             )
 
     def load(name: str) -> Quantized:
-        whole = source.quantized(origin[name])
-        return Quantized(whole.integers, whole.scale.to(to_torch(floats.dtype(0, name))), whole.zero)
+        whole, dtype = source.quantized(origin[name]), to_torch(floats.dtype(0, name))
+        scale = whole.scale.to(dtype)
+        if not bool(scale.isfinite().all()):
+            raise CheckpointError(f"{source.path}: {origin[name]}: has scales that are not finite in {dtype}")
+        return Quantized(whole.integers, scale, whole.zero)
 
     return PrequantizedWeights(
         floats, Quantization(source.scheme.format, tuple(packed), source.scheme.method), load

@@ -386,6 +386,7 @@ def test_an_edited_description_is_refused(change: Callable[[dict[str, Any]], Non
     [
         (lambda data: data["model"].pop("vocab_size"), "missing: vocab_size"),
         (lambda data: data["build"].update(page_size=17), "page_size: 17 is not supported"),
+        (lambda data: data["build"].update(target="tpu"), "built for target 'tpu'; this is trtc"),
         (lambda data: data["ranks"][0].pop("graph"), "'graph'"),
         (
             lambda data: data["ranks"][0]["graph"]["nodes"][-1].update(op="frobnicate"),
@@ -395,7 +396,7 @@ def test_an_edited_description_is_refused(change: Callable[[dict[str, Any]], Non
         (lambda data: data["ranks"].clear(), "holds 0 ranks for tp_size 1"),
         (lambda data: data["ranks"][0]["weights"].clear(), "rank 0 has no weight"),
     ],
-    ids=["model", "build", "no graph", "unknown op", "broken graph", "no ranks", "no weight files"],
+    ids=["model", "build", "target", "no graph", "unknown op", "broken graph", "no ranks", "no weight files"],
 )
 def test_a_signed_description_that_makes_no_sense_is_refused(
     change: Callable[[dict[str, Any]], None], reason: str, engine_dir: Path

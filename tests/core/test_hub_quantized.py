@@ -197,6 +197,8 @@ def with_config(**changes: Any) -> dict[str, Any]:
             "checkpoint_format 'marlin' is not supported; accepted: gptq, gptq_v2",
         ),
         (with_config(quant_method="awq", version="gemv"), "version 'gemv' is not supported; accepted: gemm"),
+        (with_config(sym="no"), "sym is 'no'; accepted: true or false"),
+        (with_config(quant_method="awq", zero_point=1), "zero_point is 1; accepted: true or false"),
         ({"quantization_config": "gptq"}, "must be an object, is str"),
     ],
 )
@@ -230,6 +232,22 @@ STEM = "model.decoder.layers.0.fc1"
         (
             lambda t: t.update({f"{STEM}.qweight": t[f"{STEM}.qweight"].float()}),
             r"fc1: qweight float32\[8, 256\].* do not fit",
+        ),
+        (
+            lambda t: t.update({f"{STEM}.qweight": t[f"{STEM}.qweight"].flatten()}),
+            r"fc1: qweight int32\[2048\].* do not fit",
+        ),
+        (
+            lambda t: t.update({f"{STEM}.weight": torch.zeros(256, 64)}),
+            r"twice, as floats and as gptq tensors: model.decoder.layers.0.fc1.weight",
+        ),
+        (
+            lambda t: t[f"{STEM}.scales"].fill_(torch.inf),
+            r"fc1.weight: has scales that are not finite in torch",
+        ),
+        (
+            lambda t: t.update({f"{STEM}.g_idx": t[f"{STEM}.g_idx"][:32].clone()}),
+            r"fc1.g_idx: columns in another order",
         ),
         (
             lambda t: t.update({f"{STEM}.g_idx": t[f"{STEM}.g_idx"].flip(0)}),
