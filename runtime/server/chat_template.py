@@ -47,7 +47,7 @@ class ChatTemplate:
             return None
         special = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
         names = {name: value for name, value in special.items() if value is not None}
-        return cls(source, tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)), names)
+        return cls(source, tokenizers.Tokenizer.from_buffer((folder / TOKENIZER_FILE).read_bytes()), names)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt after which the assistant speaks. Raises RequestError when the template refuses the messages."""
@@ -57,7 +57,7 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, OverflowError) as error:
+        except Exception as error:  # noqa: BLE001 - a template fails at messages it was not made for as any program does
             raise RequestError(f"the chat template refuses the messages: {error}") from None
 
     def token_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -68,10 +68,16 @@ class ChatTemplate:
 def _find_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise EngineError(f"{jinja}: not UTF-8 text (byte {error.start})") from None
     value = _read(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(value, list):  # several by name
-        value = {entry["name"]: entry["template"] for entry in value}.get("default")
+        named = [entry for entry in value if isinstance(entry, dict) and entry.keys() >= {"name", "template"}]
+        if len(named) < len(value):
+            raise EngineError(f"{folder}: chat_template has an entry without name and template")
+        value = {str(entry["name"]): entry["template"] for entry in named}.get("default")
     return value if isinstance(value, str) else None
 
 

@@ -1,0 +1,52 @@
+"""Chat templates that cannot be used. Oracle: the table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from trtc.core.errors import EngineError, RequestError
+from trtc.runtime.server.chat_template import ChatTemplate
+
+from .requests import MESSAGES
+
+TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
+
+
+def folder_with(tmp_path: Path, name: str, content: bytes) -> Path:
+    shutil.copy(TINY_OPT / "tokenizer.json", tmp_path)
+    (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("chat_template.jinja", b"{% for %}", "chat template of the engine cannot be read: Expected"),
+        ("chat_template.jinja", b"\xff", r"chat_template\.jinja: not UTF-8 text \(byte 0\)"),
+        ("chat_template.json", b"[]", r"chat_template\.json: must be a JSON object"),
+        ("tokenizer_config.json", json.dumps({"chat_template": ["x"]}).encode(), "without name and template"),
+        (
+            "tokenizer_config.json",
+            json.dumps({"chat_template": [{"name": "x"}]}).encode(),
+            "without name and template",
+        ),
+    ],
+)
+def test_a_template_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    with pytest.raises(EngineError, match=says):
+        ChatTemplate.from_dir(folder_with(tmp_path, name, content))
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ messages[0].content + 1 }}", "{{ '%d' % 'x' }}"],
+)
+def test_a_template_that_fails_refuses_the_messages(tmp_path: Path, source: str) -> None:
+    """Whatever it raises: the request has the fault, or the template, but not the server."""
+    template = ChatTemplate.from_dir(folder_with(tmp_path, "chat_template.jinja", source.encode()))
+    assert template is not None
+    with pytest.raises(RequestError, match=r"the chat template refuses the messages: \S"):
+        template.token_ids([{"role": "user", "content": str(MESSAGES[0]["content"])}])
