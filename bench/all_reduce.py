@@ -29,11 +29,13 @@ from ..core.errors import TrtcError
 from ..kernels.all_reduce import AllReduce, memory_bytes
 from ..kernels.all_reduce.reference import all_reduce as reference
 from ..kernels.all_reduce.reference import rounded_once
+from ..kernels.all_reduce.two_shot import TwoShotAllReduce
+from ..kernels.all_reduce.two_shot import memory_bytes as line_bytes
 from ..kernels.library import KernelLibrary
 from ..runtime.distributed import RankGroup, join
 from ..runtime.gpus import choose_device
 from ..runtime.launcher import launch
-from ..runtime.peer_memory import lend_memory
+from ..runtime.peer_memory import are_linked, lend_memory
 from ..runtime.placement import placement
 from .kernels.harness import environment, time_launches
 from .normed_sums import NormedRow, NormedSums
@@ -43,7 +45,8 @@ RESULTS = Path(__file__).parent / "results" / "gpus-all-reduce.json"
 ON_FOUR = RESULTS.with_name("gpus-4-all-reduce.json")
 SIZES = tuple(1 << power for power in range(13, 23))
 """Bytes of one rank's part: 8 KB to 4 MB."""
-OURS = ("trtc", "trtc two-shot")
+OURS = ("trtc", "trtc two-shot", "trtc lines")
+MOST = 8 << 20
 LIMIT_S = 110
 LAUNCHES = 40
 REPLAYS = 30
@@ -83,18 +86,23 @@ class Rank:
                 "trtc": (torch.float16, self._ours),
                 "trtc two-shot": (torch.float16, self._ours_two_shot),
             }
+            ours["trtc lines"] = (torch.float16, lambda x: self.lines(x, out=torch.empty_like(x)))
             self.ways = ours | self.ways
 
     def _kernel(self, ordinal: int) -> AllReduce | None:
+        lines = line_bytes(MOST, self.group.size)
         lent = memory_bytes(SIZES[-1], self.group.size, SIZES[-1])
-        memory = lend_memory(self.group, self.device, lent)
+        if not self.group.least(are_linked(self.device)):
+            return None
+        memory = lend_memory(self.group, self.device, lines + lent)
         if memory is None:
             return None
         self._memory = memory
         state = torch.zeros(2, dtype=torch.int32, device=self.device)
-        return AllReduce(
-            KernelLibrary(ordinal), memory.addresses, self.group.rank, SIZES[-1], state, SIZES[-1]
-        )
+        library = KernelLibrary(ordinal)
+        self.lines = TwoShotAllReduce(library, memory.addresses, self.group.rank, MOST, state)
+        addresses = [address + lines for address in memory.addresses]
+        return AllReduce(library, addresses, self.group.rank, SIZES[-1], state, SIZES[-1])
 
     def parts(self, size: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
         """What all ranks bring; the same on every rank."""
@@ -161,7 +169,10 @@ class Rank:
             for number, size in enumerate(order):
                 x = inputs[size].clone()
                 assert self.kernel is not None
-                found = self.kernel(x, out=x, two_shot=size > 16 and number % 3 != 0)
+                if number % 5 in (1, 2, 4):
+                    found = self.lines(x, out=x)
+                else:
+                    found = self.kernel(x, out=x, two_shot=size > 16 and number % 3 != 0)
                 wrong.add_((found != expected[size]).sum())
 
         run()
@@ -201,7 +212,7 @@ def run_rank(path: Path | None, commit: str | None, checks_only: bool) -> None:
     group = join(placement())
     with group.failing_together():
         rank = Rank(group)
-        normed = None if rank.kernel is None else NormedSums(group, rank.kernel)
+        normed = None if rank.kernel is None else NormedSums(group, rank.kernel, rank.lines)
         if normed is not None:
             rank.check_sequences()
             normed.check()

@@ -15,6 +15,7 @@ from ..kernels.all_reduce import AllReduce
 from ..kernels.all_reduce.norm import BLOCK_VECTORS, AllReduceNorm
 from ..kernels.all_reduce.reference import all_reduce_norm as reference
 from ..kernels.all_reduce.reference import rounded_once
+from ..kernels.all_reduce.two_shot import TwoShotAllReduce
 from ..kernels.layer_norm import KINDS, LayerNorm
 from ..runtime.distributed import RankGroup
 from .kernels.harness import time_launches
@@ -24,6 +25,8 @@ SHAPES = tuple(itertools.product((1, 8, 17, 32, 64, 128), (2048, 4096, 5120, 921
 CHECKED = ((1, 768), (3, 24), (17, 2048), (64, 4096), (33, 5120), (64, 9216), (300, 1024), (5, 12288))
 RELATIVE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 TWO, ONE, HALVES, TWO_SHOT = "sum, norm", "one kernel", "one kernel, smaller blocks", "one kernel, two-shot"
+TWO_LINES, LINES, FEWER = "sum in lines, norm", "one kernel, lines", "one kernel, two-shot, 288"
+CHECKED_WAYS: tuple[str, ...] = (ONE, HALVES, TWO_SHOT, LINES)
 LAUNCHES = 40
 REPLAYS = 30
 
@@ -55,14 +58,17 @@ class Case:
 class NormedSums:
     """On one rank. reduce: its kernels of sums, with room for all of SHAPES and CHECKED."""
 
-    def __init__(self, group: RankGroup, reduce: AllReduce) -> None:
-        self._group, self._reduce = group, reduce
+    def __init__(self, group: RankGroup, reduce: AllReduce, lines: TwoShotAllReduce) -> None:
+        self._group, self._reduce, self._lines = group, reduce, lines
         self._normed, self._norm = AllReduceNorm(reduce), LayerNorm(reduce.library)
         self.ways: dict[str, Callable[[Case], None]] = {
             TWO: self._in_two_kernels,
             ONE: lambda case: self._in_one(case),
             HALVES: lambda case: self._in_one(case, block_vectors=BLOCK_VECTORS // 2),
             TWO_SHOT: lambda case: self._in_one(case, two_shot=True),
+            TWO_LINES: lambda case: self._in_two_kernels(case, self._lines),
+            LINES: self._in_lines,
+            FEWER: lambda case: self._in_one(case, two_shot=True, block_vectors=288),
         }
 
     def _in_one(self, case: Case, **options: Any) -> None:
@@ -71,8 +77,14 @@ class NormedSums:
             total=case.total, kind=case.kind, **options,
         )  # fmt: skip
 
-    def _in_two_kernels(self, case: Case) -> None:
-        self._reduce(case.parts[self._group.member], out=case.total)
+    def _in_lines(self, case: Case) -> None:
+        self._lines.norm(
+            case.parts[self._group.member], case.scale, case.shift, out=case.out, residual=case.residual,
+            total=case.total, kind=case.kind,
+        )  # fmt: skip
+
+    def _in_two_kernels(self, case: Case, reduce: Any = None) -> None:
+        (reduce or self._reduce)(case.parts[self._group.member], out=case.total)
         added = {} if case.residual is None else {"residual": case.residual, "total": case.total}
         self._norm(case.total, case.scale, case.shift, out=case.out, kind=case.kind, **added)
 
@@ -97,11 +109,13 @@ class NormedSums:
         """The sum bit for bit; the norm against float64, the same bits on all ranks, and those of the kernel of norms where a
         row is one block's. Raises AssertionError."""
         for (rows, columns), kind, dtype in itertools.product(CHECKED, KINDS, RELATIVE_ERROR):
-            for adds, affine, way in itertools.product((False, True), (False, True), (ONE, HALVES, TWO_SHOT)):
+            for adds, affine, way in itertools.product((False, True), (False, True), CHECKED_WAYS):
                 case = self.case(rows, columns, kind, dtype, adds=adds, affine=affine)
+                if way == LINES and not self._lines.norms(case.out):
+                    continue
                 self.ways[way](case)
                 what = f"{way}: {rows} x {columns} {kind} {dtype}, residual {adds}, affine {affine}"
-                self._check_one(case, what, columns <= 8 * BLOCK_VECTORS and way != HALVES)
+                self._check_one(case, what, columns <= 8 * BLOCK_VECTORS and way not in (HALVES, LINES))
         self._check_in_place()
         self._check_sequences()
 
@@ -122,14 +136,17 @@ class NormedSums:
     def _check_in_place(self) -> None:
         """The sum may take the place of the part, or of the residual, or be left out."""
         for (rows, columns), two_shot in itertools.product(
-            ((17, 2048), (64, 9216), (300, 1024)), (False, True)
+            ((17, 2048), (64, 9216), (300, 1024)), (False, True, None)
         ):
             for place in ("nowhere", "part", "residual"):
                 case = self.case(rows, columns)
                 total, _ = reference(case.parts, residual=case.residual)
                 part, out = case.parts[self._group.member], case.out
                 to = {"nowhere": None, "part": part, "residual": case.residual}[place]
-                self._normed(part, out=out, residual=case.residual, total=to, two_shot=two_shot)
+                if two_shot is None:
+                    self._lines.norm(part, out=out, residual=case.residual, total=to)
+                else:
+                    self._normed(part, out=out, residual=case.residual, total=to, two_shot=two_shot)
                 what = f"{rows} x {columns}, sum to {place}, two-shot {two_shot}"
                 alone = self._norm(total, out=torch.empty_like(total))
                 error = float((out.double() - alone.double()).norm() / alone.double().norm())
@@ -149,12 +166,18 @@ class NormedSums:
             for number in range(5 * len(cases) + 3):
                 index = number * 3 % len(cases)
                 case, two_shot = cases[index], number % 3 == 0
-                self._in_one(case, two_shot=two_shot)
+                if number % 7 < 4:
+                    self._in_lines(case)
+                else:
+                    self._in_one(case, two_shot=two_shot)
                 wrong.add_((case.total != expected[index]).sum())
                 if number % 2:
                     plain = self._reduce(
                         case.parts[member], out=torch.empty_like(case.out), two_shot=number % 5 == 0
                     )
+                    wrong.add_((plain != sums[index]).sum())
+                if number % 3:
+                    plain = self._lines(case.parts[member], out=torch.empty_like(case.out))
                     wrong.add_((plain != sums[index]).sum())
 
         run()
@@ -174,15 +197,13 @@ class NormedSums:
             yield NormedRow(way, rows, columns, statistics.median(samples), samples)
 
 
-HEADER = ("rows", "columns", "bytes of a part", TWO, ONE, HALVES, TWO_SHOT, "two kernels / one")
-
-
 def table(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     """Header, and a line a shape, of NormedRow as dictionaries."""
     times = {(row["rows"], row["columns"], row["way"]): row["us"] for row in rows}
-    yield HEADER
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    yield ("rows", "columns", "bytes of a part", *ways, "two kernels / one")
     for count, columns in dict.fromkeys((row["rows"], row["columns"]) for row in rows):
-        cells = [times.get((count, columns, way)) for way in (TWO, ONE, HALVES, TWO_SHOT)]
-        ratio = f"{cells[0] / cells[1]:.2f}" if cells[0] and cells[1] else ""
-        shown = (f"{cell:.2f} us" if cell else "" for cell in cells)
+        cells = {way: us for way in ways if (us := times.get((count, columns, way)))}
+        ratio = f"{cells[TWO] / cells[ONE]:.2f}" if TWO in cells and ONE in cells else ""
+        shown = (f"{cells[way]:.2f} us" if way in cells else "" for way in ways)
         yield (str(count), str(columns), f"{count * columns * 2 >> 10} KB", *shown, ratio)

@@ -6,9 +6,17 @@ import torch
 
 from ..kernels.all_reduce import MAX_RANKS, AllReduce, memory_bytes
 from ..kernels.all_reduce.norm import AllReduceNorm
+from ..kernels.all_reduce.two_shot import TwoShotAllReduce
+from ..kernels.all_reduce.two_shot import memory_bytes as line_bytes
 from ..kernels.library import KernelLibrary
 from .distributed import RankGroup
-from .peer_memory import lend_memory
+from .peer_memory import are_linked, lend_memory
+
+LINES = False
+"""Whether sums of two steps, with the norm that follows or without, are made in lines where there is NVLink."""
+
+LINES_SAVED_BYTES = 400 << 10
+"""What a second step has to save a GPU from sending then: 467 KB a part on two GPUs, 93 KB on four."""
 
 SENT_BYTES = 8 << 20
 """What a GPU sends for one sum at most, in the kernels' packets, twice as large as what they hold: in one step its part, to
@@ -40,12 +48,25 @@ def largest_two_shot_sum(ranks: int) -> int:
     return SENT_BYTES * ranks // (4 * (ranks - 1)) // 16 * 16 if ranks > 2 else 0
 
 
+def largest_sum_before_lines(ranks: int) -> int:
+    """Bytes of the largest part that is summed in one step before lines. A byte of it is sent 2 (ranks - 1) times, in
+    packets; in two steps, in lines, 8 / 7 * 2 (ranks - 1) / ranks times."""
+    return LINES_SAVED_BYTES * 7 * ranks // ((ranks - 1) * (14 * ranks - 16)) // 16 * 16
+
+
+def largest_sum_in_lines(ranks: int) -> int:
+    """Bytes of the largest part that is summed in lines."""
+    return SENT_BYTES * 7 * ranks // (16 * (ranks - 1)) // 16 * 16
+
+
 def normed_bytes(ranks: int) -> range:
     """Bytes of a part whose sum and norm one kernel makes faster than two.
 
     On two H200s by 3 to 13 %; smaller parts take as long or, in rows of several blocks, up to 11 % longer. On four, all that
     are summed in two steps: 64 x 9216 in 19.5 us, a sum alone in 17; 64 x 4096 in 9.7, a sum alone in 9.2.
     """
+    if LINES:
+        return range(largest_sum_before_lines(ranks) + 1, largest_sum_in_lines(ranks) + 1)
     least = 512 << 10 if ranks == 2 else largest_small_sum(ranks) + 1
     return range(least, NORMED_BYTES + 1)
 
@@ -63,23 +84,36 @@ class GpuCommunicator:
         self.small: AllReduce | None = None
         """None where the GPUs cannot write each other's memory."""
         self._normed: AllReduceNorm | None = None
+        self._large: TwoShotAllReduce | None = None
         if not 1 < ranks <= MAX_RANKS:
             return
-        limit, two_shot = largest_small_sum(ranks), largest_two_shot_sum(ranks)
-        self._memory = lend_memory(group, device, memory_bytes(limit, ranks, two_shot))
-        if self._memory is not None:
-            state = torch.zeros(2, dtype=torch.int32, device=device)
-            self.small = AllReduce(library, self._memory.addresses, group.member, limit, state, two_shot)
+        limit, two_shot, lines = largest_small_sum(ranks), largest_two_shot_sum(ranks), 0
+        if linked := LINES and bool(group.least(are_linked(device))):
+            limit, two_shot, lines = largest_sum_before_lines(ranks), 0, largest_sum_in_lines(ranks)
+        behind = line_bytes(lines, ranks)
+        self._memory = lend_memory(group, device, behind + memory_bytes(limit, ranks, two_shot))
+        if self._memory is None:
+            return
+        addresses, state = self._memory.addresses, torch.zeros(2, dtype=torch.int32, device=device)
+        packets = [address + behind for address in addresses]
+        self.small = AllReduce(library, packets, group.member, limit, state, two_shot)
+        if linked:
+            self._large = TwoShotAllReduce(library, addresses, group.member, lines, state)
+            self._normed_bytes = normed_bytes(ranks)
+        else:
             self._normed, self._normed_bytes = AllReduceNorm(self.small), normed_bytes(ranks)
 
     def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
         """The sum over the ranks, the same bits on every rank; see `RankGroup.all_reduce`."""
-        if self.small is not None and self.small.serves(x):
-            return self.small(x, out=x if overwrite else torch.empty_like(x))
+        for sums in (self.small, self._large):
+            if sums is not None and sums.serves(x):
+                return sums(x, out=x if overwrite else torch.empty_like(x))
         return self._group.all_reduce(x, overwrite=overwrite)
 
     def norms(self, x: torch.Tensor) -> bool:
         """Whether `all_reduce_norm` serves `x`, and is faster than a sum and a norm."""
+        if self._large is not None:
+            return x.nbytes in self._normed_bytes and self._large.norms(x)
         return self._normed is not None and x.nbytes in self._normed_bytes and self._normed.serves(x)
 
     def all_reduce_norm(
@@ -95,6 +129,11 @@ class GpuCommunicator:
         epsilon: float,
     ) -> None:
         """See `AllReduceNorm`; `norms(x)`."""
+        if self._large is not None:
+            self._large.norm(
+                x, scale, shift, out=out, residual=residual, total=total, kind=kind, epsilon=epsilon
+            )
+            return
         assert self._normed is not None
         self._normed(x, scale, shift, out=out, residual=residual, total=total, kind=kind, epsilon=epsilon)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.launch import check, driver
 from .distributed import RankGroup
 
 SWITCH = "TRTC_PEER_MEMORY"
@@ -45,6 +46,15 @@ def lend_memory(group: RankGroup, device: torch.device, size: int) -> PeerMemory
         )
     # Nobody may write before all have zeroed theirs, nor when somebody has none.
     return found if group.least(int(found is not None)) else None
+
+
+def are_linked(device: torch.device) -> bool:
+    """Whether NVLink connects `device` with all other GPUs that this process sees. What crosses PCIe may come in other pieces
+    than it was written in; there are no atomics there, which is what the driver is asked about."""
+    cuda = driver()
+    native = cuda.CUdevice_P2PAttribute.CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+    others = (ordinal for ordinal in range(torch.cuda.device_count()) if ordinal != device.index)
+    return all(check(cuda.cuDeviceGetP2PAttribute(native, device.index, other), "NVLink") for other in others)
 
 
 def _rendezvous(group: RankGroup, device: torch.device, size: int) -> PeerMemory:

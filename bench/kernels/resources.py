@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ...kernels import all_reduce, append_kv, embedding, layer_norm, linear, quantize_rows
 from ...kernels.all_reduce import norm as all_reduce_norm
+from ...kernels.all_reduce import two_shot
 from ...kernels.context_attention.plan import sources as context_attention_sources
 from ...kernels.contract import ELEMENT_TYPES
 from ...kernels.linear.plan import AnyPlan
@@ -89,6 +90,7 @@ def sources(arch: str) -> Iterator[KernelSource]:
         for ranks in (2, 4, 8):
             yield from all_reduce.sources(element, ranks)
             yield from all_reduce_norm.sources(element, ranks)
+            yield from two_shot.sources(element, ranks)
         yield from embedding.sources(element)
         yield from layer_norm.sources(element)
         yield from linear.sources(element, itertools.chain(linear_plans(arch), quantized_plans(arch)))

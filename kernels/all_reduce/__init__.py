@@ -109,13 +109,7 @@ class AllReduce:
         state: torch.Tensor,
         two_shot_bytes: int = 0,
     ) -> None:
-        import torch
-
-        if not 2 <= len(memory) <= MAX_RANKS:
-            raise KernelContractError(f"{OP}: {len(memory)} ranks; accepted: 2 to {MAX_RANKS}")
-        if any(address % VECTOR_BYTES for address in memory):
-            raise KernelContractError(f"{OP}: memory is not {VECTOR_BYTES}-byte aligned")
-        check_tensor(OP, "state", state, torch.int32, {"state": 2}, state)
+        check_memory(OP, memory, state, VECTOR_BYTES)
         ranks, behind = len(memory), memory_bytes(max_bytes, len(memory))
         self.library = library
         self.rooms = Rooms(
@@ -124,7 +118,7 @@ class AllReduce:
             state,
             _vectors(max_bytes),
             _piece(_vectors(two_shot_bytes), ranks),
-            (_addresses(memory, rank, 0), _addresses(memory, rank, behind)),
+            (addresses_on(rank, memory), addresses_on(rank, [address + behind for address in memory])),
         )
         self._bound: dict[tuple[object, ...], BoundKernel] = {}
 
@@ -180,7 +174,29 @@ class AllReduce:
         return kernel.bind(LaunchShape(grid, (THREADS,), dependent=dependent))
 
 
-def _addresses(memory: Sequence[int], rank: int, offset: int) -> tuple[int, ...]:
-    """`Rooms.addresses` of one kind."""
-    places = [address + offset for address in memory]
-    return (*places, *[0] * (MAX_RANKS - len(memory)), places[rank])
+def is_whole_vectors(x: torch.Tensor) -> bool:
+    return x.nbytes % VECTOR_BYTES == 0 and x.data_ptr() % ALIGNMENT == 0 and x.is_contiguous()
+
+
+def check_sum(op: str, x: torch.Tensor, out: torch.Tensor) -> None:
+    """Raises KernelContractError unless `x` is of a type that is summed, and `out` like it."""
+    element_type(op, x)
+    sizes = {f"size_{axis}": size for axis, size in enumerate(x.shape)}
+    check_tensor(op, "x", x, x.dtype, sizes, x)
+    check_tensor(op, "out", out, x.dtype, sizes, x)
+
+
+def check_memory(op: str, memory: Sequence[int], state: torch.Tensor, alignment: int) -> None:
+    """Raises KernelContractError unless kernels can sum over as many ranks as there are addresses."""
+    import torch
+
+    if not 2 <= len(memory) <= MAX_RANKS:
+        raise KernelContractError(f"{op}: {len(memory)} ranks; accepted: 2 to {MAX_RANKS}")
+    if any(address % alignment for address in memory):
+        raise KernelContractError(f"{op}: memory is not {alignment}-byte aligned")
+    check_tensor(op, "state", state, torch.int32, {"state": 2}, state)
+
+
+def addresses_on(rank: int, memory: Sequence[int]) -> tuple[int, ...]:
+    """The kernels' arguments: the memory of each of MAX_RANKS, then that of `rank`."""
+    return (*memory, *[0] * (MAX_RANKS - len(memory)), memory[rank])

@@ -53,7 +53,8 @@ __global__ void __maxnreg__(kRanks == 2 ? 64 : 88)  // a block leaves room for o
     if (shift) shift += before;
     if (scale && held) prefetch_l2(scale + norm_column<T>(0));
     if (shift && held) prefetch_l2(shift + norm_column<T>(0));
-    const Exchange<kRanks> exchange(state, capacity);
+    Exchange<kRanks> exchange(capacity);
+    exchange.count(state);
     cluster_wait();
 
     const auto load = [&](const T* tensor, int row) {
@@ -71,7 +72,10 @@ __global__ void __maxnreg__(kRanks == 2 ? 64 : 88)  // a block leaves room for o
         }
     };
 
+    const auto take = [&](const Packet* from) { return exchange.take(exchange.look_at(from), from); };
+
     give_part(first_row);
+    exchange.count_block(state);
     int turn = 0;
     for (int row = first_row; row < rows; row += step) {
         give_part(row + step);
@@ -84,7 +88,7 @@ __global__ void __maxnreg__(kRanks == 2 ? 64 : 88)  // a block leaves room for o
             float sum[kSize] = {};
 #pragma unroll
             for (int from = 0; from < kRanks; ++from) {
-                add<T>(sum, from == rank ? own : exchange.take(here + (exchange.room(from) + place(row))));
+                add<T>(sum, from == rank ? own : take(here + (exchange.room(from) + place(row))));
             }
             if (residual) add<T>(sum, kTwoShot ? load(residual, row) : added);  // registers are scarce in two steps
             rounded = bits_of(pack<T>(sum));
@@ -93,7 +97,7 @@ __global__ void __maxnreg__(kRanks == 2 ? 64 : 88)  // a block leaves room for o
                 if (peer != rank) exchange.give(memory[peer] + (exchange.sums() + exchange.room(rank) + place(row)), rounded);
             }
         } else {
-            rounded = exchange.take(here + (exchange.sums() + exchange.room(row % kRanks) + place(row)));
+            rounded = take(here + (exchange.sums() + exchange.room(row % kRanks) + place(row)));
         }
 
         const NormParameters<T, 1> parameters(scale, shift, held);  // while the block reduces
@@ -107,7 +111,6 @@ __global__ void __maxnreg__(kRanks == 2 ? 64 : 88)  // a block leaves room for o
         store_normed(normed + start, value, held, parameters, moments, columns, epsilon);
         turn ^= 1;
     }
-    exchange.finish(state);
 }
 
 }  // namespace trtc

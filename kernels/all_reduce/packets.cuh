@@ -5,8 +5,8 @@
 // protocol is that of NCCL's LL). Numbers never return, so that nothing is cleared.
 //
 // A GPU has room for two sums from each GPU, used in turn. That is enough: it writes sum n + 2 once it has everything of sum
-// n + 1 from all, and they send that when their kernel of sum n, which read the same room, has ended. So in two steps, where
-// whoever sends a sum has something from all; the two ways have rooms of their own and count sums together.
+// n + 1 from all, and they send that when their kernel of sum n, which read the same room, has ended. So in two steps
+// (two_shot.cu), where whoever sends a sum has something from all; the two ways have rooms of their own and count sums together.
 #pragma once
 #include "common/async.cuh"
 #include "common/types.cuh"
@@ -17,6 +17,11 @@ constexpr int kMaxRanks = 8;
 
 struct alignas(16) Packet {
     uint64 word[2];
+};
+
+// Of a vector.
+struct Halves {
+    Packet low, high;
 };
 
 __device__ __forceinline__ uint64 stamped(uint32 data, uint32 number) {
@@ -50,12 +55,17 @@ struct Exchange {
     uint32 number;
     int capacity;
 
-    // Waits for the kernels before this one. state: the number of the last sum, blocks that are done.
-    __device__ __forceinline__ Exchange(const uint32* state, int capacity) : capacity(capacity) {
+    // Waits for the kernels before this one.
+    __device__ __forceinline__ explicit Exchange(int capacity) : capacity(capacity) {
         allow_dependents();
         wait_for_predecessors();
+    }
+
+    // The number of this sum. To be called behind the first loads of data, so that all are on their way together. state: the
+    // number of the last sum, blocks that have it. Memory starts with zeros; rooms keep taking turns.
+    __device__ __forceinline__ void count(const uint32* state) {
         const uint32 last = __ldcg(state);
-        number = last + 1 == 0 ? 2 : last + 1;  // memory starts with zeros; rooms keep taking turns
+        number = last + 1 == 0 ? 2 : last + 1;
     }
 
     // Where the packets from one GPU begin: [2 sums][kRanks][2 halves of a vector][capacity].
@@ -69,19 +79,18 @@ struct Exchange {
         send(to + capacity, bits.z, bits.w, number);
     }
 
-    // Waits for the vector.
-    __device__ __forceinline__ uint4 take(const Packet* from) const {
-        Packet low, high;
-        do {
-            low = look(from);
-            high = look(from + capacity);
-        } while (!has_number(low, number) || !has_number(high, number));
-        return make_uint4(static_cast<uint32>(low.word[0]), static_cast<uint32>(low.word[1]),
-                          static_cast<uint32>(high.word[0]), static_cast<uint32>(high.word[1]));
+    __device__ __forceinline__ Halves look_at(const Packet* from) const { return {look(from), look(from + capacity)}; }
+
+    // The vector of which `seen` is what was there: looks again until it has come.
+    __device__ __forceinline__ uint4 take(Halves seen, const Packet* from) const {
+        while (!has_number(seen.low, number) || !has_number(seen.high, number)) seen = look_at(from);
+        return make_uint4(static_cast<uint32>(seen.low.word[0]), static_cast<uint32>(seen.low.word[1]),
+                          static_cast<uint32>(seen.high.word[0]), static_cast<uint32>(seen.high.word[1]));
     }
 
-    // The last block of a sum notes its number.
-    __device__ __forceinline__ void finish(uint32* state) const {
+    // Every thread of every block calls it once, while data is on its way: the last block to have the number notes it for the
+    // next sum.
+    __device__ __forceinline__ void count_block(uint32* state) const {
         __syncthreads();
         if (threadIdx.x == 0 && atomicAdd(state + 1, 1u) == gridDim.x - 1) {
             state[1] = 0;
@@ -101,6 +110,21 @@ __device__ __forceinline__ void add(float (&sum)[Vector<T>::kSize], uint4 bits) 
 template <typename T>
 __device__ __forceinline__ uint4 bits_of(const Vector<T>& vector) {
     return *reinterpret_cast<const uint4*>(&vector);
+}
+
+// What peer k of kRanks - 1 is called on `rank`: all ranks give to different ones at a time.
+template <int kRanks>
+__device__ __forceinline__ int peer_of(int rank, int k) {
+    return rank + 1 + k < kRanks ? rank + 1 + k : rank + 1 + k - kRanks;
+}
+
+// memory[peer], where `peer` is not known when this is compiled, without a copy of the array in local memory.
+template <int kRanks>
+__device__ __forceinline__ Packet* memory_of(Packet* const (&memory)[kMaxRanks], int peer) {
+    Packet* found = memory[0];
+#pragma unroll
+    for (int other = 1; other < kRanks; ++other) found = peer == other ? memory[other] : found;
+    return found;
 }
 
 // memory0 ...: where the packets of each rank lie; here: this one's.

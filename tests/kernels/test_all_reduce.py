@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from trtc.kernels.all_reduce import AllReduce, blocks, memory_bytes, norm, sources
+from trtc.kernels.all_reduce import AllReduce, blocks, memory_bytes, norm, sources, two_shot
 from trtc.kernels.all_reduce.norm import AllReduceNorm
 from trtc.kernels.all_reduce.reference import all_reduce, all_reduce_norm, rounded_once
+from trtc.kernels.all_reduce.two_shot import Cut, TwoShotAllReduce, pieces, plain_cut
 from trtc.kernels.errors import KernelContractError
 from trtc.kernels.library import KernelLibrary
 
@@ -261,6 +262,71 @@ def test_contract_of_the_norm(change: dict[str, object], says: str) -> None:
 def test_blocks_share_long_rows(columns: int, blocks_of: list[int]) -> None:
     assert norm._block_columns(columns, 8, norm.BLOCK_VECTORS) * len(blocks_of) >= columns
     assert norm._block_columns(columns, 8, norm.BLOCK_VECTORS) == blocks_of[0]
+
+
+def make_two_shot(max_bytes: int = 1024, ranks: int = 2, first: int = 256) -> TwoShotAllReduce:
+    memory = [first * (rank + 1) for rank in range(ranks)]
+    return TwoShotAllReduce(KernelLibrary(), memory, 0, max_bytes, torch.zeros(2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_how_a_sum_in_two_steps_is_cut(ranks: int) -> None:
+    """Every vector of a row is in a piece, in lines of seven; what is lent has room for every rank's lines, and for no more
+    vectors than 4 % beyond."""
+    rows = Cut(64 * 1152, 1152, ranks)
+    assert rows.rows == 64 and rows.piece_lines * 7 * pieces(ranks) >= 1152 > (
+        rows.piece_lines - 1
+    ) * 7 * pieces(ranks)
+    assert rows.lines == 64 * rows.piece_lines * pieces(ranks) // ranks
+    assert rows.threads % 32 == 0 and 0 <= rows.threads - 8 * rows.piece_lines < 32
+    assert plain_cut(16, ranks).threads == plain_cut(1 << 20, ranks).threads == two_shot.THREADS
+    whole = plain_cut(1 << 20, ranks)
+    assert 1 << 16 <= whole.lines * 7 * ranks <= 1.04 * (1 << 16)
+    assert two_shot.memory_bytes(1 << 20, ranks) == whole.lines * 128 * ranks * 2 * 2
+    assert two_shot.memory_bytes(0, ranks) == 0 and two_shot.sources("__half", 9) == ()
+
+
+def test_what_is_summed_in_two_steps() -> None:
+    """Oracle: the contract. 30000 bytes in rows of 3 x 224 vectors are 3 times 32 lines of each rank."""
+    reduce = make_two_shot(30000, 3)
+    assert reduce.serves(torch.zeros(3 * 672, 8, dtype=torch.float16))
+    assert not reduce.serves(torch.zeros(3 * 672 + 1, 8, dtype=torch.float16))
+    assert not reduce.serves(torch.zeros(0, 8, dtype=torch.float16))
+    assert not reduce.serves(torch.zeros(3, 7, dtype=torch.float16))
+    with pytest.raises(KernelContractError, match="all_reduce_two_shot: memory is not 128-byte aligned"):
+        make_two_shot(first=64)
+
+
+def test_which_rows_are_normed_in_lines() -> None:
+    """Oracle: the contract. There are 96 lines of each rank; a row of 8 vectors takes one of each, one of 169 takes nine."""
+    reduce = make_two_shot(30000, 3)
+    assert reduce.norms(torch.zeros(96, 64, dtype=torch.float16))
+    assert not reduce.norms(torch.zeros(97, 64, dtype=torch.float16))
+    assert reduce.norms(torch.zeros(10, 8 * 169, dtype=torch.float16))
+    assert not reduce.norms(torch.zeros(11, 8 * 169, dtype=torch.float16))
+    assert reduce.norms(torch.zeros(1, 8 * 1344, dtype=torch.float16))
+    assert not reduce.norms(torch.zeros(1, 8 * 1345, dtype=torch.float16))
+    assert not reduce.norms(torch.zeros(512, dtype=torch.float16))
+    assert not reduce.norms(torch.zeros(2, 12, dtype=torch.float16))
+    assert not reduce.norms(torch.zeros(8, 64, dtype=torch.float16).t())
+    assert not reduce.norms(torch.zeros(0, 64, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kind": "batch"}, "kind 'batch' is unknown; accepted: layer, rms"),
+        ({"out": torch.zeros(2, 8, dtype=torch.float16)}, r"out is \[2, 8\].*expected \[rows=2, columns=16\]"),
+        ({"residual": torch.zeros(2, 16)}, "residual is .* float32 on cpu; expected"),
+        ({"scale": torch.zeros(2, 16, dtype=torch.float16)}, r"scale is .*expected \[columns=16\]"),
+        ({}, r"x is \[2, 16\]; accepted: rows of a multiple of 16 bytes up to 28672, of which each rank's pieces fit 0 lines"),
+    ],
+)  # fmt: skip
+def test_contract_of_the_norm_in_lines(change: dict[str, object], says: str) -> None:
+    """Oracle: the text; no GPU is touched."""
+    like = torch.zeros(2, 16, dtype=torch.float16)
+    with pytest.raises(KernelContractError, match=f"all_reduce_two_shot: {says}"):
+        make_two_shot(0).norm(**{"x": like, "out": like, **change})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ranks", [1, 9])

@@ -10,6 +10,8 @@ import torch
 from trtc.core.targets.cuda.sums import NormingCommunicator
 from trtc.kernels.all_reduce import AllReduce, memory_bytes
 from trtc.kernels.all_reduce.norm import AllReduceNorm
+from trtc.kernels.all_reduce.two_shot import TwoShotAllReduce
+from trtc.kernels.all_reduce.two_shot import memory_bytes as line_bytes
 from trtc.kernels.library import KernelLibrary
 from trtc.runtime import gpu_communicator, peer_memory
 from trtc.runtime.distributed import RankGroup
@@ -43,6 +45,11 @@ class Group:
     def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         self.calls.append(("gather", axis))
         return x
+
+
+@pytest.fixture(autouse=True)
+def packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_communicator, "LINES", False)
 
 
 def lent(group: RankGroup, device: torch.device, size: int) -> PeerMemory:
@@ -94,6 +101,45 @@ def test_sums_of_some_sizes_are_made_with_their_norms(
     assert given == [(x, None, None, x, x, None, "rms", 0.5)]
     monkeypatch.setattr(gpu_communicator, "lend_memory", lambda *_: None)
     assert not GpuCommunicator(cast(RankGroup, Group()), CPU, KernelLibrary()).norms(x)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sums_in_lines(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step, then lines with and without a norm, then NCCL, and packets alone where NVLink does not connect all GPUs."""
+    before, most = (
+        gpu_communicator.largest_sum_before_lines(ranks),
+        gpu_communicator.largest_sum_in_lines(ranks),
+    )
+    size = line_bytes(most, ranks) + memory_bytes(before, ranks)
+    summed: list[Any] = []
+
+    def lines(group: RankGroup, device: torch.device, asked: int) -> PeerMemory:
+        assert asked == size
+        return PeerMemory(torch.zeros(1), None, tuple(range(256, 256 * (ranks + 1), 256)))
+
+    monkeypatch.setattr(gpu_communicator, "LINES", True)
+    monkeypatch.setattr(gpu_communicator, "lend_memory", lines)
+    monkeypatch.setattr(gpu_communicator, "are_linked", lambda _: True)
+    for kernel in (AllReduce, TwoShotAllReduce):
+        monkeypatch.setattr(
+            kernel, "__call__", lambda one, x, *, out: summed.append((type(one), x.nbytes)) or out
+        )
+    group = Group(ranks)
+    communicator = GpuCommunicator(cast(RankGroup, group), CPU, KernelLibrary())
+    for size_of in (before, before + 16, most, 20 << 20):
+        communicator.all_reduce(torch.zeros(size_of // 2, dtype=torch.float16))
+    assert summed == [(AllReduce, before), (TwoShotAllReduce, before + 16), (TwoShotAllReduce, most)]
+    assert group.calls == ["connect", "agree", ("nccl", 20 << 20, False)]
+    rows = before // 8192
+    assert [communicator.norms(torch.zeros(n, 4096, dtype=torch.float16)) for n in (rows, rows + 1)] == [
+        False,
+        True,
+    ]
+    monkeypatch.setattr(gpu_communicator, "are_linked", lambda _: False)
+    monkeypatch.setattr(gpu_communicator, "lend_memory", lent)
+    unlinked = GpuCommunicator(cast(RankGroup, Group(ranks)), CPU, KernelLibrary())
+    unlinked.all_reduce(torch.zeros(before // 2 + 8, dtype=torch.float16))
+    assert summed[-1] == (AllReduce, before + 16)
 
 
 def test_a_second_step_saves_as_much_with_any_number_of_gpus() -> None:

@@ -22,6 +22,7 @@ from ....kernels import (
     sampling,
 )
 from ....kernels.all_reduce import norm as all_reduce_norm
+from ....kernels.all_reduce import two_shot
 from ....kernels.contract import ELEMENT_TYPES
 from ....kernels.errors import KernelContractError, KernelError
 from ....kernels.linear.quantized import dequantize_sources
@@ -149,6 +150,7 @@ def kernel_sources(
             for ranks in _ranks(graph)
             for source in all_reduce_norm.sources(element, ranks, _norms(graph))
         ),
+        *(source for ranks in _ranks(graph) for source in two_shot.sources(element, ranks, _norms(graph))),
     )
 
 
