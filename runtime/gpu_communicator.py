@@ -12,7 +12,7 @@ from ..kernels.library import KernelLibrary
 from .distributed import RankGroup
 from .peer_memory import are_linked, lend_memory
 
-LINES = False
+LINES = True
 """Whether sums of two steps, with the norm that follows or without, are made in lines where there is NVLink."""
 
 LINES_SAVED_BYTES = 400 << 10
