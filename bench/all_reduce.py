@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -251,10 +251,10 @@ def show(rows: list[Row], ranks: int) -> None:
     print(
         f"{ranks} x {torch.cuda.get_device_name()}, us a sum in a CUDA graph; float16, torch's own in bfloat16"
     )
-    print(f"{'KB':>6}" + "".join(f"{way:>16}" for way in ways) + f"{'nccl / trtc':>16}")
+    print(f"{'KB':>6}" + "".join(f"{way:>16}" for way in ways) + f"{'nccl / best':>16}")
     for size in SIZES:
         cells = [times.get((way, size)) for way in ways]
-        ours, theirs = times.get(("trtc", size)), times.get(("nccl", size))
+        ours, theirs = fastest(times, size), times.get(("nccl", size))
         ratio = f"{theirs / ours:>16.2f}" if ours and theirs else ""
         print(
             f"{size >> 10:>6}" + "".join(f"{cell:>16.2f}" if cell else f"{'-':>16}" for cell in cells) + ratio
@@ -263,16 +263,24 @@ def show(rows: list[Row], ranks: int) -> None:
         print(error)
 
 
+def fastest(times: Mapping[tuple[str, int], float | None], size: int) -> float | None:
+    """The least that one of our ways takes, which is the one that an engine takes, or near it."""
+    return min((us for way in OURS if (us := times.get((way, size)))), default=None)
+
+
 def markdown(data: dict[str, Any], name: str = RESULTS.name) -> str:
     """The table of the results file `name`, and the line below it that says what was measured."""
     times = {(row["way"], row["bytes"]): row["us"] for row in data["rows"]}
     ways = [
         way for way in dict.fromkeys(way for way, _ in times) if any(times.get((way, size)) for size in SIZES)
     ]
-    lines: list[tuple[str, ...]] = [("a rank's part", *ways, "NCCL / trtc"), ("---",) * (len(ways) + 2)]
+    lines: list[tuple[str, ...]] = [
+        ("a rank's part", *ways, "NCCL / best of trtc"),
+        ("---",) * (len(ways) + 2),
+    ]
     for size in sorted({size for _, size in times}):
         cells = [times.get((way, size)) for way in ways]
-        ours, theirs = times.get(("trtc", size)), times.get(("nccl", size))
+        ours, theirs = fastest(times, size), times.get(("nccl", size))
         ratio = f"{theirs / ours:.2f}" if ours and theirs else ""
         lines.append((f"{size >> 10} KB", *(f"{cell:.1f} us" if cell else "" for cell in cells), ratio))
     where = data["environment"]

@@ -25,7 +25,7 @@ SHAPES = tuple(itertools.product((1, 8, 17, 32, 64, 128), (2048, 4096, 5120, 921
 CHECKED = ((1, 768), (3, 24), (17, 2048), (64, 4096), (33, 5120), (64, 9216), (300, 1024), (5, 12288))
 RELATIVE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 TWO, ONE, HALVES, TWO_SHOT = "sum, norm", "one kernel", "one kernel, smaller blocks", "one kernel, two-shot"
-TWO_LINES, LINES, FEWER = "sum in lines, norm", "one kernel, lines", "one kernel, two-shot, 288"
+TWO_LINES, LINES = "sum in lines, norm", "one kernel, lines"
 CHECKED_WAYS: tuple[str, ...] = (ONE, HALVES, TWO_SHOT, LINES)
 LAUNCHES = 40
 REPLAYS = 30
@@ -68,7 +68,6 @@ class NormedSums:
             TWO_SHOT: lambda case: self._in_one(case, two_shot=True),
             TWO_LINES: lambda case: self._in_two_kernels(case, self._lines),
             LINES: self._in_lines,
-            FEWER: lambda case: self._in_one(case, two_shot=True, block_vectors=288),
         }
 
     def _in_one(self, case: Case, **options: Any) -> None:

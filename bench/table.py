@@ -88,13 +88,15 @@ def row(
         "mixed": "mixed requests at once:",
         "process": "process start to first token, batch",
     }[case]
-    mark = "" if ratio >= bar else " (short)"
+    short = ratio < bar
+    mark = " (short)" if short else ""
+    digits = 3 if short and round(ratio, 2) >= bar else 2
     return (
         f"OPT-{model.upper()}",
         f"{what} {count}",
         ours,
         theirs,
-        f"{ratio:.2f}",
+        f"{ratio:.{digits}f}",
         f"{bar}{mark}",
         f"{percent or ''}",
         f"{100 * ratio / percent:.2f}" if percent else "",

@@ -12,21 +12,24 @@ from ..kernels.library import KernelLibrary
 from .distributed import RankGroup
 from .peer_memory import are_linked, lend_memory
 
-LINES = True
-"""Whether sums of two steps, with the norm that follows or without, are made in lines where there is NVLink."""
+LEAST_LINE_RANKS = 3
+"""GPUs whose sums of two steps, with the norm that follows or without, are made in lines where NVLink connects them all: two
+have not been run so."""
 
 LINES_SAVED_BYTES = 400 << 10
-"""What a second step has to save a GPU from sending then: 467 KB a part on two GPUs, 93 KB on four."""
+"""What a second step has to save a GPU from sending then: on four H200s parts of 64 KB take 4.1 us in one step and 4.2 in
+lines, parts of 128 KB 5.7 and 4.3, with the norm 64 x 9216 take 10.6 us and in packets 18.5
+(`bench/results/gpus-4-all-reduce.json`)."""
 
 SENT_BYTES = 8 << 20
 """What a GPU sends for one sum at most, in the kernels' packets, twice as large as what they hold: in one step its part, to
 each other GPU; in two, two pieces of it. Above: NCCL, whose rings send less. On two H200s a part of 4 MB, the largest that is
-not NCCL's, takes 29.6 us, with NCCL 41.2; on four one of 2 MB takes 27.1 us, with NCCL 35.5
+not NCCL's, takes 29.6 us, with NCCL 41.2; on four one of 4 MB takes 24.2 us in lines, with NCCL 48.3
 (`bench/results/gpus-all-reduce.json`, `gpus-4-all-reduce.json`). More GPUs were not measured."""
 
 SAVED_BYTES = 300 << 10
-"""What a second step has to save a GPU from sending to be worth the wait for it, about a microsecond: on four H200s parts of 64
-KB take 4.6 us in one step and 5.1 in two, parts of 128 KB 5.8 and 5.4, parts of 1 MB 25.4 and 15.4."""
+"""What a second step in packets has to save: on four H200s parts of 64 KB take 4.1 us in one step and 5.2 in two, parts of
+128 KB 5.7 and 5.5, parts of 1 MB 22.1 and 15.2."""
 
 NORMED_BYTES = 2304 << 10
 """Bytes of the largest part whose sum one kernel makes together with the norm that follows; larger ones were not measured."""
@@ -35,9 +38,8 @@ NORMED_BYTES = 2304 << 10
 def largest_small_sum(ranks: int) -> int:
     """Bytes of the largest part that is summed in one step. Two GPUs would send no less in two."""
     limit = SENT_BYTES // (2 * (ranks - 1))
-    if (
-        ranks > 2
-    ):  # each byte of a part is sent 2 (ranks - 1) times in packets, in two steps 4 (ranks - 1) / ranks times
+    if ranks > 2:
+        # Each byte of a part is sent 2 (ranks - 1) times in packets, in two steps 4 (ranks - 1) / ranks times.
         limit = min(limit, SAVED_BYTES * ranks // ((ranks - 1) * (2 * ranks - 4)))
     return limit // 16 * 16
 
@@ -59,13 +61,13 @@ def largest_sum_in_lines(ranks: int) -> int:
     return SENT_BYTES * 7 * ranks // (16 * (ranks - 1)) // 16 * 16
 
 
-def normed_bytes(ranks: int) -> range:
-    """Bytes of a part whose sum and norm one kernel makes faster than two.
+def normed_bytes(ranks: int, linked: bool) -> range:
+    """Bytes of a part whose sum and norm one kernel makes faster than two. linked: in lines.
 
     On two H200s by 3 to 13 %; smaller parts take as long or, in rows of several blocks, up to 11 % longer. On four, all that
-    are summed in two steps: 64 x 9216 in 19.5 us, a sum alone in 17; 64 x 4096 in 9.7, a sum alone in 9.2.
+    are summed in two steps: 64 x 4096 takes 7.2 us in lines, as two kernels 7.7.
     """
-    if LINES:
+    if linked:
         return range(largest_sum_before_lines(ranks) + 1, largest_sum_in_lines(ranks) + 1)
     least = 512 << 10 if ranks == 2 else largest_small_sum(ranks) + 1
     return range(least, NORMED_BYTES + 1)
@@ -88,7 +90,8 @@ class GpuCommunicator:
         if not 1 < ranks <= MAX_RANKS:
             return
         limit, two_shot, lines = largest_small_sum(ranks), largest_two_shot_sum(ranks), 0
-        if linked := LINES and bool(group.least(are_linked(device))):
+        linked = ranks >= LEAST_LINE_RANKS and bool(group.least(are_linked(device)))
+        if linked:
             limit, two_shot, lines = largest_sum_before_lines(ranks), 0, largest_sum_in_lines(ranks)
         behind = line_bytes(lines, ranks)
         self._memory = lend_memory(group, device, behind + memory_bytes(limit, ranks, two_shot))
@@ -97,11 +100,11 @@ class GpuCommunicator:
         addresses, state = self._memory.addresses, torch.zeros(2, dtype=torch.int32, device=device)
         packets = [address + behind for address in addresses]
         self.small = AllReduce(library, packets, group.member, limit, state, two_shot)
+        self._normed_bytes = normed_bytes(ranks, linked)
         if linked:
             self._large = TwoShotAllReduce(library, addresses, group.member, lines, state)
-            self._normed_bytes = normed_bytes(ranks)
         else:
-            self._normed, self._normed_bytes = AllReduceNorm(self.small), normed_bytes(ranks)
+            self._normed = AllReduceNorm(self.small)
 
     def all_reduce(self, x: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
         """The sum over the ranks, the same bits on every rank; see `RankGroup.all_reduce`."""

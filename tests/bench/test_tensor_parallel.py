@@ -73,7 +73,7 @@ def test_a_way_that_does_not_work_has_no_column() -> None:
     where = {"device": "GPU", "driver": "5", "torch": "2", "nccl": "2.28", "commit": "abc"}
     text = all_reduce.markdown({"ranks": 2, "launches": 40, "environment": where, "rows": rows})
     header, _, first, second, after, *_ = text.splitlines()
-    assert header == "| a rank's part | trtc | nccl | NCCL / trtc |"
+    assert header == "| a rank's part | trtc | nccl | NCCL / best of trtc |"
     assert (first, second) == (
         "| 8 KB | 4.0 us | 10.0 us | 2.50 |",
         "| 16 KB |  | 12.0 us |  |",

@@ -73,7 +73,7 @@ def compute(engine_dir: str | Path) -> dict[str, object]:
 def main(results: Path, *engine_dirs: str) -> None:
     found = {}
     for engine_dir, normed in product(engine_dirs, (False, True)):
-        gpu_communicator.normed_bytes = lambda _, end=normed << 30: range(1, end)  # type: ignore[misc]
+        gpu_communicator.normed_bytes = lambda *_, end=normed << 30: range(1, end)  # type: ignore[misc]
         try:
             found[engine_dir, normed] = compute(engine_dir)
         except (

@@ -49,7 +49,8 @@ class Group:
 
 @pytest.fixture(autouse=True)
 def packets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_communicator, "LINES", False)
+    """No NVLink between all GPUs, if a test does not say otherwise."""
+    monkeypatch.setattr(gpu_communicator, "are_linked", lambda _: False)
 
 
 def lent(group: RankGroup, device: torch.device, size: int) -> PeerMemory:
@@ -103,7 +104,7 @@ def test_sums_of_some_sizes_are_made_with_their_norms(
     assert not GpuCommunicator(cast(RankGroup, Group()), CPU, KernelLibrary()).norms(x)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [3, 4, 8])
 def test_sums_in_lines(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step, then lines with and without a norm, then NCCL, and packets alone where NVLink does not connect all GPUs."""
     before, most = (
@@ -117,7 +118,6 @@ def test_sums_in_lines(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert asked == size
         return PeerMemory(torch.zeros(1), None, tuple(range(256, 256 * (ranks + 1), 256)))
 
-    monkeypatch.setattr(gpu_communicator, "LINES", True)
     monkeypatch.setattr(gpu_communicator, "lend_memory", lines)
     monkeypatch.setattr(gpu_communicator, "are_linked", lambda _: True)
     for kernel in (AllReduce, TwoShotAllReduce):
