@@ -276,7 +276,7 @@ class WeightTable:
             found = next((source for source in names if source in available), None)
             if found is None:
                 problems.missing.append(
-                    f"{self._likely_name(names, available)} {list(weights[name].source_shape)}"
+                    f"{self._likely_name(weights[name], names, available)} {list(weights[name].source_shape)}"
                 )
                 continue
             sources[name] = found
@@ -307,8 +307,16 @@ class WeightTable:
             fnmatchcase(name, prefix + glob) for glob in self.ignore for prefix in {*self.prefixes, ""}
         )
 
-    def _likely_name(self, names: tuple[str, ...], available: Mapping[str, Shape]) -> str:
-        """Of several accepted names, the one with the prefix that most tensors of this checkpoint have."""
+    def _likely_name(
+        self, weight: ResolvedWeight, names: tuple[str, ...], available: Mapping[str, Shape]
+    ) -> str:
+        """Of several accepted names, the one with the prefix that most tensors of this checkpoint have.
+
+        A head's is the one without: Hugging Face keeps it beside the model that the prefix names.
+        """
+        if weight.shard is Shard.VOCAB_HEAD:
+            prefixes = tuple(prefix for prefix in self.prefixes if prefix)
+            return next((name for name in names if not name.startswith(prefixes)), names[0])
         counts = {
             prefix: sum(name.startswith(prefix) for name in available) for prefix in self.prefixes if prefix
         }

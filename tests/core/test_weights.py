@@ -1,5 +1,6 @@
 """The weight-mapping table: sizes, transforms, expansion over layers, one error for all that does not fit."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -170,6 +171,13 @@ def test_one_error_lists_all_that_does_not_fit():
         "2 unexpected: model.layers.2.q.weight [8, 8]; extra [3]; "
         "1 mis-shaped: model.embed.weight is [12, 8], expected [11, 8]"
     )
+
+
+def test_a_missing_head_is_named_as_hugging_face_does():
+    """Oracle: `OPTForCausalLM`, `LlamaForCausalLM`: the head stands beside `model.`, under which all else is."""
+    table = WeightTable((EMBED, QUERY, dataclasses.replace(HEAD, tied_to=None)), TABLE.prefixes)
+    with pytest.raises(CheckpointError, match=r"1 missing: lm_head\.weight \[11, 8\]$"):
+        table.match(CONFIG, AVAILABLE, "dir")
 
 
 def test_the_same_weight_under_two_prefixes_is_unexpected():
