@@ -12,7 +12,7 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from ..core.errors import RequestError
+from ..core.errors import EngineError, RequestError
 from .engine_core import EngineCore
 from .executor import Executor
 from .load_core import CoreOptions, EngineOptions, load_core
@@ -49,6 +49,7 @@ class LLM:
         self.core, self.tokenizer = core, core.tokenizer
         self._request_ids = map(str, count())
         self._busy = threading.Lock()
+        self._closed = False
 
     def generate(
         self,
@@ -66,8 +67,11 @@ class LLM:
         on_output:       called after each step for every request with a new token: all of its output so far
         priority:        one for all, or one per prompt; lower goes first (`PRIORITY_STEP`)
         timeout_s:       after so many seconds what has not ended ends with what it has, for the reason "timeout"
-        Raises RequestError, before anything runs, naming the prompt's index and what the engine accepts.
+        Raises RequestError, before anything runs, naming the prompt's index and what the engine accepts; EngineError
+        after `close`.
         """
+        if self._closed:
+            raise EngineError("this LLM is closed; load the engine again to generate")
         texts_and_ids = [self._tokenize(index, prompt) for index, prompt in enumerate(_prompt_list(prompts))]
         params = _params_list(sampling_params, len(texts_and_ids))
         priorities = _priorities(priority, len(texts_and_ids))
@@ -99,6 +103,7 @@ class LLM:
 
     def close(self) -> None:
         """Releases the engine. The LLM cannot generate afterwards."""
+        self._closed = True
         self.core.executor.close()
 
     def __enter__(self) -> Self:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trtc.core.errors import RequestError
+from trtc.core.errors import EngineError, RequestError
 from trtc.runtime.llm import LLM
 from trtc.runtime.outputs import RequestOutput
 from trtc.runtime.sampling_params import SamplingParams
@@ -175,6 +175,9 @@ def test_close_releases_the_engine() -> None:
         model.generate([3], GREEDY)
         assert not executor.closed
     assert executor.closed
+    model.close()  # harmless
+    with pytest.raises(EngineError, match="this LLM is closed"):
+        model.generate([3], GREEDY)
 
 
 def test_priority_decides_who_runs_first() -> None:
