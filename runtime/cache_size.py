@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from ..core.engine import Engine
 from ..core.errors import ConfigError
@@ -16,10 +17,16 @@ class CacheBudget:
 
     num_pages:    pages; None: as many as memory_bytes hold
     memory_bytes: None: enough for the engine's max_batch_size sequences of max_seq_len tokens
+    Raises ConfigError for what is no whole number.
     """
 
     num_pages: int | None = None
     memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("num_pages", self.num_pages), ("kv_cache_memory_bytes", self.memory_bytes)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise ConfigError(f"{name} is {value!r}; accepted: a whole number, or None")
 
     def pages(self, engine: Engine, shape: CacheShape) -> int:
         """Raises ConfigError when they could not hold one sequence of full length."""

@@ -44,6 +44,8 @@ class CpuExecutor(EngineLimits):
         largest = max(shapes, key=lambda shape: shape.bytes_per_page)  # every rank has equally many pages
         super().__init__(engine, budget.pages(engine, largest))
         self._cache = allocate_cache(shapes[rank], self.num_pages)
+        # No step has more sequences than pages, however many the engine was built for.
+        self._compiled_tokens = max(min(engine.build.max_batch_size, self.num_pages), COMPILED_TOKENS)
         self._program: CpuProgram | None = CpuProgram(
             part.graph,
             engine.map_weights(rank),
@@ -51,9 +53,7 @@ class CpuExecutor(EngineLimits):
             kernels=plugins().kernels("cpu"),
             communicator=communicator,
             # Ranks exchange tensors in the middle of a step, or between steps that others then overwrite.
-            decode_limits=DecodeLimits(
-                max(engine.build.max_batch_size, COMPILED_TOKENS), engine.build.max_seq_len
-            )
+            decode_limits=DecodeLimits(self._compiled_tokens, engine.build.max_seq_len)
             if communicator is None
             else None,
         )

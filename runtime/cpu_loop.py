@@ -10,7 +10,7 @@ import torch
 from ..core.engine import Engine
 from ..core.targets.cpu_step import Unsupported
 from .cache_size import ENOUGH, CacheBudget
-from .cpu_executor import COMPILED_TOKENS, CpuExecutor, step_tensors
+from .cpu_executor import CpuExecutor, step_tensors
 from .executor import token_list
 from .step_input import Int32Array, StepInput
 
@@ -36,7 +36,7 @@ class CpuLoopExecutor(CpuExecutor):
     @property
     def max_draft_tokens(self) -> int | None:
         """See `GreedyChooser.max_draft_tokens`: more are not run by compiled code."""
-        return max(COMPILED_TOKENS, self.max_batch_size)
+        return self._compiled_tokens
 
     def choose(self, step: StepInput) -> Int32Array:
         """See `GreedyChooser.choose`."""
