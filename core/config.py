@@ -13,6 +13,9 @@ from typing import Any, Self
 from .dtypes import DType, parse_model_dtype
 from .errors import ConfigError
 
+MAX_LAYERS = 10_000
+"""Far more than any model has; weights and graph are listed layer by layer, which takes minutes for millions."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -55,6 +58,10 @@ class ModelConfig:
         )
         for name in sizes:
             require_positive_int(getattr(self, name), f"{self.family} config: {name}")
+        if self.num_layers > MAX_LAYERS:
+            raise ConfigError(
+                f"{self.family} config: num_layers {self.num_layers} is too large; accepted: 1 to {MAX_LAYERS}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.family} config: num_heads {self.num_heads} is not a multiple of "

@@ -9,6 +9,8 @@ from ..core.errors import ConfigError, RequestError
 
 MIXED_INPUT, MIXED_OUTPUT = (64, 512), (32, 256)
 """Tokens of a request of the mixed load, at least and at most."""
+LARGEST = 1_000_000
+"""Of all numbers: requests beyond it would fill the memory of the host before anything is timed."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,13 @@ class Case:
     def parse(cls, text: str) -> Case:
         """`64x512x128` -> 64 sequences, 512 tokens in and 128 out. Raises ConfigError."""
         parts = text.split("x")
-        if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        longest = len(str(LARGEST))  # first: Python reads no number of thousands of digits
+        if len(parts) != 3 or not all(
+            part.isdecimal() and len(part) <= longest and 1 <= int(part) <= LARGEST for part in parts
+        ):
             raise ConfigError(
-                f"case {text!r}: accepted: BxIxO, sequences, tokens in and tokens out, as 64x512x128"
+                f"case {text[:80]!r}: accepted: BxIxO, sequences, tokens in and tokens out, as 64x512x128, "
+                f"each 1 to {LARGEST}"
             )
         return cls(*map(int, parts))
 
@@ -34,7 +40,7 @@ class Case:
 class Load:
     """What to time. Lengths are in tokens. cases: instead of `batches`, each with lengths of its own.
 
-    Raises ConfigError naming the number that is too small.
+    Raises ConfigError naming the number that is too small or too large.
     """
 
     batches: tuple[int, ...] = (1, 8, 64)
@@ -50,8 +56,8 @@ class Load:
         numbers = [("batch", batch, 1) for batch in self.batches]
         numbers += [(name, getattr(self, name), 1) for name in ("input_len", "output_len", "repeat")]
         for name, value, least in (*numbers, ("mixed", self.mixed, 0)):
-            if value < least:
-                raise ConfigError(f"{name} is {value}; accepted: at least {least}")
+            if not least <= value <= LARGEST:
+                raise ConfigError(f"{name} is {value}; accepted: {least} to {LARGEST}")
 
     def fixed(self) -> tuple[Case, ...]:
         """The fixed batches."""
