@@ -106,7 +106,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["trtc = trtc.cli.main:main"],
+        "console_scripts": ["trtc = trtc.cli.__main__:run"],
         "trtc": ["opt = trtc.plugins.opt"],
     },
 )

@@ -232,3 +232,21 @@ def test_as_a_program() -> None:
         and bad.stdout == ""
         and bad.stderr.startswith("trtc inspect: error: /none: no such folder")
     )
+
+
+def test_interrupted_while_it_starts() -> None:
+    """Ctrl-C before the command line is read: one line, no traceback."""
+    probe = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "trtc.cli.run":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from trtc.cli.__main__ import run
+sys.exit(run())
+"""
+    stopped = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "trtc: interrupted\n")
