@@ -39,7 +39,8 @@ def plan(
 ) -> Partition:
     """What `rank` will run, and how its weights are made. `trace` is told the graph after composition and each pass.
 
-    Raises ConfigError when target and model or options do not fit, GraphError when a pass or the family breaks a rule.
+    Raises ConfigError when target and model or options do not fit, GraphError when a pass or the family breaks a rule,
+    BuildError for a graph that the target does not run.
     """
     target = get_target(build.target)
     can = target.capabilities(build)
@@ -66,7 +67,7 @@ def plan(
     graph = family.compose(model)
     if trace is not None:
         trace("compose", graph)
-    return optimize(
+    planned = optimize(
         graph,
         sharding=source.sharding,
         rank=rank,
@@ -77,6 +78,8 @@ def plan(
         cache_dtype=KV_CACHE_DTYPES[build.kv_cache_dtype],
         trace=trace,
     )
+    target.check(planned.graph, build)
+    return planned
 
 
 def build_engine(

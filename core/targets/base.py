@@ -45,6 +45,9 @@ class Target(Protocol):
     def capabilities(self, build: BuildConfig) -> Capabilities:
         """Raises ConfigError for target options the target does not know."""
 
+    def check(self, graph: Graph, build: BuildConfig) -> None:
+        """Raises BuildError for what can be told of a rank's graph that the target does not run, before weights are made."""
+
     def compile(
         self,
         graph: Graph,

@@ -210,6 +210,9 @@ ROWS = [
     Row("batch of zero", build(Room.hf, "--max-batch-size", "0"), ("max_batch_size", "0")),
     Row("fewer tokens than sequences", build(Room.hf, "--max-num-tokens", "4"), ("max_num_tokens 4", "max_batch_size 8")),
     Row("more beams than sequences", build(Room.hf, "--max-beam-width", "9"), ("max_beam_width 9", "max_batch_size 8")),
+    Row("dry run of what the target refuses",
+        lambda r: ["build", "--model-dir", TINY_OPT, "--target", "cuda", "--dtype", "float16", "--dry-run"],
+        ("target cuda", "head_dim 32")),
     Row("no output folder", lambda r: ["build", "--model-dir", TINY_OPT], ("--output-dir",)),
     # quantization
     Row("unknown precision", convert(Room.hf, *WEIGHT_ONLY, "int3"), ("--weight-only-precision", "int3", "int8"), code=2),

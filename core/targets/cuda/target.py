@@ -53,6 +53,19 @@ class CudaTarget:
             kv_cache_dtypes=frozenset(KV_CACHE_DTYPES),
         )
 
+    def check(self, graph: Graph, build: BuildConfig) -> None:
+        shape = CacheShape.of(graph, build.page_size)
+        heads = {graph.specs[node.used[0]].shape[1] for node in graph.nodes if node.op == "attention"}
+        (num_heads,) = heads
+        assert isinstance(num_heads, int)
+        dtype = compute_dtype(graph)
+        check_supported(shape, num_heads, dtype)
+        check_sizes(graph)
+        if ACCUMULATIONS[_options(build)["context_fmha"]] == "float16" and dtype is not DType.FLOAT16:
+            raise BuildError(
+                f"target cuda: context_fmha enable sums in float16, which {dtype} cannot; accepted: fp32_acc, disable"
+            )
+
     def compile(
         self,
         graph: Graph,
@@ -63,16 +76,6 @@ class CudaTarget:
     ) -> Mapping[str, Any]:
         options = _options(build)
         shape = CacheShape.of(graph, build.page_size)
-        heads = {graph.specs[node.used[0]].shape[1] for node in graph.nodes if node.op == "attention"}
-        (num_heads,) = heads
-        assert isinstance(num_heads, int)
-        dtype = compute_dtype(graph)
-        check_supported(shape, num_heads, dtype)
-        check_sizes(graph)
-        if ACCUMULATIONS[options["context_fmha"]] == "float16" and dtype is not DType.FLOAT16:
-            raise BuildError(
-                f"target cuda: context_fmha enable sums in float16, which {dtype} cannot; accepted: fp32_acc, disable"
-            )
         code = {}
         stage, member = divmod(rank, build.tp_size)
         for arch in options["architectures"]:

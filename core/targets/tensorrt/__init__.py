@@ -47,6 +47,9 @@ class TensorRTTarget:
             quantized=frozenset(kind for kind in KINDS if not kind.startswith("fp8")),
         )
 
+    def check(self, graph: Graph, build: BuildConfig) -> None:
+        """What TensorRT refuses, it refuses when it is installed and compiles."""
+
     def compile(
         self,
         graph: Graph,
