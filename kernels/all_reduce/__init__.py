@@ -125,12 +125,7 @@ class AllReduce:
     def serves(self, x: torch.Tensor, *, two_shot: bool | None = None) -> bool:
         """Whether `x` is small enough, and whole vectors. two_shot: see `__call__`."""
         limit = self.rooms.limit(self.rooms.is_large(x) if two_shot is None else two_shot)
-        return (
-            0 < x.nbytes <= limit
-            and x.nbytes % VECTOR_BYTES == 0
-            and x.data_ptr() % ALIGNMENT == 0
-            and x.is_contiguous()
-        )
+        return 0 < x.nbytes <= limit and is_whole_vectors(x)
 
     def __call__(
         self, x: torch.Tensor, *, out: torch.Tensor, dependent: bool = True, two_shot: bool | None = None
@@ -156,16 +151,13 @@ class AllReduce:
         return out
 
     def _bind(self, x: torch.Tensor, out: torch.Tensor, dependent: bool, two_shot: bool) -> BoundKernel:
-        element = element_type(OP, x)
-        sizes = {f"size_{axis}": size for axis, size in enumerate(x.shape)}
-        check_tensor(OP, "x", x, x.dtype, sizes, x)
-        check_tensor(OP, "out", out, x.dtype, sizes, x)
+        check_sum(OP, x, out)
         if not self.serves(x, two_shot=two_shot):
             limit = self.rooms.limit(two_shot)
             raise KernelContractError(
                 f"{OP}: x has {x.nbytes} bytes; accepted: multiples of {VECTOR_BYTES} up to {limit}"
             )
-        ranks = self.rooms.ranks
+        element, ranks = element_type(OP, x), self.rooms.ranks
         (source,) = sources(element, ranks)
         kernel = self.library.kernel(source, entry(element, ranks, two_shot=two_shot), SIGNATURE)
         dependent = dependent and self.library.capability >= 90

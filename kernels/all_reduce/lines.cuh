@@ -12,7 +12,8 @@ namespace trtc {
 constexpr int kLineThreads = 8;
 constexpr int kLineVectors = 7;
 
-// A thread's 16 bytes of lines. Whole warps call everything, with conditions as arguments, so that a team stays together. `capacity` of the exchange: lines that there is room for from each GPU.
+// A thread's 16 bytes of lines. Whole warps call everything, with conditions as arguments, so that a team stays together.
+// `capacity` of the exchange: lines that there is room for from each GPU.
 template <int kRanks>
 struct Lines {
     const Exchange<kRanks>& exchange;

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract import ALIGNMENT, check_tensor, element_type, pointer
+from ..contract import ALIGNMENT, element_type, pointer
 from ..errors import KernelContractError
 from ..launch import BoundKernel, LaunchShape
-from ..layer_norm import KINDS
+from ..layer_norm import KINDS, check_norm
 from ..nvrtc import KernelSource
 from . import MAX_RANKS, VECTOR_BYTES, AllReduce
 
@@ -140,17 +140,8 @@ class AllReduceNorm:
         kind: str,
         two_shot: bool,
     ) -> None:
-        element_type(OP, x)
-        if kind not in KINDS:
-            raise KernelContractError(f"{OP}: kind {kind!r} is unknown; accepted: {', '.join(KINDS)}")
+        check_norm(OP, x, scale, shift, residual, total, out, kind)
         rows, columns = x.shape
-        all_sizes, row_sizes = {"rows": rows, "columns": columns}, {"columns": columns}
-        for name, tensor, sizes in (
-            ("x", x, all_sizes), ("out", out, all_sizes), ("residual", residual, all_sizes),
-            ("total", total, all_sizes), ("scale", scale, row_sizes), ("shift", shift, row_sizes),
-        ):  # fmt: skip
-            if tensor is not None:
-                check_tensor(OP, name, tensor, x.dtype, sizes, x)
         if not self.serves(x, two_shot=two_shot):
             raise KernelContractError(
                 f"{OP}: x is [{rows}, {columns}], {x.nbytes} bytes; accepted: up to {self._rooms.limit(two_shot)} in rows of "

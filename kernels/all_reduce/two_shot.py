@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract import ALIGNMENT, check_tensor, element_type, pointer
+from ..contract import ALIGNMENT, element_type, pointer
 from ..errors import KernelContractError
 from ..launch import BoundKernel, LaunchShape
-from ..layer_norm import KINDS
+from ..layer_norm import KINDS, check_norm
 from ..library import KernelLibrary
 from ..nvrtc import KernelSource
 from . import MAX_RANKS, VECTOR_BYTES, addresses_on, check_memory, check_sum, is_whole_vectors
@@ -205,17 +205,8 @@ class TwoShotAllReduce:
         out: torch.Tensor,
         kind: str,
     ) -> None:
-        element_type(OP, x)
-        if kind not in KINDS:
-            raise KernelContractError(f"{OP}: kind {kind!r} is unknown; accepted: {', '.join(KINDS)}")
+        check_norm(OP, x, scale, shift, residual, total, out, kind)
         rows, columns = x.shape
-        all_sizes, row_sizes = {"rows": rows, "columns": columns}, {"columns": columns}
-        for name, tensor, sizes in (
-            ("x", x, all_sizes), ("out", out, all_sizes), ("residual", residual, all_sizes),
-            ("total", total, all_sizes), ("scale", scale, row_sizes), ("shift", shift, row_sizes),
-        ):  # fmt: skip
-            if tensor is not None:
-                check_tensor(OP, name, tensor, x.dtype, sizes, x)
         if not self.norms(x):
             row_bytes = MAX_THREADS // LINE_THREADS * LINE_VECTORS * pieces(self._ranks) * VECTOR_BYTES
             raise KernelContractError(

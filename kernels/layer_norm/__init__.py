@@ -35,6 +35,30 @@ def sources(element: str) -> tuple[KernelSource, ...]:
     return (KernelSource(Path(__file__).parent / "layer_norm.cu", entries),)
 
 
+def check_norm(
+    op: str,
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    total: torch.Tensor | None,
+    out: torch.Tensor,
+    kind: str,
+) -> None:
+    """Raises KernelContractError unless tensors have the types and sizes that `LayerNorm` names, and `kind` is one of KINDS."""
+    element_type(op, x)
+    if kind not in KINDS:
+        raise KernelContractError(f"{op}: kind {kind!r} is unknown; accepted: {', '.join(KINDS)}")
+    rows, columns = x.shape
+    all_sizes, row_sizes = {"rows": rows, "columns": columns}, {"columns": columns}
+    for name, tensor, sizes in (
+        ("x", x, all_sizes), ("out", out, all_sizes), ("residual", residual, all_sizes),
+        ("total", total, all_sizes), ("scale", scale, row_sizes), ("shift", shift, row_sizes),
+    ):  # fmt: skip
+        if tensor is not None:
+            check_tensor(op, name, tensor, x.dtype, sizes, x)
+
+
 class LayerNorm:
     """Launcher of the norm kernels. One per device and thread."""
 
@@ -101,21 +125,12 @@ class LayerNorm:
         kind: str,
     ) -> None:
         element_type("layer_norm", x)
-        rows, columns = x.shape
-        size = 16 // x.element_size()
+        columns, size = x.shape[1], 16 // x.element_size()
         if columns % size or columns > MAX_THREADS * VECTORS[-1] * size:
             limit = MAX_THREADS * VECTORS[-1] * size
             raise KernelContractError(
                 f"layer_norm: columns={columns} is not a multiple of {size} up to {limit}"
             )
-        if kind not in KINDS:
-            raise KernelContractError(f"layer_norm: kind {kind!r} is unknown; accepted: {', '.join(KINDS)}")
         if (residual is None) != (total is None):
             raise KernelContractError("layer_norm: residual and total are given together or not at all")
-        all_sizes, row_sizes = {"rows": rows, "columns": columns}, {"columns": columns}
-        for name, tensor, sizes in (
-            ("x", x, all_sizes), ("out", out, all_sizes), ("residual", residual, all_sizes),
-            ("total", total, all_sizes), ("scale", scale, row_sizes), ("shift", shift, row_sizes),
-        ):  # fmt: skip
-            if tensor is not None:
-                check_tensor("layer_norm", name, tensor, x.dtype, sizes, x)
+        check_norm("layer_norm", x, scale, shift, residual, total, out, kind)

@@ -151,6 +151,21 @@ def test_a_second_step_saves_as_much_with_any_number_of_gpus() -> None:
         assert saved == pytest.approx(gpu_communicator.SAVED_BYTES, rel=0.01) and limit % 16 == 0
 
 
+def test_lines_save_and_send_as_much_with_any_number_of_gpus() -> None:
+    """Of 128 bytes in a line 112 are data; two steps send two of a rank's pieces to each other rank."""
+    for ranks in range(3, 9):
+        in_lines = 128 / 112 * 2 * (ranks - 1) / ranks  # bytes sent for one of a part
+        before, most = (
+            gpu_communicator.largest_sum_before_lines(ranks),
+            gpu_communicator.largest_sum_in_lines(ranks),
+        )
+        assert before * (2 * (ranks - 1) - in_lines) == pytest.approx(
+            gpu_communicator.LINES_SAVED_BYTES, rel=0.01
+        )
+        assert most * in_lines == pytest.approx(gpu_communicator.SENT_BYTES, rel=0.01)
+        assert before % 16 == most % 16 == 0
+
+
 def test_more_gpus_send_no_more() -> None:
     in_two = {ranks: largest_two_shot_sum(ranks) for ranks in range(3, 9)}
     sent = [2 * 2 * (ranks - 1) * -(-size // ranks) for ranks, size in in_two.items()]
