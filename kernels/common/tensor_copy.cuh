@@ -33,6 +33,9 @@ __device__ __forceinline__ void barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
+// One lane may arrive for its warp behind __syncwarp, but racecheck counts the accesses of the arriving thread alone as done. So
+// where a barrier orders what racecheck sees (loads and stores, ldmatrix, cp.async; not wgmma or the copy engine), each lane
+// arrives.
 __device__ __forceinline__ void barrier_arrive(uint32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }

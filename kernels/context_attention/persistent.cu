@@ -113,7 +113,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
             barrier_init(shared_address(full + stage), kGroupThreads + 1);
             barrier_init(shared_address(empty + stage), kGroups * kGroupWarps);
         }
-        for (uint64& barrier : queries_empty) barrier_init(shared_address(&barrier), kGroups * kGroupWarps);
+        for (uint64& barrier : queries_empty) barrier_init(shared_address(&barrier), kGroups * kGroupThreads);
         barrier_init_fence();
     }
     __syncthreads();
@@ -292,8 +292,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
             const int query_row = warp * 16 + (lane & 15);
             load_matrices(query[step], queries + Queries::offset(query_row, 2 * step + (lane >> 4)));
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(queries_empty + buffer));
+        barrier_arrive(shared_address(queries_empty + buffer));
         if (++buffer == kQueryBuffers) buffer = 0;
 
         const int group_row = task.first_row + warp_group * kGroupRows;

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kGroupsOf<kFeatures> * kGroupThreads + kWarpSi
             barrier_init(shared_address(rows_empty + slot), copies * kConsumerWarps);
         }
         barrier_init(shared_address(&room), kSplit * kConsumerWarps);
-        barrier_init(shared_address(&sums_full), 1 + kGroups * kPartWarps);
+        barrier_init(shared_address(&sums_full), 1 + kGroups * kPartWarps * kWarpSize);
         barrier_init_fence();
     }
     cluster_arrive_relaxed();
@@ -313,8 +313,7 @@ __global__ void __launch_bounds__(kGroupsOf<kFeatures> * kGroupThreads + kWarpSi
             if (to == part) {
 #pragma unroll
                 for (int octet = 0; octet < kOctets; ++octet) keep(octet, half);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(barrier);
+                barrier_arrive(barrier);
             } else if (16 * group_warp + 8 * half < rows) {
 #pragma unroll
                 for (int octet = 0; octet < kOctets; ++octet) {
