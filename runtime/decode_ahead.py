@@ -61,6 +61,11 @@ class DecodeAhead:
         self._step_seconds = BURST_SECONDS
         self._last_collected = 0.0
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no step is under way."""
+        return not self._flights
+
     def ready(self) -> bool:
         """Whether `steps` has something to give: steps are under way, or could be started now."""
         return bool(self._flights) or self._start()

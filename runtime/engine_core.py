@@ -168,6 +168,19 @@ class EngineCore:
         self._forget(group)
         return True
 
+    def begin(self) -> None:
+        """Starts a step of the requests in line, if none is under way and the device can compute it while the host adds others.
+
+        What it brings is for `step` to return.
+        """
+        queue = self._queue
+        if queue is None or not queue.is_empty or not (self._ahead is None or self._ahead.is_idle):
+            return
+        batch = self.scheduler.schedule()
+        if queue.takes(batch):
+            self.num_steps += 1
+            queue.start(batch)
+
     def step(self) -> list[RequestOutput]:
         """As `advance`, but returns outputs: of requests with a new token (`stream`) and of finished ones."""
         changed = self.advance()

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
+from itertools import accumulate, count
 from numbers import Integral
 from os import PathLike
 from types import TracebackType
@@ -81,19 +81,33 @@ class LLM:
             raise RequestError("generate() is already running on this LLM; pass all prompts in one call")
         request_ids = [next(self._request_ids) for _ in texts_and_ids]
         deadline = None if timeout_s is None else time.perf_counter() + timeout_s
-        rows = zip(request_ids, texts_and_ids, params, priorities, strict=True)
+        rows = list(zip(request_ids, texts_and_ids, params, priorities, strict=True))
+
+        def add(index: int) -> None:
+            request_id, (text, token_ids), param, number = rows[index]
+            with _naming_prompt(index):
+                self.core.add_request(
+                    request_id,
+                    token_ids,
+                    param,
+                    prompt=text,
+                    stream=on_output is not None,
+                    priority=number,
+                    deadline=deadline,
+                )
+
+        enough = len(rows)
+        if len(set(priorities)) == 1:  # else somebody at the end may have to go first
+            enough = self._enough_for_a_step([len(token_ids) for _, token_ids in texts_and_ids])
         try:
-            for index, (request_id, (text, token_ids), param, number) in enumerate(rows):
+            for index in range(enough):
+                add(index)
+            for index in range(enough, len(rows)):
                 with _naming_prompt(index):
-                    self.core.add_request(
-                        request_id,
-                        token_ids,
-                        param,
-                        prompt=text,
-                        stream=on_output is not None,
-                        priority=number,
-                        deadline=deadline,
-                    )
+                    self.core.check_request(texts_and_ids[index][1], params[index])
+            self.core.begin()
+            for index in range(enough, len(rows)):  # while the device computes, if it has begun
+                add(index)
             finished = self._run(on_output)
         finally:  # an error in a step or in on_output leaves no request and no page behind
             for request_id in request_ids:
@@ -123,6 +137,13 @@ class LLM:
                 if on_output is not None:
                     on_output(output)
         return finished
+
+    def _enough_for_a_step(self, num_tokens: Sequence[int]) -> int:
+        """How many of the prompts, of so many tokens each, fill the first step; all, if they do not."""
+        executor = self.core.executor
+        wholes = accumulate(num_tokens)
+        full = (count for count, whole in enumerate(wholes, 1) if whole >= executor.max_num_tokens)
+        return min(next(full, len(num_tokens)), executor.max_batch_size, len(num_tokens))
 
     def _tokenize(self, index: int, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         """The text of a prompt, if it has one, and its token ids."""

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trtc.core.errors import EngineError
+from trtc.core.errors import EngineError, RequestError
 from trtc.runtime.decode_ahead import CROWD
 from trtc.runtime.engine_core import EngineCore
 from trtc.runtime.executor import StepStarter
+from trtc.runtime.llm import LLM
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import Int32Array, StepInput
 
@@ -198,3 +199,82 @@ def test_logits_that_are_not_finite_are_found() -> None:
         core.step()
     core.check_integrity()
     assert core.cancel("a") and core.scheduler.pool.num_used == 0
+
+
+@dataclass
+class WatchedToy(QueueToy):
+    """Keeps how many requests are in the engine when a step begins."""
+
+    known: list[int] = field(default_factory=list)
+    llm: LLM | None = None
+
+    def start_step(self, step: StepInput, source: Int32Array | None) -> int:
+        assert self.llm is not None
+        self.known.append(len(self.llm.core.scheduler.waiting) + len(self.llm.core.scheduler.running))
+        return super().start_step(step, source)
+
+
+def watched(**sizes: int) -> tuple[LLM, WatchedToy]:
+    executor = WatchedToy(**sizes)
+    executor.llm = LLM.from_executor(executor)
+    return executor.llm, executor
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+
+
+SIX = [[1 + i, *range(1, 8)] for i in range(6)]
+"""Prompts of 8 tokens; two fill a step."""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "priority", "known"),
+    [
+        ({}, 0, 2),
+        ({"max_num_tokens": 20}, 0, 3),
+        ({"max_num_tokens": 48}, 0, 4),
+        ({"max_num_tokens": 64}, 3, 4),
+    ],
+    ids=["fill a step", "a chunk of the third", "as many as run at once", "a priority of all"],
+)
+def test_the_device_begins_before_the_last_prompts_are_added(
+    sizes: dict[str, int], priority: int, known: int
+) -> None:
+    llm, executor = watched(**sizes)
+    results = llm.generate(SIX, greedy(3), priority=priority)
+    assert [r.outputs[0].token_ids for r in results] == [greedy_tokens(p, 3, ignore_eos=True) for p in SIX]
+    assert executor.known[0] == known
+    assert executor.steps[0].num_tokens == min(executor.max_num_tokens, 8 * executor.max_batch_size)
+
+
+def test_who_goes_first_is_not_found_at_the_end() -> None:
+    llm, executor = watched()
+    llm.generate(SIX, greedy(3), priority=[1, 1, 1, 1, 1, 0])
+    assert executor.known[0] == 6 and executor.steps[0].token_ids[0] == SIX[-1][0]
+
+
+def test_nothing_begins_before_all_prompts_were_checked() -> None:
+    llm, executor = watched()
+    with pytest.raises(RequestError, match="prompt 5: token id 50"):
+        llm.generate([*SIX[:-1], [VOCAB_SIZE]], greedy(3))
+    assert not executor.known and not executor.queued and not llm.core.has_unfinished
+    llm.core.check_integrity()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(PROMPTS, min_size=1, max_size=6), min_size=2, max_size=4), st.integers(8, 24))
+def test_what_is_left_of_an_earlier_call_disturbs_no_later_one(
+    calls: list[list[Prompt]], max_num_tokens: int
+) -> None:
+    """Surplus steps of sequences that have ended may still be under way."""
+    llm, _ = watched(max_num_tokens=max_num_tokens)
+    for prompts in calls:
+        params = [
+            SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=ignore) for _, n, ignore in prompts
+        ]
+        results = llm.generate([prompt for prompt, _, _ in prompts], params)
+        assert [result.outputs[0].token_ids for result in results] == [
+            greedy_tokens(prompt, n, ignore_eos=ignore) for prompt, n, ignore in prompts
+        ]
+        llm.core.check_integrity()
