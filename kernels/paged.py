@@ -1,7 +1,8 @@
 """What the kernels over the paged KV cache share: the contract of their tensors, and references in torch.
 
-Per layer k_cache and v_cache are [num_pages, page_size, num_kv_heads, head_dim], in the dtype of q, k and v or float8_e4m3fn,
-to which k and v are rounded; page_table [num_seqs, pages_per_seq]
+Per layer k_cache and v_cache are [num_pages, num_kv_heads, page_size, head_dim], in the dtype of q, k and v or float8_e4m3fn,
+to which k and v are rounded: the tokens that a page holds of one head lie together, and a block of threads, which reads
+one head, reads whole lines. page_table [num_seqs, pages_per_seq]
 int32 says which page holds tokens i * page_size ... of a sequence (-1: unused); kv_length [num_seqs] int32 counts the
 tokens of a sequence, those of the current step included.
 """
@@ -89,7 +90,7 @@ def check_cache(
 ) -> None:
     """Raise KernelContractError unless the caches are as the module's docstring says, for q, k and v like `rows`, and
     `num_heads` heads fit them."""
-    num_pages, page_size, num_kv_heads, head_dim = k_cache.shape
+    num_pages, num_kv_heads, page_size, head_dim = k_cache.shape
     dtype = str((rows if is_fp8(k_cache) else k_cache).dtype).removeprefix("torch.")
     check_model(
         op,
@@ -101,8 +102,8 @@ def check_cache(
     )
     sizes = {
         "num_pages": num_pages,
-        "page_size": page_size,
         "num_kv_heads": num_kv_heads,
+        "page_size": page_size,
         "head_dim": head_dim,
     }
     check_tensor(op, "k_cache", k_cache, k_cache.dtype, sizes, rows)
@@ -126,7 +127,7 @@ def contract_key(*tensors: torch.Tensor | None) -> tuple[object, ...]:
 
 def page_shift(k_cache: torch.Tensor) -> int:
     """log2 of the page size."""
-    return k_cache.shape[1].bit_length() - 1
+    return k_cache.shape[2].bit_length() - 1
 
 
 def gather_pages(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
@@ -134,18 +135,10 @@ def gather_pages(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch
 
     In the dtype of the cache, or float32 where that is float8.
     """
-    page_size = cache.shape[1]
+    page_size = cache.shape[2]
     used = pages[: -(-length // page_size)].long()
-    tokens = as_bytes(cache)[used].view(cache.dtype).flatten(0, 1)[:length]
+    tokens = as_bytes(cache)[used].view(cache.dtype).transpose(1, 2).flatten(0, 1)[:length]
     return tokens.float() if is_fp8(cache) else tokens
-
-
-def cache_slots(
-    page_table: torch.Tensor, sequence: torch.Tensor, position: torch.Tensor, page_size: int
-) -> torch.Tensor:
-    """Rows of cache.flatten(0, 1) that hold tokens: sequence and position are [N] int64, the result too."""
-    pages = page_table[sequence, position // page_size].long()
-    return pages * page_size + position % page_size
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

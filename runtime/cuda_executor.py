@@ -20,7 +20,7 @@ from ..core.errors import EngineError, TargetError
 from ..core.ops.attention import indexable
 from ..core.plugin_registry import plugins
 from ..core.targets.base import CacheShape
-from ..core.targets.cuda.code import MULTIPROCESSORS, read_code
+from ..core.targets.cuda.code import CACHE_LAYOUT, MULTIPROCESSORS, read_code
 from ..core.targets.cuda.program import ContextRows, CudaProgram, DecodeRows, Pages
 from ..core.targets.cuda.target import ACCUMULATIONS
 from ..kernels.errors import DeviceError
@@ -99,6 +99,11 @@ class CudaExecutor(EngineLimits):
                 f"{engine.path}: its kernels were compiled by trtc {engine.trtc_version}, this is {__version__}; "
                 f"build the engine again"
             )
+        if engine.ranks[0].artifacts.get("cache_layout") != CACHE_LAYOUT:
+            raise EngineError(
+                f"{engine.path}: its kernels take a KV cache of another layout than [{CACHE_LAYOUT}]; "
+                f"build the engine again"
+            )
         stage = 0 if group is None else group.rank // engine.build.tp_size
         library = EngineKernels(engine, device, stage)
         if not torch.cuda.is_available():
@@ -160,7 +165,7 @@ class CudaExecutor(EngineLimits):
         return GraphLoop(self._program, sampling, self._device, max_batch_size, pages)
 
     def _allocate(self, shape: CacheShape) -> list[Pages]:
-        size = (self.num_pages, shape.page_size, shape.num_kv_heads, shape.head_dim)
+        size = (self.num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
         dtype = to_torch(shape.dtype)
 
         def zeros() -> torch.Tensor:

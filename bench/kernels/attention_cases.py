@@ -62,7 +62,7 @@ def paged_batch(
     num_pages = sum(pages) + 2
     order = torch.randperm(num_pages, generator=generator, device=device).tolist()
     table = torch.full((len(lengths), max(*pages, 1) + 1), -1, dtype=torch.int32)
-    shape = (num_pages, model.page_size, model.num_kv_heads, model.head_dim)
+    shape = (num_pages, model.num_kv_heads, model.page_size, model.head_dim)
     held = model.cache_dtype or model.dtype
     k_cache, v_cache = (torch.full(shape, nan, device=device).to(held) for _ in range(2))
     taken = 0
@@ -71,10 +71,12 @@ def paged_batch(
         taken += count
         table[i, :count] = torch.tensor(own, dtype=torch.int32)
         for cache in (k_cache, v_cache):
-            rows = torch.randn(past[i], *shape[2:], generator=generator, device=device).to(held)
+            rows = torch.randn(
+                past[i], model.num_kv_heads, model.head_dim, generator=generator, device=device
+            ).to(held)
             for page, start in zip(own, range(0, past[i], model.page_size), strict=False):
                 part = rows[start : start + model.page_size]
-                as_bytes(cache)[page, : len(part)] = as_bytes(part)
+                as_bytes(cache)[page, :, : len(part)] = as_bytes(part).transpose(0, 1)
     num_tokens = sum(new_tokens)
     widths = [model.num_heads * model.head_dim, *[model.num_kv_heads * model.head_dim] * 2]
     fused = torch.randn(num_tokens + padding, sum(widths), generator=generator, device=device).to(model.dtype)

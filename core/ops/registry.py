@@ -63,7 +63,8 @@ class ReferenceContext:
     """State that reference implementations need beyond their inputs."""
 
     kv_cache: Sequence[tuple[Any, Any]] = ()
-    """Per layer, the pages of k and v: each [num_pages, page_size, num_kv_heads, head_dim]."""
+    """Per layer, the pages of k and v: each [num_pages, page_size, num_kv_heads, head_dim], or a view of that shape, as
+    where the heads of a page come first in memory (target cuda)."""
     communicator: Communicator | None = None
 
 

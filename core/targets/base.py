@@ -76,8 +76,11 @@ def get_target(name: str) -> Target:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The KV cache that a graph needs: `layers` pairs of k and v pages [num_pages, page_size, num_kv_heads,
-    head_dim] of `dtype`."""
+    """The KV cache that a graph needs: `layers` pairs of k and v pages of `dtype`.
+
+    A page has head_dim numbers for each of page_size tokens and num_kv_heads heads. Which come first is the target's choice:
+    [num_pages, page_size, num_kv_heads, head_dim] on cpu, [num_pages, num_kv_heads, page_size, head_dim] for the kernels of
+    target cuda, which TensorRT's plugins share."""
 
     layers: int
     num_kv_heads: int

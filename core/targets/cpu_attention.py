@@ -15,7 +15,8 @@ from ..graph import Node
 from ..ops.attention import as_cached, indexable
 
 KVCache = list[tuple[torch.Tensor, torch.Tensor]]
-"""Per layer the pages of k and v, each [num_pages, page_size, num_kv_heads, head_dim]."""
+"""Per layer the pages of k and v, each [num_pages, page_size, num_kv_heads, head_dim]: not as on target cuda, whose pages
+have the tokens of a head together."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ENTRY = "trtc::append_kv"
 SOURCE = KernelSource(Path(__file__).parent / "append_kv.cu", (ENTRY,))
 """The kernel for caches in the dtype of k and v, whatever that is."""
-SIGNATURE = "PPPPPPPiiiiii"
+SIGNATURE = "PPPPPPPiiiiiii"
 THREADS = 256
 PIECE_BYTES = 16
 
@@ -49,7 +49,7 @@ class AppendKv:
         """Copy the new tokens of every sequence to the end of its pages.
 
         k, v:             [num_tokens, num_kv_heads, head_dim]            packed; rows may lie apart
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]  dtype of k, or float8_e4m3fn; written
+        k_cache, v_cache: [num_pages, num_kv_heads, page_size, head_dim]  dtype of k, or float8_e4m3fn; written
         query_start:      [num_seqs + 1] int32  first packed row of each sequence, then the number of rows in use (the
                           rest is padding and is skipped)
         kv_length:        [num_seqs] int32      tokens of each sequence, the new ones included
@@ -66,7 +66,7 @@ class AppendKv:
         elements = PIECE_BYTES // k.element_size()
         kernel(
             *map(pointer, tensors),
-            k.stride(0) // elements, v.stride(0) // elements, k.shape[1] * k.shape[2] // elements,
+            k.stride(0) // elements, v.stride(0) // elements, k.shape[2] // elements, k.shape[1],
             kv_length.shape[0], page_shift(k_cache), page_table.shape[1],
         )  # fmt: skip
 
@@ -91,7 +91,7 @@ def check(
 ) -> None:
     """Raise KernelContractError unless the tensors fit the contract of `AppendKv.__call__`."""
     op, num_seqs = "append_kv", kv_length.shape[0]
-    _, _, num_kv_heads, head_dim = k_cache.shape
+    _, num_kv_heads, _, head_dim = k_cache.shape
     check_cache(op, k_cache, v_cache, num_kv_heads, k)
     sizes = {"num_tokens": k.shape[0], "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     check_rows(op, "k", k, k_cache, k, sizes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..paged import as_bytes, as_stored, cache_slots
+from ..paged import as_bytes, as_stored
 
 
 def append_kv(
@@ -22,8 +22,9 @@ def append_kv(
     sequence = torch.arange(len(lengths), device=k.device).repeat_interleave(lengths)
     token = torch.arange(len(sequence), device=k.device)
     position = kv_length.long()[sequence] - (query_start.long()[sequence + 1] - token)
-    slots = cache_slots(page_table, sequence, position, k_cache.shape[1])
+    page_size = k_cache.shape[2]
+    pages, places = page_table[sequence, position // page_size].long(), position % page_size
     for cache, rows in ((k_cache, k), (v_cache, v)):
         new = as_stored(rows[: len(sequence)], cache).to(cache.dtype)
-        as_bytes(cache).flatten(0, 1)[slots] = as_bytes(new)
+        as_bytes(cache)[pages, :, places] = as_bytes(new)
     return k_cache, v_cache

@@ -49,7 +49,7 @@ class ContextAttention:
 
         q, out:           [num_tokens, num_heads, head_dim]               packed; rows may lie apart
         k, v:             [num_tokens, num_kv_heads, head_dim]            packed, of the new tokens; dtype of q
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]  dtype of q, or float8_e4m3fn, to which new k and v
+        k_cache, v_cache: [num_pages, num_kv_heads, page_size, head_dim]  dtype of q, or float8_e4m3fn, to which new k and v
                           are then rounded before anything is made of them; read for earlier tokens
         query_start:      [num_seqs + 1] int32  first packed row of each sequence, then the number of rows in use (rows
                           after it are padding: their output is not written)
@@ -116,7 +116,7 @@ def check(
     import torch
 
     num_tokens, num_heads = q.shape[:2]
-    num_kv_heads, head_dim = k_cache.shape[2:]
+    num_kv_heads, _, head_dim = k_cache.shape[1:]
     num_seqs = kv_length.shape[0]
     check_cache(OP, k_cache, v_cache, num_heads, q)
     new_rows = {"num_tokens": num_tokens, "num_kv_heads": num_kv_heads, "head_dim": head_dim}

@@ -1,6 +1,7 @@
 // What both context attention kernels share: which query rows a block has, and where tokens lie in the cache.
 #pragma once
 #include "common/fp8.cuh"
+#include "common/paged.cuh"
 #include "common/types.cuh"
 
 namespace trtc {
@@ -59,16 +60,14 @@ __device__ __forceinline__ Block block_of(int slot, const int* query_start, cons
 }
 
 // Rows of one sequence in the paged cache, for one kv head.
+template <int kHeadDim>
 struct CacheRows {
     const int* pages;  // of the sequence
     int page_shift;
-    int token_stride;  // elements
-    int head_offset;
+    HeadRows<kHeadDim> head;
 
     __device__ __forceinline__ long long offset(int position) const {
-        const long long page = pages[position >> page_shift];
-        const long long slot = (page << page_shift) + (position & ((1 << page_shift) - 1));
-        return slot * token_stride + head_offset;
+        return head.offset(pages[position >> page_shift], position);
     }
 };
 

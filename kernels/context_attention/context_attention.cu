@@ -85,8 +85,8 @@ struct Sums<__half, true> {
     }
 };
 
-// q, k, v, out: packed rows, `*_stride` elements apart. k_cache, v_cache: [num_pages, page_size,
-// num_kv_heads, kHeadDim]. query_start: [sequences + 1]; kv_length: [sequences], the new tokens included;
+// q, k, v, out: packed rows, `*_stride` elements apart. k_cache, v_cache: [num_pages, num_kv_heads,
+// page_size, kHeadDim]. query_start: [sequences + 1]; kv_length: [sequences], the new tokens included;
 // page_table: [sequences, pages_per_sequence]. append: also write the new k and v to the cache.
 template <typename T, int kHeadDim, int kRowTiles, int kKeys, bool kHalfAccumulation, typename C = T>
 __global__ void __launch_bounds__(kThreads, kRowTiles == 1 && kHeadDim < 128 && !Eight<T, C>::kRounds ? 3 : 2)
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kThreads, kRowTiles == 1 && kHeadDim < 128 && 
     const Block block = block_of<L::kRows>(blockIdx.y, query_start, kv_length, sequences);
     if (block.sequence < 0) return;
 
-    const CacheRows rows{page_table + static_cast<long long>(block.sequence) * pages_per_sequence, page_shift,
-                         num_kv_heads * kHeadDim, kv_head * kHeadDim};
+    const CacheRows<kHeadDim> rows{page_table + static_cast<long long>(block.sequence) * pages_per_sequence, page_shift,
+                                   HeadRows<kHeadDim>(num_kv_heads, kv_head, page_shift)};
     const uint32 query_area = shared_address(shared);
     const uint32 stages = query_area + L::kRows * L::kRowBytes;
 

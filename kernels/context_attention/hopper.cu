@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kGroups* kGroupThreads, kHeadDim == 64 && kGro
     const Block block = block_of<kRows>(blockIdx.y, query_start, kv_length, sequences);
     if (block.sequence < 0) return;
 
-    const CacheRows rows{page_table + static_cast<long long>(block.sequence) * pages_per_sequence, page_shift,
-                         num_kv_heads * kHeadDim, kv_head * kHeadDim};
+    const CacheRows<kHeadDim> rows{page_table + static_cast<long long>(block.sequence) * pages_per_sequence, page_shift,
+                                   HeadRows<kHeadDim>(num_kv_heads, kv_head, page_shift)};
     const uint32 query_area = shared_address(shared);
     const uint32 stages = query_area + Queries::kBytes;
     const T* const new_q = q + static_cast<long long>(block.first_token) * q_stride + head * kHeadDim;

@@ -61,7 +61,7 @@ struct Append {
     const int* pages;  // of the sequence
     int first;         // position of the tile's first key
     int from, to;
-    int offset;  // element of the head within a token
+    int head_row;  // the first of the head in a page
 };
 
 // Lane m of four gets word m of each: of lane j in value[j].
@@ -135,8 +135,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
         const uint32 place = Keys::offset(own_row, chunk), query_place = Queries::offset(own_row, chunk);
         const uint32 pass_bytes = kPassRows * (chunk < 8 ? Keys::kRowBytes : Keys::kRestBytes);
         const int heads = num_kv_heads * group;
-        const int token_stride = num_kv_heads * kHeadDim;
-        const int page_mask = (1 << page_shift) - 1;
+        const int page_mask = (1 << page_shift) - 1, page_rows = num_kv_heads << page_shift;
         int queries_parity = 1;
         // A tile is appended when it has landed, before its place is taken again: as late as possible.
         constexpr int kLater = kStages - 1;
@@ -144,10 +143,12 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
         if (lane < kStages) own_appends[lane].from = own_appends[lane].to = 0;
         __syncwarp();
 
-        // Element of a token's row in the caches; pages: of the tile from position `first` on, one a lane.
-        const auto cache_offset = [&](int pages, int first, int position) {
-            const long long page = __shfl_sync(~0u, pages, (position >> page_shift) - (first >> page_shift));
-            return ((page << page_shift) + (position & page_mask)) * token_stride;
+        // Element of this thread's piece of a row in the caches; page_starts: the head's first rows in
+        // the pages of the tile from position `first` on, one a lane.
+        const auto cache_offset = [&](uint32 page_starts, int first, int position) {
+            const uint32 start =
+                __shfl_sync(~0u, page_starts, (position >> page_shift) - (first >> page_shift));
+            return static_cast<uint64>(start + (position & page_mask)) * kHeadDim + chunk * 8;
         };
         const auto pages_of = [&](const int* pages, int first, int end) {
             const int index = (first >> page_shift) + lane;
@@ -157,11 +158,11 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
             const Append task = own_appends[where];
             if (task.to <= task.from) return;
             const unsigned char* const source = shared + kRingStart + where * kStageBytes + place;
-            const int pages = pages_of(task.pages, task.first, task.to);
+            const uint32 starts = pages_of(task.pages, task.first, task.to) * page_rows + task.head_row;
 #pragma unroll 2
             for (int i = 0; i < kPasses; ++i) {
                 const int position = task.first + own_row + i * kPassRows;
-                const long long offset = cache_offset(pages, task.first, position) + task.offset + chunk * 8;
+                const uint64 offset = cache_offset(starts, task.first, position);
                 if (!copies || position < task.from || position >= task.to) continue;
                 *reinterpret_cast<uint4*>(k_cache + offset) =
                     *reinterpret_cast<const uint4*>(source + i * pass_bytes);
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
         };
 
         for (int piece = blockIdx.x, turn = 0; piece < pieces; turn ^= 1) {
-            const int head = piece % heads, kv_head = head / group;
+            const int head = piece % heads, kv_head = head / group, head_row = kv_head << page_shift;
             const Block block = block_of<kRows>(piece / heads, query_start, kv_length, sequences);
             if (block.sequence < 0) break;  // surplus slots come last
             int taken = 0;
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
 
             int next_pages = pages_of(pages, 0, block.past);
             for (int tile = 0; tile < tiles; ++tile) {
-                const int own_pages = next_pages;
+                const uint32 page_starts = next_pages * page_rows + head_row;
                 next_pages = pages_of(pages, (tile + 1) * kKeys, block.past);
                 barrier_wait(shared_address(empty + stage), parity ^ 1);
                 const int first = tile * kKeys;
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
                     for (int i = 0; i < kPasses; ++i) {
                         const int position = first + own_row + i * kPassRows;
                         const bool wanted = position < end, is_past = position < block.past;
-                        const long long offset = cache_offset(own_pages, first, position) + head_offset;
+                        const uint64 offset = cache_offset(page_starts, first, position);
                         if (copies) {
                             const T* const k_from = is_past ? k_cache + offset : wanted ? k_row : k;
                             const T* const v_from = is_past ? v_cache + offset : wanted ? v_row : v;
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kGroups == 1 ? 
                 __syncwarp();
                 if (lane == 0)
                     own_appends[stage] = {pages, first, block.past + block.first_row, min(append_to, first + kKeys),
-                                          kv_head * kHeadDim};
+                                          head_row};
                 advance();
                 copy_async_wait<kLater>();
                 append_tile(stage);

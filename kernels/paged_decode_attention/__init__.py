@@ -29,7 +29,7 @@ class PagedDecodeAttention:
 
     def plan(self, num_seqs: int, num_heads: int, k_cache: torch.Tensor, max_kv_length: int) -> DecodePlan:
         """`choose_plan` for this GPU; its `workspace_bytes` say what `__call__` needs."""
-        _, _, num_kv_heads, head_dim = k_cache.shape
+        _, num_kv_heads, _, head_dim = k_cache.shape
         return choose_plan(
             num_seqs, num_heads, num_kv_heads, head_dim, max_kv_length, fp8_cache=is_fp8(k_cache),
             capability=self._library.capability, multiprocessors=self._library.multiprocessors,
@@ -57,7 +57,7 @@ class PagedDecodeAttention:
 
         q, out:           [num_seqs, num_heads, head_dim]                  rows may lie apart (a fused qkv buffer)
         k, v:             [num_seqs, num_kv_heads, head_dim]               the new token's; dtype of q
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim]   dtype of q, or float8_e4m3fn; the new row is written,
+        k_cache, v_cache: [num_pages, num_kv_heads, page_size, head_dim]   dtype of q, or float8_e4m3fn; the new row is written,
                           and seen as the cache holds it
         page_table:       [num_seqs, pages_per_seq] int32                  -1 where unused
         kv_length:        [num_seqs] int32   the new token included; 0 marks an unused row, whose output becomes 0
@@ -109,7 +109,7 @@ def check(
     import torch
 
     num_seqs, num_heads = q.shape[:2]
-    num_kv_heads, head_dim = k_cache.shape[2:]
+    num_kv_heads, _, head_dim = k_cache.shape[1:]
     check_cache(OP, k_cache, v_cache, num_heads, q)
     new_rows = {"num_seqs": num_seqs, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     rows = {"num_seqs": num_seqs, "num_heads": num_heads, "head_dim": head_dim}

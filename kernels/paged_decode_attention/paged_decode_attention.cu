@@ -22,6 +22,7 @@
 #include "common/async.cuh"
 #include "common/cluster.cuh"
 #include "common/fp8.cuh"
+#include "common/paged.cuh"
 #include "common/softmax_tiles.cuh"
 #include "common/tensor_copy.cuh"
 
@@ -205,8 +206,8 @@ __device__ __forceinline__ void combine(int parts, int heads, int head, int dim,
     }
 }
 
-// q, k, v, out: rows per sequence, `*_stride` elements apart. k_cache, v_cache: [num_pages, page_size,
-// num_kv_heads, kHeadDim]. page_table: [sequences, pages_per_sequence]. kv_length: the new token included; 0
+// q, k, v, out: rows per sequence, `*_stride` elements apart. k_cache, v_cache: [num_pages, num_kv_heads,
+// page_size, kHeadDim]. page_table: [sequences, pages_per_sequence]. kv_length: the new token included; 0
 // marks an unused row, whose output is set to zero and whose q, k, v are not read. partial: [grid x * grid y,
 // splits, part_floats(heads)], counters: [grid x * grid y], zero before the first launch and after each; both
 // only used without kCluster and with splits > 1. early: kv_length, page_table and the cached rows of earlier
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     }
     if (!early) wait_for_predecessors();
 
-    // Tile `index` of this warp. A tile never crosses a page.
+    // Tile `index` of this warp. A tile never crosses a page, so that it is one piece of memory.
     const auto tile_at = [&](int index) { return (index * splits + split) * kWarps + warp; };
     const int* const pages = page_table + static_cast<long long>(sequence) * pages_per_sequence;
     const auto page_of = [&](int index) {
@@ -266,29 +267,26 @@ __global__ void __launch_bounds__(kWarps * 32)
     }
     const int tiles = (length + kTile - 1) / kTile;
     const int own_tiles = max(0, (tiles - tile_at(0) + splits * kWarps - 1) / (splits * kWarps));
-    const int token_stride = num_kv_heads * kHeadDim;
+    const HeadRows<kHeadDim> rows(num_kv_heads, kv_head, page_shift);
     const uint32 stages = shared_address(shared) + warp * (kStages * L::kStageBytes);
 
     const auto fetch = [&](int index) {
         if (index < own_tiles) {
             if (index > 0 && (index & 31) == 0) page_ids = page_of(index + lane);
-            const long long page = __shfl_sync(~0u, page_ids, index & 31);
+            const int page = __shfl_sync(~0u, page_ids, index & 31);
             const int start = tile_at(index) * kTile;
-            const long long slot = (page << page_shift) + (start & ((1 << page_shift) - 1));
-            const long long offset = slot * token_stride + kv_head * kHeadDim;
-            const int cached = length - 1 - start;  // the new token is not in the cache yet
+            const long long offset = rows.offset(page, start) + lane * L::kPiece;
+            // From this lane's first piece on; the new token is not in the cache yet.
+            const int cached = (length - 1 - start) * L::kChunks - lane;
             const uint32 stage = stages + (index % kStages) * L::kStageBytes;
 #pragma unroll
             for (int i = 0; i < L::kCopies; ++i) {
                 const int piece = lane + 32 * i;
                 if (kTile * L::kChunks % 32 != 0 && piece >= kTile * L::kChunks) break;
-                const int token = piece / L::kChunks;
-                const int chunk = piece % L::kChunks;
-                const long long source = offset + token * token_stride + chunk * L::kPiece;
-                const uint32 target = stage + token * L::kRowBytes + chunk * 16;
-                // Whole lines: a row that ends inside one shares it with the next head's block.
-                stream_async_16(target, k_cache + source, token < cached);
-                stream_async_16(target + L::kTileBytes, v_cache + source, token < cached);
+                const long long source = offset + i * 32 * L::kPiece;
+                const uint32 target = stage + piece / L::kChunks * L::kRowBytes + piece % L::kChunks * 16;
+                stream_async_16(target, k_cache + source, 32 * i < cached);
+                stream_async_16(target + L::kTileBytes, v_cache + source, 32 * i < cached);
             }
         }
         copy_async_commit();
@@ -321,10 +319,8 @@ __global__ void __launch_bounds__(kWarps * 32)
         fresh = NewPiece::store(__ldcg(reinterpret_cast<const uint4*>(source)));
         if (first_in_group == 0) {
             const int position = length - 1;
-            const long long page = pages[position >> page_shift];
-            const long long slot = (page << page_shift) + (position & ((1 << page_shift) - 1));
             C* const target =
-                (is_k ? k_cache : v_cache) + slot * token_stride + kv_head * kHeadDim + chunk * 8;
+                (is_k ? k_cache : v_cache) + rows.offset(pages[position >> page_shift], position) + chunk * 8;
             *reinterpret_cast<typename NewPiece::Stored*>(target) = fresh;
         }
     }

@@ -110,13 +110,12 @@ def choose_plan(
     blocks = num_seqs * num_kv_heads * head_blocks
     tiles = -(-max_kv_length // TILE)
     # Measured on an H200: a third stage pays where blocks are too few to fill the GPU, unless a sequence's cluster of
-    # blocks would then not fit beside others; where they come in many waves, so that it does not matter how many blocks of
-    # the last one find a place; and where rows are not whole 128-byte lines.
+    # blocks would then not fit beside others; and where they come in many waves, so that it does not matter how many blocks
+    # of the last one find a place.
     fills_partly = multiprocessors // 2 <= blocks < 4 * multiprocessors
     many_waves = blocks >= MANY_BLOCKS * multiprocessors
-    uneven_rows = head_dim % 64 != 0 and blocks >= multiprocessors // 2
     few, many = FP8_WARPS_AND_STAGES if fp8_cache else WARPS_AND_STAGES
-    warps, stages = many if fills_partly or many_waves or uneven_rows else few
+    warps, stages = many if fills_partly or many_waves else few
     wanted = max(1, min(WARPS_PER_MULTIPROCESSOR * multiprocessors // (warps * blocks), -(-tiles // warps)))
     # A cluster combines faster than the workspace, but with fewer splits: worth it unless most of the GPU stays idle.
     cluster = capability >= 90 and (wanted <= MAX_CLUSTER or 2 * blocks * MAX_CLUSTER >= multiprocessors)

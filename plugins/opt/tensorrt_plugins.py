@@ -41,9 +41,10 @@ def _add_attention(
 ) -> Sequence[Any]:
     """The plugin layer, and the network's inputs and outputs for the pages of this layer's cache."""
     q, k, v, query_start, kv_length, page_table = inputs
-    names, shape = CacheNames.of_layer(node.attrs["layer"]), (-1, page_size, *tuple(k.shape)[1:])
+    _, num_kv_heads, head_dim = k.shape
+    names, shape = CacheNames.of_layer(node.attrs["layer"]), (-1, num_kv_heads, page_size, head_dim)
     caches = [network.add_input(name, k.dtype, shape) for name in (names.key, names.value)]
-    _check(node, q, num_kv_heads=k.shape[1], page_size=page_size, accumulation=accumulation)
+    _check(node, q, num_kv_heads=num_kv_heads, page_size=page_size, accumulation=accumulation)
     layer = network.add_plugin(
         define().paged_attention(
             q, k, v, *caches, query_start, kv_length, page_table,
@@ -125,7 +126,7 @@ def define() -> Any:
     ) -> Answer:  # fmt: skip
         launch = paged_attention(
             dtype=dtype(q), head_dim=size(q, 2), num_heads=size(q, 1), num_kv_heads=size(k, 1),
-            page_size=size(k_cache, 1), scale=scale, accumulation=accumulation, num_tokens=q.shape_expr[0],
+            page_size=size(k_cache, 2), scale=scale, accumulation=accumulation, num_tokens=q.shape_expr[0],
             num_seqs=kv_length.shape_expr[0], pages_per_seq=page_table.shape_expr[1],
         )  # fmt: skip
         return told(launch, arch)

@@ -30,8 +30,8 @@ def test_reference_places_each_token_by_its_page() -> None:
     for i, (new, past) in enumerate(zip(NEW, PAST, strict=True)):
         for position in range(past, past + new):
             page = int(batch.page_table[i, position // MODEL.page_size])
-            k_wanted[page, position % MODEL.page_size] = batch.k[row]
-            v_wanted[page, position % MODEL.page_size] = batch.v[row]
+            k_wanted[page, :, position % MODEL.page_size] = batch.k[row]
+            v_wanted[page, :, position % MODEL.page_size] = batch.v[row]
             row += 1
     assert torch.equal(k_cache.nan_to_num(9), k_wanted.nan_to_num(9))
     assert torch.equal(v_cache.nan_to_num(9), v_wanted.nan_to_num(9))
@@ -46,7 +46,7 @@ def test_reference_rounds_to_an_fp8_cache() -> None:
     page = int(batch.page_table[0, 0])
     assert k_cache.dtype is torch.float8_e4m3fn
     assert k_cache[page, 0, 0, :4].float().tolist() == [448.0, -448.0, 0.1015625, 0.0]
-    assert torch.equal(v_cache[page, :2].float(), batch.v.to(torch.float8_e4m3fn).float())
+    assert torch.equal(v_cache[page, :, :2].float().transpose(0, 1), batch.v.to(torch.float8_e4m3fn).float())
 
 
 def test_contract_takes_an_fp8_cache_for_16_bit_rows() -> None:

@@ -143,7 +143,7 @@ def test_contract_names_what_does_not_fit(changes: dict[str, object], message: s
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((4, 8, 2, 64), "page_size 8"), ((4, 16, 2, 72), "head_dim 72")]
+    ("shape", "message"), [((4, 2, 8, 64), "page_size 8"), ((4, 2, 16, 72), "head_dim 72")]
 )
 def test_contract_names_accepted_sizes(shape: tuple[int, ...], message: str) -> None:
     """Oracle: the contract: page sizes and head_dims that have kernels."""

@@ -57,7 +57,7 @@ def run_attention(layer: PluginLayer, *tensors: torch.Tensor) -> list[torch.Tens
     launch = layer.launch([tuple(t.shape) for t in tensors])
     sequences, kv_heads, group, shift, pages, bits = launch.scalars
     assert (sequences, pages) == tuple(page_table.shape)
-    assert (kv_heads, kv_heads * group, 1 << shift) == (k.shape[1], q.shape[1], k_cache.shape[1])
+    assert (kv_heads, kv_heads * group, 1 << shift) == (k.shape[1], q.shape[1], k_cache.shape[2])
     (scale_log2,) = struct.unpack("=f", struct.pack("=i", bits))
     blocks = sum(-(-n // 64) for n in query_start.diff().tolist())
     assert launch.grid[0] == q.shape[1] and launch.grid[1] >= blocks, (
@@ -127,7 +127,7 @@ def test_definition(flavour: Flavour, opt_checkpoint: Checkpoints) -> None:
         (-1, 4, 64),
         "HALF",
     )
-    assert (k_cache.name, tuple(k_cache.shape)) == ("k_cache.1.updated", (-1, PAGE_SIZE, 4, 64))
+    assert (k_cache.name, tuple(k_cache.shape)) == ("k_cache.1.updated", (-1, 4, PAGE_SIZE, 64))
     assert v_cache.name == "v_cache.1.updated"
     assert [layers[1].plugin.get_aliased_input(i) for i in range(3)] == [-1, 3, 4]
     named = {t.name: tuple(t.shape) for t in network.definition.network_inputs}

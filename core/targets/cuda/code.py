@@ -59,6 +59,8 @@ MULTIPROCESSORS: Mapping[str, tuple[int, ...]] = {
 Which kernel serves a shape depends on the number of multiprocessors. A GPU with another number runs the plans of these.
 """
 
+CACHE_LAYOUT = "num_pages, num_kv_heads, page_size, head_dim"
+"""Axes of the KV cache that kernels compiled by this code take, as an engine says it; engines with others are refused."""
 MAX_DECODE_BUCKET = 1024
 VERIFY_ROWS = 32
 """Tokens that are verified in one step, whatever the batch size."""

@@ -28,7 +28,7 @@ from .sums import Sums
 from .variants import decode_graph, prefill_graph, rank_graph
 
 Pages = tuple[torch.Tensor, torch.Tensor]
-"""k and v of one layer, each [num_pages, page_size, num_kv_heads, head_dim], in the model's dtype or float8_e4m3fn."""
+"""k and v of one layer, each [num_pages, num_kv_heads, page_size, head_dim], in the model's dtype or float8_e4m3fn."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,8 @@ class CudaProgram:
 
     def _attention_kernel(self, node: Node) -> Kernel:
         layer, scale = node.attrs["layer"], node.attrs["scale"]
-        unfused = partial(get_op("attention").reference, ReferenceContext(self._cache), node.attrs)
+        by_token = [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in self._cache]
+        unfused = partial(get_op("attention").reference, ReferenceContext(by_token), node.attrs)
 
         def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

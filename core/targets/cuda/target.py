@@ -16,6 +16,7 @@ from ...quantize.scheme import KINDS
 from ..base import CacheShape, Capabilities
 from .code import (
     ARCHITECTURES,
+    CACHE_LAYOUT,
     MAX_DECODE_BUCKET,
     check_sizes,
     check_supported,
@@ -82,7 +83,7 @@ class CudaTarget:
             sources = kernel_sources(graph, shape, build.max_batch_size, arch, logits_dtype(graph).value)
             # All ranks of a stage run the same kernels.
             code[arch] = write_code(sources, arch, directory, stage) if member == 0 else []
-        return {"code": code, "context_fmha": options["context_fmha"]}
+        return {"code": code, "context_fmha": options["context_fmha"], "cache_layout": CACHE_LAYOUT}
 
 
 TARGET = CudaTarget()

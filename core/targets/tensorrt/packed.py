@@ -2,7 +2,7 @@
 
     token_ids, positions [T], query_start [B+1], kv_length [B], page_table [B, P], logits_index [R]   int32
 
-The plugin's lowering adds the caches, k_cache.{i} and v_cache.{i} [num_pages, page_size, kv_heads, head_dim].
+The plugin's lowering adds the caches, k_cache.{i} and v_cache.{i} [num_pages, kv_heads, page_size, head_dim].
 """
 
 from __future__ import annotations

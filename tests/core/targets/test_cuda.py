@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from trtc.core.build import build_engine, plan
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
-from trtc.core.errors import BuildError, ConfigError, TargetError
+from trtc.core.errors import BuildError, ConfigError, EngineError, TargetError
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext, get_op
@@ -30,12 +31,18 @@ from trtc.core.targets.cuda.code import (
     read_code,
     verify_buckets,
 )
-from trtc.core.targets.cuda.program import CudaProgram, DecodeRows, _quantized_for_kernels, narrow_logits
+from trtc.core.targets.cuda.program import (
+    ContextRows,
+    CudaProgram,
+    DecodeRows,
+    _quantized_for_kernels,
+    narrow_logits,
+)
 from trtc.core.targets.cuda.variants import decode_graph, prefill_graph
 from trtc.kernels.append_kv.reference import append_kv
 from trtc.kernels.library import KernelLibrary
 from trtc.kernels.paged_decode_attention.reference import paged_decode_attention
-from trtc.runtime.load import load_executor
+from trtc.runtime.load import executor_of, load_executor
 from trtc.tests.asymmetric import with_zeros
 from trtc.tests.opt_models import BUILD, CUDA_VARIANTS, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import PagedSequences, filled_cache
@@ -158,8 +165,8 @@ def test_rows_of_one_sequence_attend_as_a_chunk_does() -> None:
     random = torch.Generator().manual_seed(5)
     sequences = PagedSequences(16, 32)
 
-    pages = [torch.full((32, 16, 2, 64), float("nan"), dtype=torch.float64) for _ in range(4)]
-    ours, expected = tuple(pages[:2]), tuple(pages[2:])
+    ours = tuple(torch.full((32, 2, 16, 64), float("nan"), dtype=torch.float64) for _ in range(2))
+    expected = tuple(torch.full((32, 16, 2, 64), float("nan"), dtype=torch.float64) for _ in range(2))
 
     def append(
         k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *place: torch.Tensor
@@ -204,6 +211,33 @@ def test_rows_of_one_sequence_attend_as_a_chunk_does() -> None:
         assert max_error(out[:count], chunks) <= FLOAT64_ABS
 
 
+@pytest.mark.parametrize("cached", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_unfused_attention_writes_into_the_pages_of_the_kernels(cached: torch.dtype) -> None:
+    """Oracle: the op's reference over pages of its own, token by token; slots that nobody wrote hold NaN in both."""
+    random = torch.Generator().manual_seed(6)
+    sequences = PagedSequences(16, 8)
+    ours = tuple(torch.full((8, 2, 16, 64), float("nan")).to(cached) for _ in range(2))
+    expected = tuple(torch.full((8, 16, 2, 64), float("nan")).to(cached) for _ in range(2))
+    attrs = {"layer": 0, "scale": 0.125}
+    if cached is torch.float8_e4m3fn:
+        attrs["cache_dtype"] = "float8_e4m3fn"
+    program: Any = object.__new__(CudaProgram)
+    program._cache, program._accumulation, program._decode_rows = [ours], "unfused", None
+    attention = program._attention_kernel(SimpleNamespace(attrs=attrs))
+    for work in ({"a": [0] * 20, "b": [0] * 3}, {"b": [0] * 30, "a": [0] * 2}):
+        step = sequences.step(work)
+        count = len(step["token_ids"])
+        q = torch.randn(count, 4, 64, generator=random, dtype=torch.float64)
+        k, v = (torch.randn(count, 2, 64, generator=random, dtype=torch.float64) for _ in range(2))
+        starts = (step["query_start"], step["kv_length"], step["page_table"])
+        program._context_rows = ContextRows(*starts)
+        wanted = get_op("attention").reference(ReferenceContext([expected]), attrs, q, k, v, *starts)
+        assert torch.equal(attention(q, k, v), wanted)
+    for held, other in zip(ours, expected, strict=True):
+        found, other = held.transpose(1, 2).float(), other.float()
+        assert torch.equal(found.nan_to_num(7.0), other.nan_to_num(7.0)) and bool(found.isfinite().any())
+
+
 @pytest.mark.parametrize("how", [None, INT8, INT4, ZEROS], ids=str)
 def test_engine_carries_its_kernels(how: WeightFormat | None, tmp_path: Path) -> None:
     """Every kernel the program can ask for is in the engine: entries compare equal with the sources asked for."""
@@ -235,6 +269,19 @@ def test_engine_carries_its_kernels(how: WeightFormat | None, tmp_path: Path) ->
     for compiled in code.values():
         assert compiled.cubin.startswith(b"\x7fELF")
         assert all(use.spill_store_bytes == use.spill_load_bytes == 0 for use in compiled.resources.values())
+
+
+def test_an_engine_whose_kernels_have_another_cache_layout_is_refused(tmp_path: Path) -> None:
+    """As built before the heads of a page came first: its description says nothing of it."""
+    engine = Engine.open(
+        checkpoint("cuda_pre_norm", tmp_path).build(tmp_path / "engine", dtype=DType.FLOAT16, **CUDA)
+    )
+    (part,) = engine.ranks
+    artifacts = {name: value for name, value in part.artifacts.items() if name != "cache_layout"}
+    old = dataclasses.replace(engine, ranks=(dataclasses.replace(part, artifacts=artifacts),))
+    with pytest.raises(EngineError, match=r"KV cache of another layout.*build the engine again") as caught:
+        executor_of(old)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

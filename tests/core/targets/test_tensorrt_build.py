@@ -171,7 +171,7 @@ def test_shapes_of_a_network_over_pages() -> None:
         "kv_length": ((-1,), [(1,), (4,), (4,)], [(1,), (4,), (4,)]),
         "logits_index": ((-1,), [(1,), (4,), (4,)], [(1,), (4,), (4,)]),
         "page_table": ((-1, -1), [(1, 1), (4, 5), (4, 5)], [(1, 1), (4, 5), (4, 5)]),
-        "k_cache.0": ((-1, 16, 2, 64), [(1, 16, 2, 64), *[(20, 16, 2, 64)] * 2], [(1, 16, 2, 64), *[(20, 16, 2, 64)] * 2]),
+        "k_cache.0": ((-1, 2, 16, 64), [(1, 2, 16, 64), *[(20, 2, 16, 64)] * 2], [(1, 2, 16, 64), *[(20, 2, 16, 64)] * 2]),
     }  # fmt: skip
     for name, (declared, *expected) in ends.items():
         tensor = SimpleNamespace(name=name, shape=declared)
