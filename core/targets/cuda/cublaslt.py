@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ....kernels.errors import DeviceError
+from ....kernels.launch import current_stream
 from .epilogue import finished
 
 WORKSPACE_BYTES = 32 << 20
@@ -103,7 +104,8 @@ class CublasLt:
 
     def __init__(self) -> None:
         self._plans: dict[_Key, _Plan] = {}
-        self._one, self._zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        self._one, self._zero = ctypes.byref(one), ctypes.byref(zero)
         self._workspace: torch.Tensor | None = None
 
     def linear(
@@ -154,10 +156,10 @@ class CublasLt:
         factor = self._zero if residual is None else self._one
         self._call(
             "cublasLtMatmul", self._handle, plan.operation,
-            ctypes.byref(self._one), places[0], plan.weight, places[1], plan.x,
-            ctypes.byref(factor), places[2], plan.y, places[3], plan.y,
+            self._one, places[0], plan.weight, places[1], plan.x,
+            factor, places[2], plan.y, places[3], plan.y,
             ctypes.byref(plan.proposal), self._workspace.data_ptr(), WORKSPACE_BYTES,
-            torch.cuda.current_stream(x.device).cuda_stream,
+            current_stream(),
         )  # fmt: skip
         return out
 
