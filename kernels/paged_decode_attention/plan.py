@@ -111,9 +111,9 @@ def choose_plan(
     tiles = -(-max_kv_length // TILE)
     # Measured on an H200: a third stage pays where blocks are too few to fill the GPU, unless a sequence's cluster of
     # blocks would then not fit beside others; and where they come in many waves, so that it does not matter how many blocks
-    # of the last one find a place.
+    # of the last one find a place. Over e4m3 numbers it does matter: six stages leave room for too few.
     fills_partly = multiprocessors // 2 <= blocks < 4 * multiprocessors
-    many_waves = blocks >= MANY_BLOCKS * multiprocessors
+    many_waves = blocks >= MANY_BLOCKS * multiprocessors and not fp8_cache
     few, many = FP8_WARPS_AND_STAGES if fp8_cache else WARPS_AND_STAGES
     warps, stages = many if fills_partly or many_waves else few
     wanted = max(1, min(WARPS_PER_MULTIPROCESSOR * multiprocessors // (warps * blocks), -(-tiles // warps)))

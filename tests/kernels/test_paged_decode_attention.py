@@ -107,6 +107,8 @@ def arguments(plan: DecodePlan | None = None) -> dict[str, object]:
 def test_a_third_stage_where_blocks_come_in_many_waves() -> None:
     stages = [choose_plan(rows, 32, 32, 64, 1024).stages for rows in (8, 48, 64, 512)]
     assert stages == [3, 2, 3, 3]
+    assert [choose_plan(rows, 32, 32, 80, 1024).stages for rows in (8, 20, 64)] == [3, 2, 3]
+    assert [choose_plan(rows, 32, 32, 64, 1024, fp8_cache=True).stages for rows in (8, 64)] == [6, 4]
 
 
 def test_contract_accepts_slices_of_a_fused_buffer() -> None:
@@ -154,7 +156,7 @@ def test_contract_names_accepted_sizes(shape: tuple[int, ...], message: str) -> 
 
 def test_plan_of_an_fp8_cache_has_as_many_bytes_on_their_way() -> None:
     """Oracle: the arithmetic: half the bytes a tile, twice the tiles; only the padding of rows differs."""
-    for batch in ((64, 32, 32, 128, 1024), (4, 12, 12, 80, 300)):
+    for batch in ((48, 32, 32, 128, 1024), (8, 32, 32, 64, 576), (4, 12, 12, 80, 300)):
         half, fp8 = choose_plan(*batch), choose_plan(*batch, fp8_cache=True)
         assert fp8.stages == 2 * half.stages
         assert fp8.splits == half.splits and fp8.entry("__half").endswith("trtc::E4m3>")
