@@ -320,6 +320,16 @@ class CudaExecutor(EngineLimits):
         """See `DecodeLoop.loop_load`."""
         self._loop.load(token_ids, kv_length, page_table)
 
+    # ---- LoopBehindSteps
+
+    def loop_load_behind(
+        self, token_ids: Int32Array, source: Int32Array, kv_length: Int32Array, page_table: Int32Array
+    ) -> None:
+        """See `LoopBehindSteps.loop_load_behind`."""
+        before = self._take_over(source)
+        self._loop.load(token_ids, kv_length, page_table)
+        self._loop.set_tokens(before)
+
     def loop_enqueue(self, count: int) -> Ticket:
         """See `DecodeLoop.loop_enqueue`."""
         with self._watched():

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from .executor import DecodeLoop
+from .batch import Batch
+from .executor import DecodeLoop, LoopBehindSteps
 from .request import Request, RequestStatus
 from .scheduler import Scheduler
 from .step_input import StepInput
+from .step_queue import StepQueue
 
 HORIZONS = (128, 32, 8)
 """Tokens for which pages are reserved at a start; the first for which there are enough."""
@@ -50,6 +52,7 @@ class DecodeAhead:
         """clock: seconds, by which steps are timed. step_by_step: whether a `StepQueue` can do instead, in a crowd."""
         self._step_by_step = step_by_step
         self._loop, self._scheduler, self._clock = loop, scheduler, clock
+        self._behind = loop if isinstance(loop, LoopBehindSteps) else None
         self._requests: list[Request] = []
         self._rows: list[int] = []
         """Of `_requests`: those that still run, as far as was noticed; `_running` are their requests."""
@@ -69,6 +72,26 @@ class DecodeAhead:
     def ready(self) -> bool:
         """Whether `steps` has something to give: steps are under way, or could be started now."""
         return bool(self._flights) or self._start()
+
+    def start_behind(self, queue: StepQueue) -> None:
+        """Starts steps behind the one that `queue` has under way, if that can be done before its tokens are known.
+
+        The caller then collects that step, and calls `followed`, or `drop` where it has failed.
+        """
+        assert not self._flights, "steps are under way"
+        if self._behind is not None:
+            self._start(queue)
+
+    def followed(self) -> None:
+        """The step before those under way has ended just now: theirs is the time from here on."""
+        self._last_collected = self._clock()
+
+    def drop(self) -> None:
+        """Lets the steps under way run to their end and forgets them: nothing has been computed."""
+        flights, self._flights = self._flights, deque()
+        self._requests, self._rows, self._running, self._left = [], [], [], 0
+        for flight in flights:
+            self._loop.loop_collect(flight.ticket)
 
     def steps(self) -> Iterator[tuple[list[Request], list[int]]]:
         """The steps of the oldest burst: for each the requests that still run and their new tokens.
@@ -93,27 +116,39 @@ class DecodeAhead:
             return False
         return scheduler.only_decodes() and all(request.params.plain_greedy for request in scheduler.running)
 
-    def _start(self) -> bool:
+    def _start(self, queue: StepQueue | None = None) -> bool:
+        """queue: behind its last step, after which nothing is computed for those that get their last token from it."""
         scheduler = self._scheduler
         if not self.suits():
             return False
-        looking = [(r.lookup, r.token_ids) for r in scheduler.running if r.lookup is not None]
-        if looking and scheduler.drafting.pays(looking, len(scheduler.running)):
+        requests = [request for request in scheduler.running if scheduler.tokens_left(request)]
+        looking = [(r.lookup, r.token_ids) for r in requests if r.lookup is not None]
+        if looking and scheduler.drafting.pays(looking, len(requests)):
             return False
         hold = scheduler.drafting.hold if looking else HORIZONS[0]
         horizons = (hold, *(count for count in HORIZONS if count < hold))
-        horizon = next((count for count in self._within(horizons) if scheduler.reserve(count)), 0)
+        counts = self._within(horizons, requests)
+        horizon = next((count for count in counts if scheduler.reserve(count)), 0)
         if not horizon:
             return False
-        self._requests = list(scheduler.running)
+        self._requests = requests
         self._rows, self._running = list(range(len(self._requests))), self._requests
         self._num_stopped = scheduler.num_stopped
-        step = StepInput.from_batch(scheduler.decode_batch(self._requests))
-        self._loop.loop_load(step.token_ids, step.kv_length, step.page_table)
+        batch = scheduler.decode_batch(self._requests)
+        self._load(batch, queue)
         self._left = horizon
         self._last_collected = self._clock()
         self._enqueue()
         return True
+
+    def _load(self, batch: Batch, queue: StepQueue | None) -> None:
+        step = StepInput.from_batch(batch)
+        source = None if queue is None else queue.source(batch, step)
+        if source is None:
+            self._loop.loop_load(step.token_ids, step.kv_length, step.page_table)
+        else:
+            assert self._behind is not None
+            self._behind.loop_load_behind(step.token_ids, source, step.kv_length, step.page_table)
 
     def _rest(self) -> None:
         """Lets the rows rest whose requests have ended since the last look."""
@@ -121,15 +156,17 @@ class DecodeAhead:
             return
         self._num_stopped = self._scheduler.num_stopped
         running = {row for row in self._rows if self._requests[row].status is RequestStatus.RUNNING}
+        if len(running) == len(self._rows):  # who has ended was none of these
+            return
         self._loop.loop_rest([row for row in self._rows if row not in running])
         self._rows = [row for row in self._rows if row in running]
         self._running = [self._requests[row] for row in self._rows]
 
-    def _within(self, horizons: Sequence[int]) -> Iterator[int]:
+    def _within(self, horizons: Sequence[int], requests: Sequence[Request]) -> Iterator[int]:
         """Numbers of steps to try: no more than until the last sequence ends, as far as lengths tell; the first one, where
         somebody waits for its place and for the pages that the others would get for nothing."""
-        lengths = map(self._scheduler.tokens_left, self._scheduler.running)
-        limit = min(lengths) if self._scheduler.waiting else max(lengths)
+        lengths = [self._scheduler.tokens_left(request) for request in requests]
+        limit = (min if self._scheduler.waiting else max)(lengths, default=0)
         for count in horizons:
             yield min(count, limit)
 

@@ -301,14 +301,23 @@ class EngineCore:
         return list(changed.values())
 
     def _step_queued(self, queue: StepQueue) -> list[Group]:
-        """Takes the tokens of the step that is under way, once the next one is too, if that can be planned already."""
-        in_bursts = self._ahead is not None and self._ahead.suits()
-        if not in_bursts and self.scheduler.can_plan_ahead():
+        """Takes the tokens of the step that is under way, once what comes next is too, if that can be planned already."""
+        ahead = self._ahead if self._ahead is not None and self._ahead.suits() else None
+        if ahead is not None:
+            ahead.start_behind(queue)
+        elif self.scheduler.can_plan_ahead():
             batch = self.scheduler.schedule()
             if queue.takes(batch):
                 queue.start(batch)
                 self.num_steps += 1
-        entered = queue.finish()
+        try:
+            entered = queue.finish()
+        except BaseException:
+            if ahead is not None:
+                ahead.drop()
+            raise
+        if ahead is not None:
+            ahead.followed()
         if self.tokenizer is not None:
             for request, token_id in entered:
                 self._extend_text(request, token_id)

@@ -141,3 +141,17 @@ class DecodeLoop(Protocol):
 
     def loop_collect(self, ticket: Any) -> Int32Array:
         """Waits for the steps of a ticket; returns the tokens they chose, [count, B]."""
+
+
+@runtime_checkable
+class LoopBehindSteps(Protocol):
+    """What a `StepStarter` with a `DecodeLoop` offers beyond both when the loop can go on from a step that is under way."""
+
+    def loop_load_behind(
+        self, token_ids: Int32Array, source: Int32Array, kv_length: Int32Array, page_table: Int32Array
+    ) -> None:
+        """As `DecodeLoop.loop_load`, behind the step that was started last: where `source`, [B], is not negative, the token is
+        the one chosen in that row of that step, and the one in token_ids means nothing.
+
+        That step's ticket is collected before those of the loop.
+        """

@@ -16,7 +16,7 @@ from .batch import Batch
 from .executor import StepStarter, token_list
 from .request import Request
 from .scheduler import Scheduler
-from .step_input import StepInput
+from .step_input import Int32Array, StepInput
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,20 @@ class StepQueue:
     def start(self, batch: Batch) -> None:
         """Starts a step that `takes` accepts."""
         step = StepInput.from_batch(batch)
-        rows = self._rows_to_come()
-        unknown = np.flatnonzero(step.token_ids < 0)
-        source = None
-        if len(unknown):
-            source = np.full(len(step.token_ids), -1, np.int32)
-            parts = [part.request for part in batch.scheduled if part.request.num_pending]
-            source[unknown] = [rows[request] for request in parts]
+        source = self.source(batch, step)
         self._flights.append(Flight(batch, self._executor.start_step(step, source)))
         self._scheduler.expect(batch)
+
+    def source(self, batch: Batch, step: StepInput) -> Int32Array | None:
+        """Of each token of `step`, which is made of `batch` and goes behind the step started last: the row of that step that
+        chooses it, -1 where it is known. None: all are known."""
+        unknown = np.flatnonzero(step.token_ids < 0)
+        if not len(unknown):
+            return None
+        rows = self._rows_to_come()
+        source = np.full(len(step.token_ids), -1, np.int32)
+        source[unknown] = [rows[part.request] for part in batch.scheduled if part.request.num_pending]
+        return source
 
     def finish(self) -> list[tuple[Request, int]]:
         """Waits for the oldest step and enters its tokens into the scheduler; returns who got which.

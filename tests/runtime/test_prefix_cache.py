@@ -12,7 +12,7 @@ from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import Int32Array, StepInput
 
 from .test_decode_ahead import LoopToy
-from .test_step_queue import QueueToy
+from .test_step_queue import BehindToy, QueueToy
 from .toy import ToyExecutor, greedy_tokens
 
 PROMPT = list(range(1, 15))  # three full pages of 4, and two tokens
@@ -43,7 +43,7 @@ def right(output: RequestOutput, prompt: list[int]) -> bool:
     return all(completion.token_ids == tokens for completion in output.outputs)
 
 
-@pytest.mark.parametrize("executor", [ToyExecutor, LoopToy, QueueToy])
+@pytest.mark.parametrize("executor", [ToyExecutor, LoopToy, QueueToy, BehindToy])
 @pytest.mark.parametrize(
     ("second", "cached"),
     [

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from hypothesis import strategies as st
 from trtc.core.errors import EngineError, RequestError
 from trtc.runtime.decode_ahead import CROWD
 from trtc.runtime.engine_core import EngineCore
-from trtc.runtime.executor import StepStarter
+from trtc.runtime.executor import LoopBehindSteps, StepStarter
 from trtc.runtime.llm import LLM
+from trtc.runtime.prompt_lookup import PromptLookup
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.step_input import Int32Array, StepInput
 
 from .test_decode_ahead import PROMPTS, LoopToy, Prompt, generate
-from .toy import VOCAB_SIZE, ToyExecutor, greedy_tokens
+from .toy import EOS, VOCAB_SIZE, ToyExecutor, greedy_tokens
 
 
 @dataclass
@@ -64,8 +66,42 @@ class QueueToy(LoopToy):
         super().loop_load(token_ids, kv_length, page_table)
 
 
-def test_the_toy_is_a_step_starter() -> None:
+@dataclass
+class BehindToy(QueueToy):
+    """The toy whose loop may go on from a step that is under way: it takes that step's tokens when they are there."""
+
+    source: Int32Array | None = None
+    loads_behind: int = 0
+    _last: Int32Array = field(default_factory=lambda: np.zeros(64, np.int32))
+
+    def loop_load_behind(
+        self, token_ids: Int32Array, source: Int32Array, kv_length: Int32Array, page_table: Int32Array
+    ) -> None:
+        assert len(self.queued) == 1, "behind which step?"
+        assert ((token_ids < 0) == (source >= 0)).all(), "a token that is known, or one that nobody chooses"
+        LoopToy.loop_load(self, token_ids, kv_length, page_table)
+        self.source = source
+        self.loads_behind += 1
+
+    def loop_collect(self, ticket: int) -> Int32Array:
+        assert not self.queued, "the step before has not been collected"
+        if self.source is not None:
+            token_ids, kv_length, page_table = self._rows
+            self._rows = (
+                np.where(self.source >= 0, self._last.take(self.source, mode="clip"), token_ids),
+                kv_length,
+                page_table,
+            )
+            self.source = None
+        return super().loop_collect(ticket)
+
+
+TOYS = pytest.mark.parametrize("toy", [QueueToy, BehindToy])
+
+
+def test_the_toys_are_what_the_engine_looks_for() -> None:
     assert isinstance(QueueToy(), StepStarter) and not isinstance(LoopToy(), StepStarter)
+    assert isinstance(BehindToy(), LoopBehindSteps) and not isinstance(QueueToy(), LoopBehindSteps)
 
 
 @settings(max_examples=80, deadline=None)
@@ -75,12 +111,13 @@ def test_the_toy_is_a_step_starter() -> None:
     st.integers(2, 6),
     st.sets(st.integers(0, 8), max_size=2),
 )
+@TOYS
 def test_tokens_are_those_of_the_model(
-    prompts: list[Prompt], num_pages: int, max_batch_size: int, cancel: set[int]
+    toy: type[QueueToy], prompts: list[Prompt], num_pages: int, max_batch_size: int, cancel: set[int]
 ) -> None:
     """Any mix of lengths, ends and cancels, with pages plenty or scarce."""
     cancel = {index for index in cancel if index < len(prompts)}
-    results = generate(QueueToy(num_pages=num_pages, max_batch_size=max_batch_size), prompts, cancel)
+    results = generate(toy(num_pages=num_pages, max_batch_size=max_batch_size), prompts, cancel)
     for index, (prompt, max_tokens, ignore_eos) in enumerate(prompts):
         if str(index) in results:
             assert results[str(index)] == greedy_tokens(prompt, max_tokens, ignore_eos=ignore_eos)
@@ -98,6 +135,83 @@ def test_prompts_are_computed_one_behind_the_other() -> None:
         for index, (prompt, max_tokens, _) in enumerate(prompts)
     }
     assert executor.most_queued == 2 and executor.widest == 8
+
+
+def test_the_loop_begins_before_the_last_prompts_have_their_tokens() -> None:
+    """One of three ends with its first token, another is at its length then: nothing of them is kept but that."""
+    pairs = product(range(1, VOCAB_SIZE), repeat=2)
+    ending = next([*pair] for pair in pairs if greedy_tokens(pair, 1) == [EOS])
+    executor = BehindToy()
+    results = generate(executor, [(ending, 9, False), ([5, 6], 1, True), ([7, 8, 9], 20, True)])
+    assert results == {
+        "0": [EOS],
+        "1": greedy_tokens([5, 6], 1),
+        "2": greedy_tokens([7, 8, 9], 20, ignore_eos=True),
+    }
+    assert executor.loads_behind == 1 and executor.loads == 1
+    prompt_step, loop_step = executor.steps[:2]
+    assert prompt_step.num_tokens == 7 and loop_step.num_sequences == 2, (
+        "nobody waits behind the length of the second"
+    )
+
+
+def test_guesses_are_made_of_tokens_that_are_there() -> None:
+    executor = BehindToy(max_draft_tokens=8)
+    core = EngineCore(executor, prompt_lookup=PromptLookup(2, 4))
+    core.add_request("a", [5, 6, 5, 6], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))
+    results: dict[str, list[int]] = {}
+    while core.has_unfinished:
+        results |= {output.request_id: output.outputs[0].token_ids for output in core.step()}
+    assert results == {"a": greedy_tokens([5, 6, 5, 6], 12, ignore_eos=True)} and not executor.loads_behind
+
+
+def test_the_time_of_the_step_before_is_not_that_of_the_loop() -> None:
+    """Steps of the loop take 0.75 ms, that of the prompts a second: bursts of 1.5 ms have two of them."""
+    now = [0.0]
+
+    @dataclass
+    class Timed(BehindToy):
+        def finish_step(self, ticket: int) -> Int32Array:
+            now[0] += 1.0
+            return super().finish_step(ticket)
+
+        def loop_collect(self, ticket: int) -> Int32Array:
+            now[0] += 0.00075 * ticket
+            return super().loop_collect(ticket)
+
+    executor = Timed()
+    core = EngineCore(executor, clock=lambda: now[0])
+    core.add_request("a", [5, 6], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+    while core.has_unfinished:
+        core.step()
+    assert executor.bursts[:4] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("fails", ["the step", "the loop behind it"])
+def test_what_is_behind_a_step_that_failed_is_forgotten(fails: str) -> None:
+    executor = BehindToy()
+    core = EngineCore(executor)
+    for index in range(3):
+        core.add_request(
+            str(index), [5 + index, 6], SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+        )
+    name = "finish_step" if fails == "the step" else "loop_collect"
+    call = getattr(executor, name)
+
+    def failing(ticket: int) -> Int32Array:
+        setattr(executor, name, call)
+        call(ticket)
+        raise RuntimeError("the device is on fire")
+
+    setattr(executor, name, failing)
+    if fails == "the step":
+        assert run(core, RuntimeError) == {
+            str(index): greedy_tokens([5 + index, 6], 9, ignore_eos=True) for index in range(3)
+        }
+        assert executor.loads_behind == 2, "and again when the prompts were"
+    else:
+        with pytest.raises(RuntimeError, match="on fire"):
+            run(core, ValueError)
 
 
 def crowd(executor: ToyExecutor) -> EngineCore:
@@ -151,10 +265,11 @@ def test_nothing_is_computed_behind_the_longest_sequence() -> None:
     assert {len(tokens) for tokens in outputs.values()} == {executor.max_seq_len - 45}
 
 
+@TOYS
 @pytest.mark.parametrize("breaks", [1, 2, 4])
-def test_steps_that_failed_are_planned_again(breaks: int) -> None:
-    """Nothing of the step that failed, and of the one behind it, is left."""
-    executor = QueueToy(max_batch_size=8, max_num_tokens=12)
+def test_steps_that_failed_are_planned_again(breaks: int, toy: type[QueueToy]) -> None:
+    """Nothing of the step that failed, and of what is behind it, is left."""
+    executor = toy(max_batch_size=8, max_num_tokens=12)
     core = crowd(executor)
     finish, count = executor.finish_step, 0
 
@@ -188,8 +303,9 @@ def run(core: EngineCore, expected: type[Exception]) -> dict[str, list[int]]:
     return results
 
 
-def test_logits_that_are_not_finite_are_found() -> None:
-    executor = QueueToy()
+@TOYS
+def test_logits_that_are_not_finite_are_found(toy: type[QueueToy]) -> None:
+    executor = toy()
     core = EngineCore(executor)
     core.add_request("a", [5], SamplingParams(max_tokens=8, temperature=0))
     choose: Callable[[StepInput], Int32Array] = executor._choose
@@ -202,7 +318,7 @@ def test_logits_that_are_not_finite_are_found() -> None:
 
 
 @dataclass
-class WatchedToy(QueueToy):
+class WatchedToy(BehindToy):
     """Keeps how many requests are in the engine when a step begins."""
 
     known: list[int] = field(default_factory=list)

@@ -18,7 +18,7 @@ from trtc.runtime.outputs import CompletionOutput
 from trtc.runtime.sampling_params import SamplingParams
 
 from .test_decode_ahead import LoopToy
-from .test_step_queue import QueueToy
+from .test_step_queue import BehindToy, QueueToy
 from .toy import ToyExecutor
 
 MOST_TOKENS = 13
@@ -72,7 +72,7 @@ def is_right(output: CompletionOutput, expected: CompletionOutput) -> bool:
 
 class Traffic(RuleBasedStateMachine):
     @initialize(
-        executor=st.sampled_from([ToyExecutor, LoopToy, QueueToy]),
+        executor=st.sampled_from([ToyExecutor, LoopToy, QueueToy, BehindToy]),
         page_size=st.sampled_from([1, 2, 4, 8]),
         spare_pages=st.integers(0, 16),
         max_batch_size=st.integers(1, 5),
