@@ -394,3 +394,53 @@ def test_what_is_left_of_an_earlier_call_disturbs_no_later_one(
             greedy_tokens(prompt, n, ignore_eos=ignore) for prompt, n, ignore in prompts
         ]
         llm.core.check_integrity()
+
+
+IDS = st.lists(st.integers(1, 49), min_size=1, max_size=12)
+TOKENS = st.integers(1, 10)
+PARAMS = st.one_of(
+    st.builds(SamplingParams, max_tokens=TOKENS, temperature=st.just(0.0), ignore_eos=st.booleans()),
+    st.builds(SamplingParams, max_tokens=TOKENS, seed=st.integers(0, 99), n=st.integers(1, 2)),
+    st.builds(SamplingParams, max_tokens=TOKENS, temperature=st.just(0.0), beam_width=st.just(2)),
+    st.builds(SamplingParams, max_tokens=TOKENS, temperature=st.just(0.0), prompt_logprobs=st.just(1)),
+    st.builds(
+        SamplingParams,
+        max_tokens=TOKENS,
+        temperature=st.just(0.0),
+        prompt_lookup=st.just(PromptLookup(2, 3)),
+    ),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(IDS, PARAMS, st.integers(0, 2)), min_size=1, max_size=8), min_size=1, max_size=3
+    ),
+    st.fixed_dictionaries(
+        {
+            "num_pages": st.sampled_from([20, 40, 200]),
+            "max_batch_size": st.integers(2, 6),
+            "max_num_tokens": st.integers(8, 24),
+        }
+    ),
+    st.booleans(),
+)
+@TOYS
+def test_whoever_asks_for_what_gets_what_one_step_after_the_other_gives(
+    toy: type[QueueToy],
+    calls: list[list[tuple[list[int], SamplingParams, int]]],
+    sizes: dict[str, int],
+    with_priorities: bool,
+) -> None:
+    """Greedy, sampled, beams, log-probabilities and guesses in one call. Oracle: the toy that is nothing but an executor."""
+    found = []
+    for executor in (ToyExecutor(**sizes), toy(**sizes, max_draft_tokens=8)):
+        llm = LLM.from_executor(executor, seed=3)
+        results = []
+        for rows in calls:
+            prompts, params, priorities = map(list, zip(*rows, strict=True))
+            results += llm.generate(prompts, params, priority=priorities if with_priorities else 0)
+            llm.core.check_integrity()
+        found.append([[output.token_ids for output in result.outputs] for result in results])
+    assert found[0] == found[1]
