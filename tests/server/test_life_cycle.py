@@ -139,8 +139,10 @@ def test_load(server: RunningServer, llm: LLM) -> None:
     server.wait_until_idle()
     after = server.metrics()
     changes = {name: after[name] - before.get(name, 0) for name in after if "_total{" in name}
-    assert changes['trtc_requests_total{outcome="length"}'] == 150
-    assert changes['trtc_requests_total{outcome="abort"}'] == 40
+    # A machine under load may notice that a client has gone only when all of its tokens are there.
+    too_late = changes['trtc_requests_total{outcome="length"}'] - 150
+    assert 0 <= too_late <= 4
+    assert changes['trtc_requests_total{outcome="abort"}'] == 40 - too_late
     assert changes['trtc_http_responses_total{path="/v1/completions",status="400"}'] == 10
     assert changes['trtc_http_responses_total{path="/v1/completions",status="200"}'] == 190
     assert after["trtc_generation_tokens_total"] - before["trtc_generation_tokens_total"] >= 150 * 24
