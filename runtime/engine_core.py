@@ -176,10 +176,7 @@ class EngineCore:
         queue = self._queue
         if queue is None or not queue.is_empty or not (self._ahead is None or self._ahead.is_idle):
             return
-        batch = self.scheduler.schedule()
-        if queue.takes(batch):
-            self.num_steps += 1
-            queue.start(batch)
+        self._queue_next(queue)
 
     def step(self) -> list[RequestOutput]:
         """As `advance`, but returns outputs: of requests with a new token (`stream`) and of finished ones."""
@@ -306,10 +303,7 @@ class EngineCore:
         if ahead is not None:
             ahead.start_behind(queue)
         elif self.scheduler.can_plan_ahead():
-            batch = self.scheduler.schedule()
-            if queue.takes(batch):
-                queue.start(batch)
-                self.num_steps += 1
+            self._queue_next(queue)
         try:
             entered = queue.finish()
         except BaseException:
@@ -322,6 +316,13 @@ class EngineCore:
             for request, token_id in entered:
                 self._extend_text(request, token_id)
         return self._settled(self._touched(request for request, _ in entered))
+
+    def _queue_next(self, queue: StepQueue) -> None:
+        """Plans a step, and starts it if `queue` takes it; else the next call plans it again."""
+        batch = self.scheduler.schedule()
+        if queue.takes(batch):
+            queue.start(batch)
+            self.num_steps += 1
 
     def _end_late(self) -> list[Request]:
         """Ends the completions whose deadline has passed; their text is what could be made of their tokens."""
