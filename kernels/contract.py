@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .errors import KernelContractError
@@ -42,6 +43,26 @@ def element_type(op: str, tensor: torch.Tensor, accepted: tuple[str, ...] = tupl
     if name not in accepted:
         raise KernelContractError(f"{op}: dtype {name} is not supported; accepted: {', '.join(accepted)}")
     return ELEMENT_TYPES[name]
+
+
+def addresses_and_key(tensors: Iterable[torch.Tensor | None]) -> tuple[list[int], tuple[object, ...]]:
+    """What every launch asks of its tensors: their addresses, 0 for None, and a key.
+
+    The key has all that a contract looks at, of an address the alignment: calls with equal keys need one check.
+    """
+    addresses: list[int] = []
+    key: list[object] = []
+    for tensor in tensors:
+        if tensor is None:
+            addresses.append(0)
+            key.append(None)
+        else:
+            address = tensor.data_ptr()
+            addresses.append(address)
+            key.append(
+                (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), address % ALIGNMENT)
+            )
+    return addresses, tuple(key)
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

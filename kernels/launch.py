@@ -206,7 +206,7 @@ class BoundKernel:
         self._packer.pack_into(self._arguments, 0, *arguments)
         self._config.hStream = current_stream()
         (status,) = self._driver.cuLaunchKernelEx(self._config, self._function, self._pointers_address, 0)
-        if status.value != 0:
+        if status != 0:  # an int; its `value` takes as long as five such comparisons
             check((status,), f"launch of {self._name}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from . import launch
@@ -78,6 +79,14 @@ class KernelLibrary:
             kernel = self._module(code).kernel(code.entries[entry], signature)
             self._kernels[key, signature] = kernel
         return kernel
+
+    def bind(
+        self, source: KernelSource, entry: str, signature: str, shape: launch.LaunchShape
+    ) -> launch.BoundKernel:
+        """`kernel` with a fixed launch shape, not `dependent` where the GPU knows no such launch."""
+        if self.capability < 90:
+            shape = replace(shape, dependent=False)
+        return self.kernel(source, entry, signature).bind(shape)
 
     def _compile(self, source: KernelSource, defines: Defines, entry: str) -> CompiledKernel:
         if not self._compiles:

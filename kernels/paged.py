@@ -117,14 +117,6 @@ def check_int32(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor, si
     check_tensor(op, name, tensor, torch.int32, sizes, like)
 
 
-def contract_key(*tensors: torch.Tensor | None) -> tuple[object, ...]:
-    """All of the tensors that a contract looks at (of addresses, the alignment): calls with equal keys need one check."""
-    return tuple(
-        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % ALIGNMENT)
-        for t in tensors
-    )
-
-
 def page_shift(k_cache: torch.Tensor) -> int:
     """log2 of the page size."""
     return k_cache.shape[2].bit_length() - 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract import ALIGNMENT, check_tensor, element_type, pointer
+from ..contract import ALIGNMENT, addresses_and_key, check_tensor, element_type
 from ..errors import KernelContractError
 from ..launch import BoundKernel, LaunchShape
 from ..library import KernelLibrary
@@ -120,7 +120,7 @@ class AllReduce:
             _piece(_vectors(two_shot_bytes), ranks),
             (addresses_on(rank, memory), addresses_on(rank, [address + behind for address in memory])),
         )
-        self._bound: dict[tuple[object, ...], BoundKernel] = {}
+        self._bound: dict[tuple[object, ...], tuple[BoundKernel, tuple[int, ...]]] = {}
 
     def serves(self, x: torch.Tensor, *, two_shot: bool | None = None) -> bool:
         """Whether `x` is small enough, and whole vectors. two_shot: see `__call__`."""
@@ -139,19 +139,22 @@ class AllReduce:
         Sums are float32 in the order of ranks and rounded once: the same bits on every rank, in every run.
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
         """
-        key = (x.shape, x.dtype, x.stride(), x.data_ptr() % ALIGNMENT, out.data_ptr() % ALIGNMENT, out.shape, out.dtype,
-               dependent, two_shot)  # fmt: skip
-        kernel = self._bound.get(key)
-        if two_shot is None:
-            two_shot = self.rooms.is_large(x)
-        if kernel is None:
-            kernel = self._bound[key] = self._bind(x, out, dependent, two_shot)
-        vectors = x.nbytes // VECTOR_BYTES
-        kernel(*map(pointer, (out, x)), *self.rooms.arguments(two_shot), vectors, self.rooms.room(two_shot))
+        addresses, contract = addresses_and_key((out, x))
+        key = (contract, dependent, two_shot)
+        found = self._bound.get(key)
+        if found is None:
+            found = self._bound[key] = self._bind(x, out, dependent, two_shot)
+        kernel, arguments = found
+        kernel(*addresses, *arguments)
         return out
 
-    def _bind(self, x: torch.Tensor, out: torch.Tensor, dependent: bool, two_shot: bool) -> BoundKernel:
+    def _bind(
+        self, x: torch.Tensor, out: torch.Tensor, dependent: bool, two_shot: bool | None
+    ) -> tuple[BoundKernel, tuple[int, ...]]:
+        """The kernel, and what it takes behind the addresses."""
         check_sum(OP, x, out)
+        if two_shot is None:
+            two_shot = self.rooms.is_large(x)
         if not self.serves(x, two_shot=two_shot):
             limit = self.rooms.limit(two_shot)
             raise KernelContractError(
@@ -159,11 +162,11 @@ class AllReduce:
             )
         element, ranks = element_type(OP, x), self.rooms.ranks
         (source,) = sources(element, ranks)
-        kernel = self.library.kernel(source, entry(element, ranks, two_shot=two_shot), SIGNATURE)
-        dependent = dependent and self.library.capability >= 90
         vectors = x.nbytes // VECTOR_BYTES
         grid = (blocks(_piece(vectors, ranks) if two_shot else vectors),)
-        return kernel.bind(LaunchShape(grid, (THREADS,), dependent=dependent))
+        shape = LaunchShape(grid, (THREADS,), dependent=dependent)
+        kernel = self.library.bind(source, entry(element, ranks, two_shot=two_shot), SIGNATURE, shape)
+        return kernel, (*self.rooms.arguments(two_shot), vectors, self.rooms.room(two_shot))
 
 
 def is_whole_vectors(x: torch.Tensor) -> bool:

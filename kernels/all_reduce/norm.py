@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract import ALIGNMENT, element_type, pointer
+from ..contract import ALIGNMENT, addresses_and_key, element_type
 from ..errors import KernelContractError
 from ..launch import BoundKernel, LaunchShape
 from ..layer_norm import KINDS, check_norm
@@ -48,7 +48,7 @@ class AllReduceNorm:
 
     def __init__(self, reduce: AllReduce) -> None:
         self._library, self._rooms = reduce.library, reduce.rooms
-        self._bound: dict[tuple[object, ...], BoundKernel] = {}
+        self._bound: dict[tuple[object, ...], tuple[BoundKernel, tuple[int, ...]]] = {}
 
     def serves(self, x: torch.Tensor, *, two_shot: bool | None = None) -> bool:
         """Whether `x` is small enough, its rows whole vectors and not too long. two_shot: see `__call__`."""
@@ -96,38 +96,33 @@ class AllReduceNorm:
         bits on every rank, in every run.
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
         """
-        tensors = (x, scale, shift, residual, total, out)
-        key = (
-            *((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) if t is not None else None for t in tensors),
-            kind, dependent, two_shot, block_vectors,
-        )  # fmt: skip
-        kernel = self._bound.get(key)
-        if two_shot is None:
-            two_shot = self._rooms.is_large(x)
-        rows, columns = x.shape
-        block_columns = _block_columns(columns, VECTOR_BYTES // x.element_size(), block_vectors)
-        if kernel is None:
-            self._check(x, scale, shift, residual, total, out, kind, two_shot)
-            kernel = self._bound[key] = self._bind(x, block_columns, kind, dependent, two_shot)
-        kernel(
-            *map(pointer, (out, total, x, residual, scale, shift)), *self._rooms.arguments(two_shot),
-            rows, columns, block_columns, self._rooms.room(two_shot), epsilon,
-        )  # fmt: skip
+        addresses, contract = addresses_and_key((out, total, x, residual, scale, shift))
+        key = (contract, kind, dependent, two_shot, block_vectors)
+        found = self._bound.get(key)
+        if found is None:
+            in_two = self._rooms.is_large(x) if two_shot is None else two_shot
+            self._check(x, scale, shift, residual, total, out, kind, in_two)
+            found = self._bound[key] = self._bind(x, kind, dependent, in_two, block_vectors)
+        kernel, arguments = found
+        kernel(*addresses, *arguments, epsilon)
         return out
 
     def _bind(
-        self, x: torch.Tensor, block_columns: int, kind: str, dependent: bool, two_shot: bool
-    ) -> BoundKernel:
+        self, x: torch.Tensor, kind: str, dependent: bool, two_shot: bool, block_vectors: int
+    ) -> tuple[BoundKernel, tuple[int, ...]]:
+        """The kernel, and what it takes between the addresses and epsilon."""
         rows, columns = x.shape
+        block_columns = _block_columns(columns, VECTOR_BYTES // x.element_size(), block_vectors)
         element, ranks = element_type(OP, x), self._rooms.ranks
         (source,) = sources(element, ranks, (kind,))
-        kernel = self._library.kernel(source, entry(element, ranks, kind, two_shot=two_shot), SIGNATURE)
         row_blocks = -(-columns // block_columns)
         threads = -(-block_columns * x.element_size() // (VECTOR_BYTES * 32)) * 32
         grid = row_blocks * min(rows, MAX_BLOCKS // row_blocks)
         cluster = (row_blocks,) if row_blocks > 1 else ()
-        dependent = dependent and self._library.capability >= 90
-        return kernel.bind(LaunchShape((grid,), (threads,), cluster=cluster, dependent=dependent))
+        shape = LaunchShape((grid,), (threads,), cluster=cluster, dependent=dependent)
+        kernel = self._library.bind(source, entry(element, ranks, kind, two_shot=two_shot), SIGNATURE, shape)
+        sizes = (rows, columns, block_columns, self._rooms.room(two_shot))
+        return kernel, (*self._rooms.arguments(two_shot), *sizes)
 
     def _check(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract import ALIGNMENT, element_type, pointer
+from ..contract import addresses_and_key, element_type
 from ..errors import KernelContractError
 from ..launch import BoundKernel, LaunchShape
 from ..layer_norm import KINDS, check_norm
@@ -103,7 +103,7 @@ class TwoShotAllReduce:
         self._library, self._state, self._rank, self._ranks = library, state, rank, len(memory)
         self._memory = addresses_on(rank, memory)
         self._capacity = plain_cut(max_bytes, self._ranks).lines
-        self._bound: dict[tuple[object, ...], BoundKernel] = {}
+        self._bound: dict[tuple[object, ...], tuple[BoundKernel, tuple[int, ...]]] = {}
 
     def serves(self, x: torch.Tensor) -> bool:
         """Whether a plain sum of `x` is made: it is small enough, and whole vectors."""
@@ -130,18 +130,19 @@ class TwoShotAllReduce:
         Sums are float32 in the order of ranks and rounded once: the same bits on every rank, in every run, and as `AllReduce`.
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
         """
-        key = (x.shape, x.dtype, x.stride(), x.data_ptr() % ALIGNMENT, out.data_ptr() % ALIGNMENT, out.shape, out.dtype,
-               dependent)  # fmt: skip
-        kernel, cut = self._bound.get(key), plain_cut(x.nbytes, self._ranks)
-        if kernel is None:
+        addresses, contract = addresses_and_key((None, out, x, None, None, None))
+        key = (contract, dependent)
+        found = self._bound.get(key)
+        if found is None:
             check_sum(OP, x, out)
             if not self.serves(x):
                 raise KernelContractError(
                     f"{OP}: x has {x.nbytes} bytes; accepted: multiples of {VECTOR_BYTES} up to {self._capacity} lines of "
                     f"{LINE_VECTORS * VECTOR_BYTES} a rank"
                 )
-            kernel = self._bound[key] = self._bind(x, cut, None, dependent)
-        self._launch(kernel, cut, (None, out, x, None, None, None), 0.0)
+            found = self._bound[key] = self._bind(x, plain_cut(x.nbytes, self._ranks), None, dependent)
+        kernel, arguments = found
+        kernel(*addresses, *arguments, 0.0)
         return out
 
     def norm(
@@ -168,32 +169,26 @@ class TwoShotAllReduce:
         the order in which a row's moments are added up: the same bits on every rank, in every run.
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
         """
-        tensors = (out, total, x, residual, scale, shift)
-        key = (
-            *((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) if t is not None else None for t in tensors),
-            kind, dependent,
-        )  # fmt: skip
-        kernel = self._bound.get(key)
-        if kernel is None:
+        addresses, contract = addresses_and_key((out, total, x, residual, scale, shift))
+        key = (contract, kind, dependent)
+        found = self._bound.get(key)
+        if found is None:
             self._check(x, scale, shift, residual, total, out, kind)
-            kernel = self._bound[key] = self._bind(x, self._row_cut(x), kind, dependent)
-        self._launch(kernel, self._row_cut(x), tensors, epsilon)
+            found = self._bound[key] = self._bind(x, self._row_cut(x), kind, dependent)
+        kernel, arguments = found
+        kernel(*addresses, *arguments, epsilon)
         return out
 
-    def _launch(
-        self, kernel: BoundKernel, cut: Cut, tensors: tuple[torch.Tensor | None, ...], epsilon: float
-    ) -> None:
-        kernel(
-            *map(pointer, tensors), *self._memory, pointer(self._state), self._rank, cut.vectors, cut.row_vectors,
-            self._capacity, epsilon,
-        )  # fmt: skip
-
-    def _bind(self, x: torch.Tensor, cut: Cut, kind: str | None, dependent: bool) -> BoundKernel:
+    def _bind(
+        self, x: torch.Tensor, cut: Cut, kind: str | None, dependent: bool
+    ) -> tuple[BoundKernel, tuple[int, ...]]:
+        """The kernel, and what it takes between the addresses and epsilon."""
         element = element_type(OP, x)
         (source,) = sources(element, self._ranks, () if kind is None else (kind,))
-        kernel = self._library.kernel(source, entry(element, self._ranks, kind), SIGNATURE)
-        dependent = dependent and self._library.capability >= 90
-        return kernel.bind(LaunchShape((min(cut.rows, MAX_BLOCKS),), (cut.threads,), dependent=dependent))
+        shape = LaunchShape((min(cut.rows, MAX_BLOCKS),), (cut.threads,), dependent=dependent)
+        kernel = self._library.bind(source, entry(element, self._ranks, kind), SIGNATURE, shape)
+        sizes = (cut.vectors, cut.row_vectors, self._capacity)
+        return kernel, (*self._memory, self._state.data_ptr(), self._rank, *sizes)
 
     def _check(
         self,

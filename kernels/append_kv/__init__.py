@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract import ELEMENT_TYPES, pointer
+from ..contract import ELEMENT_TYPES, addresses_and_key
 from ..launch import BoundKernel, LaunchShape
 from ..library import KernelLibrary
 from ..nvrtc import KernelSource
-from ..paged import check_cache, check_int32, check_rows, contract_key, is_fp8, page_shift
+from ..paged import check_cache, check_int32, check_rows, is_fp8, page_shift
 
 if TYPE_CHECKING:
     import torch
@@ -58,14 +58,15 @@ class AppendKv:
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
         """
         tensors = (k, v, k_cache, v_cache, query_start, kv_length, page_table)
-        key = (*contract_key(*tensors), dependent)
+        addresses, contract = addresses_and_key(tensors)
+        key = (contract, dependent)
         kernel = self._bound.get(key)
         if kernel is None:
             check(*tensors)
             kernel = self._bound[key] = self._bind(k, is_fp8(k_cache), dependent)
         elements = PIECE_BYTES // k.element_size()
         kernel(
-            *map(pointer, tensors),
+            *addresses,
             k.stride(0) // elements, v.stride(0) // elements, k.shape[2] // elements, k.shape[1],
             kv_length.shape[0], page_shift(k_cache), page_table.shape[1],
         )  # fmt: skip
@@ -73,11 +74,8 @@ class AppendKv:
     def _bind(self, k: torch.Tensor, fp8_cache: bool, dependent: bool) -> BoundKernel:
         pieces = k.numel() * k.element_size() // PIECE_BYTES
         chosen = source(ELEMENT_TYPES[str(k.dtype).removeprefix("torch.")], fp8_cache=fp8_cache)
-        kernel = self._library.kernel(chosen, chosen.entries[0], SIGNATURE)
-        shape = LaunchShape(
-            (-(-pieces // THREADS),), (THREADS,), dependent=dependent and self._library.capability >= 90
-        )
-        return kernel.bind(shape)
+        shape = LaunchShape((-(-pieces // THREADS),), (THREADS,), dependent=dependent)
+        return self._library.bind(chosen, chosen.entries[0], SIGNATURE, shape)
 
 
 def check(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..contract import ELEMENT_TYPES, pointer
+from ..contract import ELEMENT_TYPES, addresses_and_key, pointer
 from ..errors import KernelContractError
 from ..launch import BoundKernel
 from ..library import KernelLibrary
-from ..paged import LOG2_E, check_cache, check_int32, check_rows, contract_key, is_fp8, page_shift
+from ..paged import LOG2_E, check_cache, check_int32, check_rows, is_fp8, page_shift
 from .plan import ACCUMULATIONS, SIGNATURE, ContextPlan, choose_plan, sources
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class ContextAttention:
         Source: FlashAttention-2, arXiv:2307.08691.
         """
         tensors = (q, k, v, k_cache, v_cache, query_start, kv_length, page_table, out)
-        key = (*contract_key(*tensors), accumulation, dependent, plan)
+        addresses, contract = addresses_and_key(tensors)
+        key = (contract, accumulation, dependent, plan)
         bound = self._bound.get(key)
         if bound is None:
             check(*tensors, accumulation)
@@ -75,7 +76,7 @@ class ContextAttention:
         counters, pieces = ((pointer(self._counters),), (plan.pieces,)) if plan.blocks else ((), ())
         num_kv_heads = k.shape[1]
         kernel(
-            *map(pointer, tensors), *counters, q.stride(0), k.stride(0), v.stride(0), out.stride(0), kv_length.shape[0],
+            *addresses, *counters, q.stride(0), k.stride(0), v.stride(0), out.stride(0), kv_length.shape[0],
             num_kv_heads, q.shape[1] // num_kv_heads, page_shift(k_cache), page_table.shape[1], scale * LOG2_E,
             int(append), *pieces,
         )  # fmt: skip
@@ -94,10 +95,10 @@ class ContextAttention:
             fp8_cache=fp8_cache,
         )  # fmt: skip
         source = plan.source(ELEMENT_TYPES[str(q.dtype).removeprefix("torch.")], fp8_cache=fp8_cache)
-        kernel = self._library.kernel(source, source.entries[0], plan.signature)
         if plan.blocks and self._counters is None:
             self._counters = q.new_zeros(2, dtype=torch.int32)
-        return kernel.bind(plan.launch_shape(dependent and self._library.capability >= 90)), plan
+        shape = plan.launch_shape(dependent)
+        return self._library.bind(source, source.entries[0], plan.signature, shape), plan
 
 
 def check(

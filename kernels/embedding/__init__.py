@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract import check_tensor, element_type, pointer
+from ..contract import addresses_and_key, check_tensor, element_type
 from ..errors import KernelContractError
 from ..launch import BoundKernel, LaunchShape
 from ..library import KernelLibrary
@@ -69,17 +69,13 @@ class Embedding:
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
         """
         position_ids, position_table = (positions.ids, positions.table) if positions else (None, None)
-        tensors = (ids, table, out, position_ids, position_table)
-        key = (
-            *((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) if t is not None else None for t in tensors),
-            dependent,
-        )
+        addresses, contract = addresses_and_key((out, ids, table, position_ids, position_table))
+        key = (contract, dependent)
         kernel = self._bound.get(key)
         if kernel is None:
             self._check(ids, table, out, positions)
             kernel = self._bound[key] = self._bind(ids, table, dependent)
         position_offset, position_rows = (positions.offset, positions.table.shape[0]) if positions else (0, 0)
-        addresses = map(pointer, (out, ids, table, position_ids, position_table))
         kernel(
             *addresses, table.shape[1], offset, table.shape[0], position_offset, position_rows, int(masked)
         )
@@ -89,9 +85,8 @@ class Embedding:
         element = element_type("embedding", table)
         vectors = table.shape[1] * table.element_size() // 16
         grid = (ids.shape[0], -(-vectors // MAX_THREADS))
-        kernel = self._library.kernel(sources(element)[0], entry(element), SIGNATURE)
-        shape = LaunchShape(grid, (MAX_THREADS,), dependent=dependent and self._library.capability >= 90)
-        return kernel.bind(shape)
+        shape = LaunchShape(grid, (MAX_THREADS,), dependent=dependent)
+        return self._library.bind(sources(element)[0], entry(element), SIGNATURE, shape)
 
     @staticmethod
     def _check(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract import check_tensor, element_type, pointer
+from ..contract import addresses_and_key, check_tensor, element_type
 from ..errors import KernelContractError
 from ..launch import BoundKernel, LaunchShape
 from ..library import KernelLibrary
@@ -89,16 +89,12 @@ class LayerNorm:
         Statistics are float32 (two passes over registers); `total` is rounded before its norm is taken.
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
         """
-        tensors = (x, scale, shift, residual, total, out)
-        key = (
-            *((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) if t is not None else None for t in tensors),
-            kind, dependent,
-        )  # fmt: skip
+        addresses, contract = addresses_and_key((out, total, x, residual, scale, shift))
+        key = (contract, kind, dependent)
         kernel = self._bound.get(key)
         if kernel is None:
             self._check(x, scale, shift, residual, total, out, kind)
             kernel = self._bound[key] = self._bind(x, kind, dependent)
-        addresses = (pointer(tensor) for tensor in (out, total, x, residual, scale, shift))
         kernel(*addresses, x.shape[1], epsilon)
         return out
 
@@ -109,10 +105,8 @@ class LayerNorm:
         least = 2 if rows >= MANY_ROWS and count >= WIDE else 1
         vectors = next(size for size in VECTORS if size >= least and count <= MAX_THREADS * size)
         threads = min(MAX_THREADS, -(-count // (vectors * 32)) * 32)
-        kernel = self._library.kernel(sources(element)[0], entry(element, vectors, kind), SIGNATURE)
-        return kernel.bind(
-            LaunchShape((rows,), (threads,), dependent=dependent and self._library.capability >= 90)
-        )
+        shape = LaunchShape((rows,), (threads,), dependent=dependent)
+        return self._library.bind(sources(element)[0], entry(element, vectors, kind), SIGNATURE, shape)
 
     @staticmethod
     def _check(

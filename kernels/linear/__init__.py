@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..contract import check_tensor, element_type, pointer
+from ..contract import addresses_and_key, check_tensor, element_type
 from ..errors import KernelContractError
 from ..launch import BoundKernel, tensor_map
 from ..library import KernelLibrary
@@ -77,6 +78,10 @@ class Norm:
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.weight_sums, self.scale, self.shift
+
 
 def weight_sums(weight: torch.Tensor) -> torch.Tensor:
     """The sum of each row of [out_features, in_features], in float32, as `Norm` wants it."""
@@ -123,18 +128,16 @@ class Linear:
         """
         rows, columns = x.shape
         features = weight.shape[0]
-        # Everything that the checks look at is in the key, so that they run once per combination.
-        tensors = (x, weight, bias, residual, out, norm.weight_sums if norm else None)
-        key = (
-            *((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) if t is not None else None for t in tensors),
-            activation, norm.kind if norm else None, dependent, plan,
-        )  # fmt: skip
+        normed = norm.tensors if norm else (None,)
+        addresses, contract = addresses_and_key((out, x, weight, bias, residual, *normed))
+        key = (contract, activation, norm.kind if norm else None, dependent, plan)
         found = self._bound.get(key)
         if found is None:
             self._check(x, weight, bias, residual, out, activation, norm)
             found = self._bound[key] = self._bind(x, rows, features, columns, norm, dependent, plan)
         plan, kernel = found
-        kernel(*_arguments(plan, x, weight, bias, out, residual, ACTIVATIONS[activation], norm))
+        epsilon = norm.epsilon if norm else 0.0
+        kernel(*_arguments(plan, addresses, x, features, ACTIVATIONS[activation], epsilon))
         return out
 
     def _bind(
@@ -146,10 +149,8 @@ class Linear:
             rows, features, columns, norm=norm.kind if norm else "none", capability=library.capability,
             multiprocessors=library.multiprocessors,
         )  # fmt: skip
-        kernel = library.kernel(
-            plan.source, plan.entry(element_type("linear", x, ELEMENTS)), SIGNATURES[type(plan)]
-        )
-        return plan, kernel.bind(plan.launch_shape(dependent and library.capability >= 90))
+        entry, shape = plan.entry(element_type("linear", x, ELEMENTS)), plan.launch_shape(dependent)
+        return plan, library.bind(plan.source, entry, SIGNATURES[type(plan)], shape)
 
     @staticmethod
     def _check(
@@ -171,46 +172,26 @@ class Linear:
 
 
 def _arguments(
-    plan: Plan,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    residual: torch.Tensor | None,
-    activation: int,
-    norm: Norm | None,
+    plan: Plan, addresses: Sequence[int], x: torch.Tensor, features: int, activation: int, epsilon: float
 ) -> tuple[float | bytes, ...]:
-    """What the kernel of `plan` takes, in order."""
-    (rows, columns), features = x.shape, len(weight)
-    sums, epsilon = (norm.weight_sums, norm.epsilon) if norm else (None, 0.0)
+    """What the kernel of `plan` takes, in order. addresses: of out, x, weight, bias, residual and the weight's sums."""
+    out, at_x, weight, bias, residual, sums, *_ = addresses
+    rows, columns = x.shape
+    sizes = (rows, features, columns)
     if isinstance(plan, StreamPlan):
-        addresses = map(pointer, (out, x, weight, None, bias, residual, sums))
-        return (*addresses, rows, features, columns, activation, epsilon)
+        return (out, at_x, weight, 0, bias, residual, sums, *sizes, activation, epsilon)
     if isinstance(plan, TilePlan):
-        addresses = map(pointer, (out, x, weight, None, bias, residual))
         share = (plan.features_per_block, plan.columns_per_block)
-        return (*addresses, rows, features, columns, *share, activation)
+        return (out, at_x, weight, 0, bias, residual, *sizes, *share, activation)
     dtype = str(x.dtype).removeprefix("torch.")
-    weight_map = tensor_map(weight.data_ptr(), dtype, features, columns, plan.features_per_block)
+    weight_map = tensor_map(weight, dtype, features, columns, plan.features_per_block)
     if isinstance(plan, WarpgroupPlan):
-        x_map = tensor_map(x.data_ptr(), dtype, rows, columns, plan.tokens)
+        x_map = tensor_map(at_x, dtype, rows, columns, plan.tokens)
         share = (plan.features_per_block, plan.columns_per_block)
-        addresses = map(pointer, (out, bias, residual))
-        return (*addresses, weight_map, x_map, rows, features, columns, *share, activation, plan.stages)
-    x_map = tensor_map(x.data_ptr(), dtype, rows, columns, plan.tile_rows // plan.copies)
-    addresses = map(pointer, (out, bias, residual))
+        return (out, bias, residual, weight_map, x_map, *sizes, *share, activation, plan.stages)
+    x_map = tensor_map(at_x, dtype, rows, columns, plan.tile_rows // plan.copies)
     stages = (plan.tile_rows, plan.weight_stages, plan.row_stages)
-    return (
-        *addresses,
-        weight_map,
-        x_map,
-        rows,
-        features,
-        columns,
-        plan.columns_per_block,
-        activation,
-        *stages,
-    )
+    return (out, bias, residual, weight_map, x_map, *sizes, plan.columns_per_block, activation, *stages)
 
 
 def check_epilogue(

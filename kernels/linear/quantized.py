@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..contract import check_tensor, element_type, pointer
+from ..contract import addresses_and_key, check_tensor, element_type, pointer
 from ..errors import KernelContractError
 from ..launch import BoundKernel, LaunchShape, tensor_map
 from ..library import KernelLibrary
@@ -111,12 +111,9 @@ class QuantizedLinear:
         """
         rows, columns = x.shape
         features = integers.shape[0]
-        normed = (norm.weight_sums, norm.scale, norm.shift) if norm else ()
-        tensors = (x, integers, scale, bias, residual, out, *normed)
-        key = (
-            *((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) if t is not None else None for t in tensors),
-            activation, norm.kind if norm else None, dependent, plan,
-        )  # fmt: skip
+        normed = norm.tensors if norm else (None, None, None)
+        addresses, contract = addresses_and_key((out, x, integers, scale, bias, residual, *normed))
+        key = (contract, activation, norm.kind if norm else None, dependent, plan)
         found = self._bound.get(key)
         if found is None:
             stored = self._check(x, integers, scale)
@@ -130,24 +127,23 @@ class QuantizedLinear:
                 )
             found = self._bound[key] = self._bind(x, stored, dependent, plan)
         plan, kernel = found
-        code = ACTIVATIONS[activation]
+        *addresses, sums, norm_scale, norm_shift = addresses
+        code, epsilon = ACTIVATIONS[activation], norm.epsilon if norm else 0.0
         if isinstance(plan, StreamPlan):
-            sums, epsilon = (norm.weight_sums, norm.epsilon) if norm else (None, 0.0)
-            addresses = map(pointer, (out, x, integers, scale, bias, residual, sums))
-            kernel(*addresses, rows, features, columns, code, epsilon)
+            kernel(*addresses, sums, rows, features, columns, code, epsilon)
             return out
         if isinstance(plan, StripePlan):
-            *vectors, epsilon = (norm.scale, norm.shift, norm.epsilon) if norm else (None, None, 0.0)
-            addresses = map(pointer, (out, x, integers, scale, bias, residual, *vectors))
-            kernel(*addresses, rows, features, columns, code, plan.early_steps, epsilon)
+            kernel(
+                *addresses, norm_scale, norm_shift, rows, features, columns, code, plan.early_steps, epsilon
+            )
             return out
         sizes = (rows, features, columns, plan.features_per_block, plan.columns_per_block, code)
         if isinstance(plan, QuantizedWarpgroupPlan):
-            dtype = str(x.dtype).removeprefix("torch.")
-            x_map = tensor_map(x.data_ptr(), dtype, rows, columns, plan.tokens)
-            kernel(*map(pointer, (out, integers, scale, bias, residual)), x_map, *sizes, plan.row_stages)
+            first, at_x, *others = addresses
+            x_map = tensor_map(at_x, str(x.dtype).removeprefix("torch."), rows, columns, plan.tokens)
+            kernel(first, *others, x_map, *sizes, plan.row_stages)
             return out
-        kernel(*map(pointer, (out, x, integers, scale, bias, residual)), *sizes)
+        kernel(*addresses, *sizes)
         return out
 
     def _choose(
@@ -161,11 +157,9 @@ class QuantizedLinear:
     def _bind(
         self, x: torch.Tensor, stored: StoredWeight, dependent: bool, plan: QuantizedPlan
     ) -> tuple[QuantizedPlan, BoundKernel]:
-        library = self._library
         assert plan.weight == stored.name
-        entry = plan.entry(element_type(OP, x, ELEMENTS))
-        kernel = library.kernel(plan.source, entry, SIGNATURES[type(plan)])
-        return plan, kernel.bind(plan.launch_shape(dependent and library.capability >= 90))
+        entry, shape = plan.entry(element_type(OP, x, ELEMENTS)), plan.launch_shape(dependent)
+        return plan, self._library.bind(plan.source, entry, SIGNATURES[type(plan)], shape)
 
     @staticmethod
     def _check(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> StoredWeight:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..contract import ELEMENT_TYPES, check_tensor, pointer
+from ..contract import ELEMENT_TYPES, addresses_and_key, check_tensor
 from ..errors import KernelContractError
 from ..launch import BoundKernel
 from ..library import KernelLibrary
 from ..nvrtc import KernelSource
-from ..paged import ELEMENTS, LOG2_E, check_cache, check_int32, check_rows, contract_key, is_fp8, page_shift
+from ..paged import ELEMENTS, LOG2_E, check_cache, check_int32, check_rows, is_fp8, page_shift
 from .plan import SIGNATURE, SOURCE, DecodePlan, choose_plan, entry, sources
 
 if TYPE_CHECKING:
@@ -74,14 +74,14 @@ class PagedDecodeAttention:
         Source: PagedAttention, arXiv:2309.06180; split over context as in Flash-Decoding.
         """
         tensors = (q, k, v, k_cache, v_cache, page_table, kv_length, out)
-        key = (*contract_key(*tensors, workspace), plan, dependent)
+        (*addresses, counters), contract = addresses_and_key((*tensors, workspace))
+        key = (contract, plan, dependent)
         kernel = self._bound.get(key)
         if kernel is None:
             check(*tensors, plan, workspace)
             kernel = self._bound[key] = self._bind(q, plan, dependent)
-        counters = pointer(workspace)
         kernel(
-            *map(pointer, tensors), counters + plan.counter_bytes, counters,
+            *addresses, counters + plan.counter_bytes, counters,
             q.stride(0), k.stride(0), v.stride(0), out.stride(0), plan.num_kv_heads, q.shape[1] // plan.num_kv_heads,
             page_shift(k_cache), page_table.shape[1], scale * LOG2_E, int(early),
         )  # fmt: skip
@@ -89,8 +89,8 @@ class PagedDecodeAttention:
 
     def _bind(self, q: torch.Tensor, plan: DecodePlan, dependent: bool) -> BoundKernel:
         name = plan.entry(ELEMENT_TYPES[str(q.dtype).removeprefix("torch.")])
-        kernel = self._library.kernel(KernelSource(SOURCE, (name,)), name, SIGNATURE)
-        return kernel.bind(plan.launch_shape(dependent and self._library.capability >= 90))
+        shape = plan.launch_shape(dependent)
+        return self._library.bind(KernelSource(SOURCE, (name,)), name, SIGNATURE, shape)
 
 
 def check(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract import check_tensor, element_type, pointer
+from ..contract import addresses_and_key, check_tensor, element_type
 from ..errors import KernelContractError
 from ..launch import BoundKernel, LaunchShape
 from ..library import KernelLibrary
@@ -58,22 +58,21 @@ class QuantizeRows:
         dependent: programmatic dependent launch; nothing is read before the predecessors have ended.
         Raises KernelContractError for tensors that do not fit; DeviceError without a GPU.
         """
-        key = (*((t.shape, t.dtype, t.stride(), t.data_ptr() % 16) for t in (x, out, scale)), dependent)
+        addresses, contract = addresses_and_key((out, scale, x))
+        key = (contract, dependent)
         kernel = self._bound.get(key)
         if kernel is None:
             check(x, out, scale)
             kernel = self._bound[key] = self._bind(x, out, dependent)
-        kernel(*map(pointer, (out, scale, x)), x.shape[1], out.shape[1], int(relu))
+        kernel(*addresses, x.shape[1], out.shape[1], int(relu))
 
     def _bind(self, x: torch.Tensor, out: torch.Tensor, dependent: bool) -> BoundKernel:
         element = element_type(OP, x, ELEMENTS)
         count = out.shape[1] // 8
         pieces = next(size for size in PIECES if count <= MAX_THREADS * size)
         threads = -(-count // (pieces * 32)) * 32
-        kernel = self._library.kernel(sources(element)[0], entry(element, pieces), SIGNATURE)
-        return kernel.bind(
-            LaunchShape((x.shape[0],), (threads,), dependent=dependent and self._library.capability >= 90)
-        )
+        shape = LaunchShape((x.shape[0],), (threads,), dependent=dependent)
+        return self._library.bind(sources(element)[0], entry(element, pieces), SIGNATURE, shape)
 
 
 def check(x: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..contract import ALIGNMENT, ELEMENT_TYPES, check_tensor, element_type, pointer
+from ..contract import ALIGNMENT, ELEMENT_TYPES, addresses_and_key, check_tensor, element_type
 from ..errors import KernelContractError
 from ..launch import BoundKernel, LaunchShape
 from ..library import KernelLibrary
 from ..nvrtc import KernelSource
-from ..paged import check_int32, contract_key
+from ..paged import check_int32
 
 if TYPE_CHECKING:
     import torch
@@ -64,10 +64,9 @@ class LoopState:
         )
 
     @property
-    def arguments(self) -> tuple[int, ...]:
-        """The kernels' last arguments."""
-        history_length = 0 if self.history is None else self.history.shape[1]
-        return (*map(pointer, self.tensors), history_length)
+    def history_length(self) -> int:
+        """0 without a history."""
+        return 0 if self.history is None else self.history.shape[1]
 
     def check(self, like: torch.Tensor) -> None:
         """Raise KernelContractError unless the tensors are as the docstring says, for `like` = [num_seqs, ...]."""
@@ -168,18 +167,18 @@ class Sampling:
 
     def greedy(self, logits: torch.Tensor, state: LoopState, *, dependent: bool = True) -> None:
         """Choose the largest logit of each row; equal ones: the lowest index; NaN counts as the largest, as in torch."""
-        key = ("greedy", *contract_key(logits, *state.tensors), dependent)
+        (address, *others), contract = addresses_and_key((logits, *state.tensors))
+        key = ("greedy", contract, dependent)
         kernel = self._bound.get(key)
         if kernel is None:
             check_logits(logits)
             state.check(logits)
             element = element_type(OP, logits)
             shape = _row_shape(logits.shape[0], self._library, dependent)
-            kernel = self._library.kernel(
-                greedy_source(element), _greedy_entry(element), GREEDY_SIGNATURE
-            ).bind(shape)
-            self._bound[key] = kernel
-        kernel(pointer(logits), logits.stride(0), logits.shape[1], *state.arguments)
+            kernel = self._bound[key] = self._library.bind(
+                greedy_source(element), _greedy_entry(element), GREEDY_SIGNATURE, shape
+            )
+        kernel(address, logits.stride(0), logits.shape[1], *others, state.history_length)
 
     def sample(
         self, logits: torch.Tensor, sampling: SamplingState, state: LoopState, *, dependent: bool = True
@@ -188,7 +187,8 @@ class Sampling:
 
         The definition is that of `runtime/sampler.py`; see sample.cu for the method.
         """
-        key = ("sample", *contract_key(logits, *sampling.tensors, *state.tensors), dependent)
+        (address, *others), contract = addresses_and_key((logits, *sampling.tensors, *state.tensors))
+        key = ("sample", contract, dependent)
         kernel = self._bound.get(key)
         if kernel is None:
             check_logits(logits)
@@ -202,33 +202,24 @@ class Sampling:
                 raise KernelContractError(f"{OP}: vocab_size {logits.shape[1]} is more than {MAX_VOCAB_SIZE}")
             element = element_type(OP, logits)
             shape = _row_shape(logits.shape[0], self._library, dependent)
-            kernel = self._library.kernel(
-                sample_source(element), _sample_entry(element), SAMPLE_SIGNATURE
-            ).bind(shape)
-            self._bound[key] = kernel
-        kernel(
-            pointer(logits),
-            logits.stride(0),
-            logits.shape[1],
-            *map(pointer, sampling.tensors),
-            *state.arguments,
-        )
+            kernel = self._bound[key] = self._library.bind(
+                sample_source(element), _sample_entry(element), SAMPLE_SIGNATURE, shape
+            )
+        kernel(address, logits.stride(0), logits.shape[1], *others, state.history_length)
 
     def advance(self, state: LoopState, *, dependent: bool = True) -> None:
         """Advance the loop by the tokens in state.next_token, chosen by other means."""
         num_seqs = state.next_token.shape[0]
-        key = ("advance", *contract_key(*state.tensors), dependent)
+        addresses, contract = addresses_and_key(state.tensors)
+        key = ("advance", contract, dependent)
         kernel = self._bound.get(key)
         if kernel is None:
             state.check(state.next_token)
             grid = (-(-num_seqs // ADVANCE_THREADS),)
-            shape = LaunchShape(
-                grid, (ADVANCE_THREADS,), dependent=dependent and self._library.capability >= 90
-            )
+            shape = LaunchShape(grid, (ADVANCE_THREADS,), dependent=dependent)
             source = greedy_source(ELEMENT_TYPES["float32"])
-            kernel = self._library.kernel(source, ADVANCE_ENTRY, ADVANCE_SIGNATURE).bind(shape)
-            self._bound[key] = kernel
-        kernel(num_seqs, *state.arguments)
+            kernel = self._bound[key] = self._library.bind(source, ADVANCE_ENTRY, ADVANCE_SIGNATURE, shape)
+        kernel(num_seqs, *addresses, state.history_length)
 
 
 def check_logits(logits: torch.Tensor) -> None:
@@ -252,9 +243,7 @@ def cluster_size(num_seqs: int, capability: int, multiprocessors: int) -> int:
 def _row_shape(num_seqs: int, library: KernelLibrary, dependent: bool) -> LaunchShape:
     size = cluster_size(num_seqs, library.capability, library.multiprocessors)
     cluster = (size,) if size > 1 else ()
-    return LaunchShape(
-        (size, num_seqs), (ROW_THREADS,), 0, cluster, dependent=dependent and library.capability >= 90
-    )
+    return LaunchShape((size, num_seqs), (ROW_THREADS,), 0, cluster, dependent=dependent)
 
 
 def _greedy_entry(element: str) -> str:
