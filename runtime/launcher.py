@@ -16,6 +16,7 @@ from types import FrameType
 
 from ..core.errors import TargetError
 from .placement import Placement, environment
+from .signals import handled
 
 POLL_S = 0.02
 GRACE_S = 1.0
@@ -25,7 +26,8 @@ GRACE_S = 1.0
 def launch(command: Sequence[str], count: int, *, drain_s: float | None = None) -> int:
     """Runs `command` as `count` ranks and returns their exit code: 0, or that of the first rank to fail.
 
-    A rank that fails takes the others with it, and so does a SIGINT, SIGTERM or SIGHUP to this process.
+    A rank that fails takes the others with it, and so does a SIGINT, SIGTERM or SIGHUP to this process, unless it was started
+    to ignore that signal.
     drain_s: after such a signal, which the ranks get as SIGTERM, they have so long to end by themselves, and their exit code
     is returned as if there had been none.
     Raises TargetError, naming rank, host and signal, when a rank was killed.
@@ -94,9 +96,5 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can have handlers
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with handled(stop, signal.SIGTERM, signal.SIGHUP):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -22,6 +22,7 @@ from ..engine_thread import RequestStats
 from ..engine_worker import SWITCH_S
 from ..heap import keep_heap
 from ..load_core import EngineOptions
+from ..signals import handled
 from ..worker import Worker
 from .app import Service, create_app
 from .chat_template import ChatTemplate
@@ -115,12 +116,8 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         assert threading.current_thread() is threading.main_thread(), "signals reach the main thread only"
-        before = {number: signal.signal(number, self._drain) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with handled(self._drain, signal.SIGTERM, signal.SIGINT):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _drain(self, number: int, frame: FrameType | None) -> None:
         """First signal: take no more, finish what runs. A second SIGINT: leave at once."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from trtc import __version__
 from trtc.cli.main import main, with_dashes
 from trtc.tests.tiny_opt import NEWS, TINY_OPT
 
@@ -234,8 +236,13 @@ def test_as_a_program() -> None:
     )
 
 
-def test_interrupted_while_it_starts() -> None:
-    """Ctrl-C before the command line is read: one line, no traceback."""
+@pytest.mark.parametrize(
+    ("disposition", "says"),
+    [(signal.SIG_DFL, (130, "", "trtc: interrupted\n")), (signal.SIG_IGN, (0, f"trtc {__version__}\n", ""))],
+    ids=["heard", "ignored"],
+)
+def test_interrupted_while_it_starts(disposition: signal.Handlers, says: tuple[int, str, str]) -> None:
+    """Ctrl-C before the command line is read: one line, no traceback. A script's background job ignores it."""
     probe = """
 import os, signal, sys
 
@@ -248,5 +255,8 @@ sys.meta_path.insert(0, Interrupt())
 from trtc.cli.__main__ import run
 sys.exit(run())
 """
-    stopped = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
-    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "trtc: interrupted\n")
+    stopped = subprocess.run(
+        [sys.executable, "-c", probe, "--version"], capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, disposition),
+    )  # fmt: skip
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == says

@@ -15,11 +15,7 @@ from trtc.core.errors import TargetError
 from trtc.runtime.launcher import launch
 
 RANK = "import os, signal, sys, time; rank = int(os.environ['TRTC_RANK']); "
-LAUNCH = (
-    "import signal, sys; from trtc.runtime.launcher import launch; "
-    "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
-    "sys.exit(launch(sys.argv[1:], 2))"
-)
+LAUNCH = "import sys; from trtc.runtime.launcher import launch; sys.exit(launch(sys.argv[1:], 2))"
 
 LIMIT_S = 60
 """For what takes a second where the machine is not busy."""
@@ -57,18 +53,40 @@ def test_a_killed_rank_is_named() -> None:
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
 def test_a_signal_to_the_launcher_ends_all_ranks(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    command = [*ranks("open(sys.argv[1] + str(os.getpid()), 'w').close(); time.sleep(60)"), f"{tmp_path}/"]
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, *command], stderr=subprocess.DEVNULL)
-    end = time.monotonic() + LIMIT_S
-    while len(list(tmp_path.iterdir())) < 2:
-        assert launcher.poll() is None and time.monotonic() < end, "the ranks did not start"
-        time.sleep(0.01)
+    launcher = launched(tmp_path, number, signal.SIG_DFL, "time.sleep(60)")
     launcher.send_signal(number)
     # an uncaught KeyboardInterrupt ends Python by the signal itself
     assert launcher.wait(LIMIT_S) in (code, -number)
     for path in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.name), 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_stays_so(number: signal.Signals, tmp_path: Path) -> None:
+    """As nohup, or a script that starts a background job, has it. Oracle: the ranks' exit code, once they may end."""
+    wait = "path = sys.argv[1] + 'end'\nwhile not os.path.exists(path): time.sleep(0.01)"
+    launcher = launched(tmp_path, number, signal.SIG_IGN, wait)
+    launcher.send_signal(number)
+    time.sleep(0.1)
+    (tmp_path / "end").touch()
+    assert launcher.wait(LIMIT_S) == 0
+
+
+def launched(
+    folder: Path, number: signal.Signals, disposition: signal.Handlers, then: str
+) -> subprocess.Popen[bytes]:
+    """A launcher that starts with this disposition of `number`, once each of two ranks has left its process id in `folder`."""
+    command = [*ranks(f"open(sys.argv[1] + str(os.getpid()), 'w').close(); {then}"), f"{folder}/"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, *command], stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(number, disposition),
+    )  # fmt: skip
+    end = time.monotonic() + LIMIT_S
+    while len(list(folder.iterdir())) < 2:
+        assert launcher.poll() is None and time.monotonic() < end, "the ranks did not start"
+        time.sleep(0.01)
+    return launcher
 
 
 def test_a_bad_number_of_ranks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

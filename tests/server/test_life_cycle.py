@@ -299,6 +299,20 @@ def test_a_server_whose_engine_is_killed_says_so(engine: Path) -> None:
     assert [entry["event"] for entry in server.log if entry["level"] == "error"] == [reason]
 
 
+@pytest.mark.parametrize("disposition", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_signal_that_is_ignored_stays_so(disposition: signal.Handlers) -> None:
+    """As a script that starts a background job has SIGINT. In this process; no server is started."""
+    server = serve._Server.__new__(serve._Server)
+    before = signal.signal(signal.SIGINT, disposition)
+    try:
+        with server.capture_signals():
+            found = signal.getsignal(signal.SIGINT)
+            assert found == (disposition if disposition is signal.SIG_IGN else server._drain)
+        assert signal.getsignal(signal.SIGINT) is disposition
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_key_of_the_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: by hand. The server itself is not started."""
     given: list[ServerConfig] = []
