@@ -71,10 +71,10 @@ class DecodeAhead:
 
     def ready(self) -> bool:
         """Whether `steps` has something to give: steps are under way, or could be started now."""
-        return bool(self._flights) or self._start()
+        return bool(self._flights) or (self.suits() and self._start())
 
     def start_behind(self, queue: StepQueue) -> None:
-        """Starts steps behind the one that `queue` has under way, if that can be done before its tokens are known.
+        """Where that `suits`: starts steps behind the one that `queue` has under way, if its tokens need not be known for it.
 
         The caller then collects that step, and calls `followed`, or `drop` where it has failed.
         """
@@ -117,10 +117,11 @@ class DecodeAhead:
         return scheduler.only_decodes() and all(request.params.plain_greedy for request in scheduler.running)
 
     def _start(self, queue: StepQueue | None = None) -> bool:
-        """queue: behind its last step, after which nothing is computed for those that get their last token from it."""
+        """Starts steps, where that `suits`; False: a guess pays, or there are no pages.
+
+        queue: behind its last step, after which nothing is computed for those that get their last token from it.
+        """
         scheduler = self._scheduler
-        if not self.suits():
-            return False
         requests = [request for request in scheduler.running if scheduler.tokens_left(request)]
         looking = [(r.lookup, r.token_ids) for r in requests if r.lookup is not None]
         if looking and scheduler.drafting.pays(looking, len(requests)):
