@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ import torch
 from ..core.targets.cuda.code import decode_buckets, verify_buckets
 from ..core.targets.cuda.program import CudaProgram, DecodeRows
 from ..kernels.sampling import LoopState, Sampling
+from .graph_pool import GraphPool
 from .step_input import Int32Array
 
 TakenOver = tuple[torch.Tensor, torch.Tensor]
@@ -65,8 +65,7 @@ class GraphLoop:
         self._histories: dict[int, torch.Tensor] = {}
         """One for each bucket: the tokens of steps in another may still be unread."""
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool: Any = None
-        """Memory of all graphs: never do two run at a time, and of none is anything but its logits wanted afterwards."""
+        self.pool = GraphPool(device)
         self._verify, self._num_loaded = False, 0
         self._loaded: npt.NDArray[np.int64] = np.arange(0)
         """Of each row of the device; see `Ticket`."""
@@ -170,10 +169,8 @@ class GraphLoop:
         return tokens
 
     def close(self) -> None:
-        """Frees the graphs: NCCL ends a communicator only when no captured graph uses it any more."""
-        torch.cuda.synchronize(self._device)
-        for graph, _ in self._graphs.values():
-            graph.reset()
+        """Frees the graphs, all that the pool has captured."""
+        self.pool.close()
         self._graphs.clear()
 
     def _bucket(self, rows: int) -> int:
@@ -201,18 +198,16 @@ class GraphLoop:
         idle = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
         nowhere = None if row_start is None else torch.zeros_like(row_start)
         unused = DecodeRows(torch.zeros_like(rows.kv_length), rows.page_table, False, nowhere)
-        # Loads modules, binds launches and lets cuBLAS allocate its workspace, which capturing must not.
-        decode(idle, unused)
+        decode(idle, unused)  # what `GraphPool.capture` wants to have run
         state = self._state(bucket)
         self._choose(decode(idle, unused), LoopState(next_token=torch.zeros_like(state.next_token)))
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, NCCL's among them, may call CUDA meanwhile: what they do is not in the graph and does not spoil it.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+
+        def step() -> torch.Tensor:
             logits = decode(inputs, rows)
             self._choose(logits, state)
-        self._pool = graph.pool()
-        return graph, logits
+            return logits
+
+        return self.pool.capture(step)
 
     def _inputs(self, bucket: int) -> dict[str, torch.Tensor]:
         return {"token_ids": self._token_ids[:bucket], "positions": self._positions[:bucket]}
