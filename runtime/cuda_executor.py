@@ -1,5 +1,5 @@
-"""Runs engines of target `cuda`: prefill steps launch by launch, decode steps as CUDA graphs that the device repeats
-(`graph_loop.py`)."""
+"""Runs engines of target `cuda`: decode steps as CUDA graphs that the device repeats (`graph_loop.py`), small steps with
+prompts as CUDA graphs too (`prompt_graphs.py`), others launch by launch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..core.ops.attention import indexable
 from ..core.plugin_registry import plugins
 from ..core.targets.base import CacheShape
 from ..core.targets.cuda.code import CACHE_LAYOUT, MULTIPROCESSORS, read_code
-from ..core.targets.cuda.program import ContextRows, CudaProgram, DecodeRows, Pages
+from ..core.targets.cuda.program import CudaProgram, Pages
 from ..core.targets.cuda.target import ACCUMULATIONS
 from ..kernels.errors import DeviceError
 from ..kernels.launch import architecture
@@ -33,6 +33,8 @@ from .engine_limits import EngineLimits
 from .gpu_communicator import GpuCommunicator
 from .graph_loop import GraphLoop, TakenOver, Ticket
 from .kv_cache import pages_for
+from .prompt_graphs import PromptGraphs, StepTimes, prompt_buckets
+from .prompt_rows import PromptRows, launch, send
 from .step_input import Int32Array, StepInput
 from .weight_loading import EarlyWeights, weights_on_gpu
 
@@ -40,8 +42,6 @@ _log = logging.getLogger(__name__)
 
 CACHE_FRACTION = 0.9
 """Share of the GPU memory left after the weights that the KV cache takes when nothing else is said, at most."""
-_ALIGNMENT = 4
-"""int32 values in 16 bytes, which kernels want tensors aligned to."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class CudaExecutor(EngineLimits):
     """
 
     _gives_logits = True
+    _prompts: PromptGraphs | None = None
 
     def __init__(
         self,
@@ -160,6 +161,10 @@ class CudaExecutor(EngineLimits):
         )
         most = pages_for(engine.build.max_seq_len, engine.build.page_size)
         self._loop = self._make_loop(Sampling(library), engine.build.max_batch_size, most)
+        if self._program.captures_prefill:
+            buckets = prompt_buckets(engine.build.max_num_tokens, engine.build.max_batch_size)
+            times = StepTimes.of(part.graph, shape, self._program.prefill_instructions)
+            self._prompts = PromptGraphs(self._program, self._loop.pool, self._device, buckets, times, most)
 
     def _make_loop(self, sampling: Sampling, max_batch_size: int, pages: int) -> GraphLoop:
         return GraphLoop(self._program, sampling, self._device, max_batch_size, pages)
@@ -209,47 +214,15 @@ class CudaExecutor(EngineLimits):
         received: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """before: tokens that only the device knows. received: what a stage of a pipeline takes beyond a step."""
-        counts = np.diff(step.query_start)
-        decodes = int(np.argmax(counts > 1)) if (counts > 1).any() else len(counts)
-        first = int(step.query_start[decodes])
-        sent = self._send(
-            step.token_ids,
-            step.positions,
-            step.logits_index,
-            step.kv_length[:decodes],
-            step.page_table[:decodes],
-            step.query_start[decodes:] - first,
-            step.kv_length[decodes:],
-            step.page_table[decodes:],
-        )
-        token_ids, positions, logits_index, decode_length, decode_pages, *context = sent
-        if before is not None:
-            token_ids[before[0]] = before[1]
-        decode = DecodeRows(decode_length, decode_pages, early=False) if decodes else None
-        inputs = {
-            "token_ids": token_ids,
-            "positions": positions,
-            "logits_index": logits_index,
-            **(received or {}),
-        }
-        rest = ContextRows(*context) if decodes < step.num_sequences else None
-        return self._program.prefill(inputs, decode, rest)
+        rows = PromptRows.of(step)
+        if self._prompts is not None:
+            logits = self._prompts.run(rows, before)
+            if logits is not None:
+                return logits
+        return launch(self._program, self._send(*rows), before, received)
 
     def _send(self, *arrays: Int32Array) -> list[torch.Tensor]:
-        """The arrays on the GPU: one copy, every array aligned as kernels want it."""
-        starts, size = [], 0
-        for array in arrays:
-            starts.append(size)
-            size += -(-array.size // _ALIGNMENT) * _ALIGNMENT
-        host = torch.empty(size, dtype=torch.int32, pin_memory=True)
-        flat = host.numpy()
-        for start, array in zip(starts, arrays, strict=True):
-            flat[start : start + array.size] = array.reshape(-1)
-        device = host.to(self._device, non_blocking=True)
-        return [
-            device[start : start + array.size].view(array.shape)
-            for start, array in zip(starts, arrays, strict=True)
-        ]
+        return send(arrays, self._device)
 
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """See `PageCopier.copy_pages`; in the order of the device's work."""
@@ -307,9 +280,9 @@ class CudaExecutor(EngineLimits):
     # ---- Preparer
 
     def prepare(self) -> bool:
-        """See `Preparer.prepare`: captures one more CUDA graph."""
+        """See `Preparer.prepare`: captures one more CUDA graph, those of decode steps first."""
         try:
-            return self._loop.prepare()
+            return self._loop.prepare() or (self._prompts is not None and self._prompts.prepare())
         except torch.OutOfMemoryError:
             _log.warning("too little GPU memory is left to capture CUDA graphs ahead of their first use")
             return False
@@ -350,7 +323,7 @@ class CudaExecutor(EngineLimits):
             self._loop.close()
         if "_program" in self.__dict__:
             self._program.close()
-        for name in ("_program", "_loop", "_cache"):
+        for name in ("_program", "_loop", "_prompts", "_cache"):
             self.__dict__.pop(name, None)
         torch.cuda.empty_cache()
 

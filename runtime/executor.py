@@ -106,7 +106,8 @@ class StepStarter(Protocol):
         """Starts a step, as `GreedyChooser.choose`, and returns its ticket at once.
 
         source: [T]; where it is not negative, the token is the one chosen in that row of the step started before, and that in
-                step.token_ids means nothing. None: all tokens are known
+                step.token_ids means nothing. Sequences with such a token have no other new one, and come before any that has
+                several. None: all tokens are known
         """
 
     def finish_step(self, ticket: Any) -> Int32Array:

@@ -59,6 +59,10 @@ class Program:
             if node.op not in ("input", "weight")
         ]
 
+    def __len__(self) -> int:
+        """Instructions of a run: kernels, and views that the host makes."""
+        return len(self._instructions)
+
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The value of the graph's output. inputs: a tensor for every input node that some node reads."""

@@ -19,8 +19,10 @@ from trtc.runtime.prompt_lookup import PromptLookup
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.weight_loading import loading_to_gpu
 from trtc.tests.engine_steps import TOKENS, engine_logits, step_input
+from trtc.tests.fp8_cache import Reference
 from trtc.tests.opt_models import CUDA_VARIANTS, OptCheckpoint, hf_logits, save_hf
 from trtc.tests.packed_steps import PagedSequences
+from trtc.tests.prompt_steps import check_prompt_graphs
 from trtc.tests.tolerances import logits_tolerance, max_error
 
 pytestmark = pytest.mark.gpu
@@ -113,6 +115,39 @@ def test_context_attention_modes(fmha: str, tmp_path: Path) -> None:
     assert error <= logits_tolerance(DType.FLOAT16, reference)
 
 
+@pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])
+@pytest.mark.parametrize("variant", CUDA_VARIANTS)
+def test_steps_with_prompts_in_cuda_graphs(variant: str, dtype: DType, tmp_path: Path) -> None:
+    """Oracle: the graph in float64."""
+    engine = build(variant, dtype, tmp_path, max_batch_size=8)
+    checkpoint = OptCheckpoint.open(tmp_path / "hf")
+    check_prompt_graphs(
+        engine,
+        lambda *sizes: Reference(checkpoint, *sizes, None).run,
+        lambda expected: logits_tolerance(dtype, expected),
+    )
+
+
+def test_a_prompt_has_the_tokens_of_its_launches(tmp_path: Path) -> None:
+    """With CUDA graphs for steps with prompts, captured the second time, and without: equal but where two logits are."""
+    variant = "cuda_pre_norm"
+    engine = build(variant, DType.FLOAT16, tmp_path, max_batch_size=8)
+    prompts = [list(range(3, 3 + size)) for size in (9, 33, 16, 57, 64, 5)]
+    params = replace(GREEDY, max_tokens=8)
+    found = []
+    with LLM(engine, enable_prefix_cache=False) as llm:
+        for _ in range(3):
+            found.append([list(llm.generate([p], params)[0].outputs[0].token_ids) for p in prompts])
+        assert len(llm.core.executor._prompts._graphs) == 1, "64 tokens and no sequence beside them"
+        llm.core.executor._prompts = None
+        found.append([list(llm.generate([p], params)[0].outputs[0].token_ids) for p in prompts])
+    for tokens in found:
+        assert_follows_the_reference(variant, prompts, tokens)
+    assert found[1] == found[2]
+    same = sum(map(list.__eq__, found[2], found[3]))
+    assert same >= len(prompts) - 1, found
+
+
 def test_batched_tokens_follow_the_reference(tmp_path: Path) -> None:
     """Greedy tokens of prompts of different length, run ahead in CUDA graphs: each is, by the float32 logits for what
     came before it, the best token or within the type's error of it."""
@@ -129,8 +164,14 @@ def test_batched_tokens_follow_the_reference(tmp_path: Path) -> None:
     print("first token that differs, batched against alone:", first_difference)
 
 
-def test_a_crowd_follows_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More sequences than run at once, prompts in pieces: steps begin before the tokens of the one before are known."""
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_crowd_follows_the_reference(
+    prepared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More sequences than run at once, prompts in pieces: steps begin before the tokens of the one before are known.
+
+    prepared: all CUDA graphs are there before; else those of steps with prompts come while they are used.
+    """
     variant = "cuda_pre_norm"
     engine = build(variant, DType.FLOAT16, tmp_path, max_batch_size=40, max_num_tokens=128)
     prompts = [
@@ -141,6 +182,8 @@ def test_a_crowd_follows_the_reference(tmp_path: Path, monkeypatch: pytest.Monke
     with LLM(engine) as llm:
         executor = llm.core.executor
         assert isinstance(executor, StepStarter)
+        while prepared and executor.prepare():
+            pass
         start = executor.start_step
         monkeypatch.setattr(
             executor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from trtc.tests.engine_steps import TOKENS, batch_work, engine_logits, execute
 from trtc.tests.fp8_products import W8A8, planned, products
 from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import Inputs, PagedSequences, filled_cache
+from trtc.tests.prompt_steps import check_prompt_graphs
 from trtc.tests.tolerances import ROUNDING_RATIO, max_error
 
 pytestmark = pytest.mark.gpu
@@ -123,6 +125,24 @@ def test_logits(variant: str, dtype: DType, cache: str, tmp_path: Path) -> None:
     for chunks in ([len(TOKENS)], [9, 20, *[1] * (len(TOKENS) - 29)]):
         ratio = distance(engine_logits(path, TOKENS, chunks), exact) / distance(rounded, exact)
         assert ratio <= ROUNDING_RATIO, f"chunks {chunks[:3]}: {ratio}"
+
+
+def test_steps_with_prompts_in_cuda_graphs(tmp_path: Path) -> None:
+    """No further from exact than twice what float64 that rounds is, at the worst logit."""
+    path = build("cuda_pre_norm", DType.FLOAT16, tmp_path, max_batch_size=8)
+    rounding = [0.0]
+
+    def reference(*sizes: int) -> Callable[[Inputs], torch.Tensor]:
+        rounded, exact = (Reference(path, *sizes, rounds=rounds) for rounds in (True, False))
+
+        def run(inputs: Inputs) -> torch.Tensor:
+            logits = exact.run(inputs)
+            rounding[0] = max_error(rounded.run(inputs), logits)
+            return logits
+
+        return run
+
+    check_prompt_graphs(path, reference, lambda _: 2 * rounding[0])
 
 
 @pytest.mark.parametrize("sequences", [40, 70])

@@ -19,6 +19,7 @@ from trtc.tests.engine_steps import (
 from trtc.tests.fp8_cache import Fp8CacheEngine
 from trtc.tests.opt_models import BUILD, CUDA_VARIANTS
 from trtc.tests.packed_steps import PagedSequences
+from trtc.tests.prompt_steps import check_prompt_graphs
 from trtc.tests.tolerances import LOGITS_FP8_CACHE_RELATIVE, max_error
 
 pytestmark = pytest.mark.gpu
@@ -65,6 +66,15 @@ def test_batches(tmp_path: Path) -> None:
         tolerance = LOGITS_FP8_CACHE_RELATIVE[DType.FLOAT16] * float(expected.abs().max())
         assert max_error(execute(executor, inputs), expected) <= tolerance
     executor.close()
+
+
+def test_steps_with_prompts_in_cuda_graphs(tmp_path: Path) -> None:
+    engine = build("cuda_pre_norm", DType.FLOAT16, tmp_path, max_batch_size=8)
+    check_prompt_graphs(
+        engine.path,
+        lambda *sizes: engine.reference(*sizes).run,
+        lambda expected: LOGITS_FP8_CACHE_RELATIVE[DType.FLOAT16] * float(expected.abs().max()),
+    )
 
 
 def test_copied_pages(tmp_path: Path) -> None:

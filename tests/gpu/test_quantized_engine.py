@@ -20,6 +20,7 @@ from trtc.tests.asymmetric import with_zeros
 from trtc.tests.engine_steps import TOKENS, batch_work, check_reproducible, engine_logits, execute
 from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import PagedSequences, filled_cache
+from trtc.tests.prompt_steps import check_prompt_graphs
 from trtc.tests.tolerances import logits_tolerance, max_error
 
 pytestmark = pytest.mark.gpu
@@ -127,6 +128,17 @@ def test_batches(sequences: int, how: WeightFormat, lm_head: bool, tmp_path: Pat
         expected = reference.run(inputs)
         assert max_error(execute(executor, inputs), expected) <= logits_tolerance(DType.FLOAT16, expected)
     executor.close()
+
+
+@pytest.mark.parametrize("how", [INT8, INT4, FP8], ids=str)
+def test_steps_with_prompts_in_cuda_graphs(how: WeightFormat, tmp_path: Path) -> None:
+    """Weights are dequantized one after the other into one matrix, in the graph."""
+    quantized = Quantized.build("cuda_pre_norm", how, DType.FLOAT16, tmp_path, max_batch_size=8)
+    check_prompt_graphs(
+        quantized.engine,
+        lambda *sizes: quantized.reference(*sizes).run,
+        lambda expected: logits_tolerance(DType.FLOAT16, expected),
+    )
 
 
 def test_generation_is_reproducible(tmp_path: Path) -> None:

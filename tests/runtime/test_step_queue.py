@@ -43,6 +43,9 @@ class QueueToy(LoopToy):
         assert not self.pending, "a step while the loop runs"
         assert source is None or self.queued, "tokens of a step that is not under way"
         assert step.kv_length.max() < self.max_seq_len, "a sequence goes on behind its end"
+        if source is not None:
+            decoding = np.cumprod(np.diff(step.query_start) == 1).sum()
+            assert (source[decoding:] < 0).all(), "a token to come behind a sequence with several"
         if self.queued:
             self.widest = max(self.widest, step.num_tokens)
         self.queued.append((step, source))

@@ -134,7 +134,7 @@ def large_linear(
 ) -> torch.Tensor:
     """activation(x weight^T + bias) + residual with many rows: cuBLASLt through torch, bias and ReLU in its epilogue.
 
-    For CUDA graphs, and for weights that have been dequantized; float weights in steps with prompts have `cublaslt.py`, which
+    For decode steps, and for weights that have been dequantized; float weights in steps with prompts have `cublaslt.py`, which
     has not been tried in these two.
     """
     if bias is None:

@@ -1,4 +1,4 @@
-"""Runs a graph on a GPU with the project's kernels: prefill steps launch by launch, decode steps from CUDA graphs."""
+"""Runs a graph on a GPU with the project's kernels; its steps can be captured in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -116,6 +116,18 @@ class CudaProgram:
         logits [R, vocab], or what the next stage takes."""
         self._decode_rows, self._context_rows = decode, context
         return self._prefill.run(inputs)
+
+    @property
+    def prefill_instructions(self) -> int:
+        """What the host does one after the other to launch `prefill`."""
+        return len(self._prefill)
+
+    @property
+    def captures_prefill(self) -> bool:
+        """Whether `prefill` can be captured in a CUDA graph, after one run with the same sizes: nothing in it asks the device
+        for a length, waits for other ranks, or is a kernel of a plugin, which may do anything with prompts."""
+        foreign = any(node.op in self._foreign for node in self._graph.nodes)
+        return self._accumulation != "unfused" and self._communicator is None and not foreign
 
     def close(self) -> None:
         """Lets go of what holds on to this program in turn: its memory is free with the last reference to it."""

@@ -342,6 +342,22 @@ def test_zeros_are_read_beside_their_scales(tmp_path: Path) -> None:
     assert {weight for *_, weight in shapes} == {"int4zero/64"}
 
 
+def test_prompts_are_captured_where_nothing_can_wait_for_the_host(tmp_path: Path) -> None:
+    graph, weights = planned(checkpoint("cuda_pre_norm", tmp_path))
+
+    def captures(accumulation: str = "float32", **options: Any) -> bool:
+        library = KernelLibrary(precompiled=[])
+        return CudaProgram(
+            graph, weights, [], library, accumulation=accumulation, max_kv_length=64, **options
+        ).captures_prefill
+
+    foreign = {"linear": lambda _: None}
+    assert (
+        captures() and captures("float16") and captures(kernels={"an op of another model": foreign["linear"]})
+    )
+    assert not (captures("unfused") or captures(kernels=foreign) or captures(communicator=object()))
+
+
 def test_a_closed_program_is_gone_with_its_last_reference(tmp_path: Path) -> None:
     """Its weights are the GPU's memory, which the next engine needs: nobody may have to collect garbage first."""
     graph, weights = planned(checkpoint("cuda_pre_norm", tmp_path))
