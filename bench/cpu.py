@@ -175,9 +175,9 @@ print(before, mib())
 """
 
 
-def process(code: str, rest_s: float = 2.0) -> tuple[float, str]:
-    """Wall seconds of a Python process, and what it printed."""
-    time.sleep(rest_s)
+def process(code: str) -> tuple[float, str]:
+    """Wall seconds of a Python process, and what it printed; after two of rest."""
+    time.sleep(2.0)
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return time.perf_counter() - start, done.stdout

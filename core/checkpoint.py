@@ -86,7 +86,6 @@ def convert(
     sharding: ShardingOptions,
     workers: int = 1,
     progress: Progress | None = None,
-    copy_files: Iterable[str] = TOKENIZER_FILES,
     quantize: Quantizer | None = None,
 ) -> None:
     """Writes the trtc checkpoint of `source` to the folder `output_dir`, which appears complete or not at all.
@@ -95,7 +94,6 @@ def convert(
     workers: threads that read, convert and write; memory grows by about one block of rows for each, or by one
         whole tensor where the table transforms it.
     progress: called from this thread after every weight.
-    copy_files: names of files to copy from the folder of `source`, where it has them.
     quantize: what makes quantized weights of float ones; see `core.quantize.source.nearest`.
     Raises CheckpointError when tensors do not fit, ConfigError when they cannot be split over the ranks or quantized, when
     `workers` is not positive, or when `output_dir` is a folder that trtc did not write.
@@ -108,7 +106,7 @@ def convert(
     with atomic_directory(output_dir, is_checkpoint, seal="config.json") as folder:
         _write_ranks(weights, folder, workers, progress)
         description = _describe(dataclasses.replace(config, dtype=dtype), source.config, weights, folder)
-        for name in copy_files:
+        for name in TOKENIZER_FILES:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, folder / name)
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")

@@ -229,17 +229,6 @@ def _check_every_rank_has_some(
         )
 
 
-def slice_tensor(
-    tensor: torch.Tensor, shard: Shard, options: ShardingOptions, rank: int, *, name: str, unit: int = 1
-) -> torch.Tensor:
-    """The shard that `rank` holds of a whole tensor; a view where no padding is needed.
-
-    Arguments and errors as for `slice_bounds`.
-    """
-    part = slice_bounds(tuple(tensor.shape), shard, options, rank, name=name, unit=unit)
-    return tensor if part is None else narrow_or_pad(tensor, part)
-
-
 def narrow_or_pad(tensor: torch.Tensor, part: AxisSlice) -> torch.Tensor:
     """The `part` of a tensor, zeros where it lies beyond the end; a view where it does not."""
     stop = min(part.stop, tensor.shape[part.axis])

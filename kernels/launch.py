@@ -98,14 +98,6 @@ def architecture(device: int = 0) -> str:
     return f"sm_{major}{minor}"
 
 
-def multiprocessor_count(device: int = 0) -> int:
-    """Streaming multiprocessors of a GPU: 132 on an H200."""
-    cuda = driver()
-    handle = check(cuda.cuDeviceGet(device), f"CUDA device {device}")
-    attribute = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-    return int(check(cuda.cuDeviceGetAttribute(attribute, handle), "multiprocessor count"))
-
-
 @functools.cache
 def primary_context(device: int = 0) -> Any:
     """The context of `device` that torch uses too. The first call of a process makes it, which takes the driver a while.
@@ -166,14 +158,6 @@ class Kernel:
             self._allow_shared(shape.shared_bytes)
             bound = self._bound[shape] = BoundKernel(self._function, self.name, self.signature, shape)
         return bound
-
-    def blocks_per_multiprocessor(self, block_threads: int, shared_bytes: int = 0) -> int:
-        """How many blocks of this kernel fit one multiprocessor at once."""
-        self._allow_shared(shared_bytes)
-        result = driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
-            self._function, block_threads, shared_bytes
-        )
-        return int(check(result, f"occupancy of {self.name}"))
 
     def _allow_shared(self, shared_bytes: int) -> None:
         if shared_bytes <= self._shared_limit:

@@ -56,9 +56,7 @@ class StepProfile:
         return sum(kernel.time_us for kernel in self.kernels)
 
 
-def profile_engine(
-    llm: LLM, *, batch: int, input_len: int, steps: int, seed: int = 0
-) -> Iterator[StepProfile]:
+def profile_engine(llm: LLM, *, batch: int, input_len: int, steps: int) -> Iterator[StepProfile]:
     """Watches the prefill of `batch` random prompts of `input_len` tokens, then `steps` decode steps of them, greedy.
 
     Raises RequestError when the engine is too small for that.
@@ -68,7 +66,7 @@ def profile_engine(
         raise RequestError(f"batch is {batch}; accepted: 1 to the engine's max_batch_size, {limit}")
     if steps < 1:
         raise RequestError(f"steps is {steps}; accepted: at least 1")
-    run = _Run(llm, batch, input_len, steps, seed)
+    run = _Run(llm, batch, input_len, steps)
     for _ in range(_WARM_UP):
         run.prefill()
         run.decode()
@@ -82,10 +80,10 @@ class _Run:
     Each time with other tokens: of prompts that it knows, the prefix cache leaves a step a page at most.
     """
 
-    def __init__(self, llm: LLM, batch: int, input_len: int, steps: int, seed: int) -> None:
+    def __init__(self, llm: LLM, batch: int, input_len: int, steps: int) -> None:
         self.core, self.batch, self.steps = llm.core, batch, steps
         self._input_len = input_len
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(0)
         self._params = SamplingParams(max_tokens=steps + 1, temperature=0.0, ignore_eos=True)
         self.core.check_request(self._prompts()[0], self._params)
 

@@ -15,10 +15,10 @@ class PagedSequences:
     """Sequences by name, whose pages are drawn from a shuffled pool, so that neighbours in a sequence are rarely
     neighbours in the cache."""
 
-    def __init__(self, page_size: int, num_pages: int, *, seed: int = 0) -> None:
+    def __init__(self, page_size: int, num_pages: int) -> None:
         self.page_size = page_size
         self._free = list(range(num_pages))
-        random.Random(seed).shuffle(self._free)
+        random.Random(0).shuffle(self._free)
         self._pages: dict[str, list[int]] = {}
         self._length: dict[str, int] = {}
 

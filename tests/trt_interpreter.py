@@ -1,10 +1,10 @@
 """Executes a TensorRT network definition in torch, layer by layer, from the TensorRT objects themselves.
 
 A test tool: it shows that a lowered network computes what it should on machines where TensorRT can build but not run.
-It knows nothing of our Graph, so a wrong lowering cannot hide behind a shared mistake. Every layer is computed in a
-wide type (float64 unless told otherwise) and rounded to the dtype that TensorRT declares for its output; the shape is
-compared with the one that TensorRT inferred. A layer type or an option that is not emulated is an `InterpreterError`.
-How a layer is computed stands in trt_layers.py.
+It knows nothing of our Graph, so a wrong lowering cannot hide behind a shared mistake. Every layer is computed in
+float64 and rounded to the dtype that TensorRT declares for its output; the shape is compared with the one that TensorRT
+inferred. A layer type or an option that is not emulated is an `InterpreterError`. How a layer is computed stands in
+trt_layers.py.
 
 KV caches are functional here: a KVCacheUpdate layer's output is a new tensor, which the caller feeds to the next step.
 Collectives need all ranks: `run_ranks` steps several networks together.
@@ -37,12 +37,11 @@ class NetworkInterpreter:
     """One network definition, ready to be executed any number of times.
 
     network: an `INetworkDefinition`; `trt`: the module it is of (tensorrt or tensorrt_rtx).
-    wide: the type that floating-point layers compute in before their result is rounded.
     Raises InterpreterError, naming layer and type, for a layer type that is not emulated.
     """
 
-    def __init__(self, network: Any, trt: ModuleType, wide: torch.dtype = torch.float64) -> None:
-        self.trt, self.wide = trt, wide
+    def __init__(self, network: Any, trt: ModuleType) -> None:
+        self.trt = trt
         layers = [self._typed(network.get_layer(i)) for i in range(network.num_layers)]
         self.inputs = [network.get_input(i) for i in range(network.num_inputs)]
         if hasattr(network, "plugin_layers"):  # a network of tensorrt_plugin_host.py
@@ -122,8 +121,9 @@ class NetworkInterpreter:
         """The torch dtype of an ITensor."""
         return DTYPES[tensor.dtype.name]
 
-    def widen(self, x: Tensor) -> Tensor:
-        return x.to(self.wide) if x.is_floating_point() else x
+    @staticmethod
+    def widen(x: Tensor) -> Tensor:
+        return x.double() if x.is_floating_point() else x
 
     def constant(self, layer: Any) -> Tensor:
         """The value of a constant layer, read from TensorRT's memory once."""

@@ -248,11 +248,7 @@ def _attention(ctx: NetworkInterpreter, layer: Any, inputs: Inputs) -> Tensor:
     k, v = (ctx.widen(t).repeat_interleave(group, 1) for t in (k, v))
     scores = ctx.widen(q) @ k.mT
     if mask is not None:
-        add = (
-            torch.where(mask, 0.0, float("-inf")).to(ctx.wide)
-            if mask.dtype == torch.bool
-            else ctx.widen(mask)
-        )
+        add = torch.where(mask, 0.0, float("-inf")).double() if mask.dtype == torch.bool else ctx.widen(mask)
         scores = scores + add
     scores = scores.masked_fill(~_visible(ctx, attention.causal_kind, scores, lengths), float("-inf"))
     return scores.softmax(-1) @ v
@@ -287,14 +283,14 @@ def _dequantize(ctx: NetworkInterpreter, layer: Any, inputs: Inputs) -> Tensor:
             raise InterpreterError(
                 f"layer '{layer.name}': {list(scale.shape)} scales, axis {layer.axis} of {x.shape}"
             )
-        return x.to(ctx.wide) * ctx.widen(scale).reshape(shape)
+        return x.double() * ctx.widen(scale).reshape(shape)
     for axis, (size, count) in enumerate(zip(x.shape, scale.shape, strict=True)):
         if size % count:
             raise InterpreterError(
                 f"layer '{layer.name}': blocks of {list(scale.shape)} do not fill {list(x.shape)}"
             )
         scale = scale.repeat_interleave(size // count, axis)
-    return x.to(ctx.wide) * ctx.widen(scale)
+    return x.double() * ctx.widen(scale)
 
 
 def _no_handler(ctx: NetworkInterpreter, layer: Any, inputs: Inputs) -> Tensor:

@@ -74,7 +74,7 @@ def same(cache: torch.Tensor, wanted: torch.Tensor) -> bool:
     return torch.equal(cache.nan_to_num(7), wanted.nan_to_num(7))
 
 
-def decode_plans(attention: PagedDecodeAttention, chosen: DecodePlan) -> Iterator[DecodePlan]:
+def decode_plans(chosen: DecodePlan) -> Iterator[DecodePlan]:
     """The chosen plan and every other way to divide and combine the work."""
     yield chosen
     for (warps, stages), (splits, cluster) in itertools.product(
@@ -106,7 +106,7 @@ def check_decode(
     )
     attention = PagedDecodeAttention(library)
     chosen = attention.plan(len(lengths), model.num_heads, batch.k_cache, max(lengths))
-    for plan in decode_plans(attention, chosen) if all_plans else [chosen]:
+    for plan in decode_plans(chosen) if all_plans else [chosen]:
         workspace = torch.zeros(max(16, plan.workspace_bytes), dtype=torch.uint8, device="cuda")
         k_cache, v_cache = batch.k_cache.clone(), batch.v_cache.clone()
         outs = [torch.full(batch.q.shape, torch.nan, dtype=model.dtype, device="cuda") for _ in range(2)]
@@ -191,10 +191,9 @@ def check_context(
     new: list[int],
     past: list[int],
     accumulation: str = "float32",
-    seed: int = 0,
 ) -> None:
     """Output, padding rows and the append for one batch, with both tiles."""
-    batch = paged_batch(model, new, past, device="cuda", seed=seed, padding=3)
+    batch = paged_batch(model, new, past, device="cuda", padding=3)
     lengths = (batch.query_start, batch.kv_length, batch.page_table)
     expected = reference_context(
         batch.q, batch.k, batch.v, batch.k_cache, batch.v_cache, *lengths, scale=model.scale

@@ -91,8 +91,8 @@ def time_launches(
 class WeightPool:
     """Random weights that many matrices share: `matrices` gives different views of one buffer."""
 
-    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
-        generator = torch.Generator(device="cuda").manual_seed(seed)
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator(device="cuda").manual_seed(0)
         count = POOL_BYTES // dtype.itemsize
         self._data = torch.empty(count, dtype=dtype, device="cuda").normal_(std=0.02, generator=generator)
 

@@ -45,13 +45,13 @@ def blocks(graph: Graph) -> tuple[Block, ...]:
     for number, (name, nodes) in enumerate(groupby(rest, key=lambda node: scope(node.name))):
         members = tuple(nodes)
         block = Block(name or ("begin" if number == 0 else f"end.{number}"), members)
-        shape = _structure(block.name, members, graph)
+        shape = _structure(members, graph)
         made.append(Block(block.name, members, seen.get(shape)))
         seen.setdefault(shape, block.name)
     return tuple(made)
 
 
-def _structure(name: str, nodes: Iterable[Node], graph: Graph) -> Any:
+def _structure(nodes: Iterable[Node], graph: Graph) -> Any:
     """Equal for blocks that differ in their names and cache slots only."""
     known: dict[str, int] = {}
     found = []

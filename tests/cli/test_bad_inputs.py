@@ -80,9 +80,9 @@ def cut(path: Path, keep: float = 0.5) -> None:
     path.write_bytes(data[: int(len(data) * keep)])
 
 
-def flip_byte(path: Path, position: int = -100) -> None:
+def flip_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[position] ^= 0x10
+    data[-100] ^= 0x10
     path.write_bytes(bytes(data))
 
 

@@ -125,11 +125,10 @@ def open_packed(folder: Path) -> PackedCheckpoint:
     return PackedCheckpoint(source, scheme)
 
 
-def floats_of(
-    checkpoint: OptCheckpoint, source: HFCheckpoint, tp_size: int = 1, dtype: DType = DType.FLOAT16
-) -> HFWeights:
+def floats_of(checkpoint: OptCheckpoint, source: HFCheckpoint, tp_size: int = 1) -> HFWeights:
     table = checkpoint.family.weight_table(checkpoint.config)
-    return HFWeights(source, table, checkpoint.config, dtype=dtype, sharding=ShardingOptions(tp_size))
+    sharding = ShardingOptions(tp_size)
+    return HFWeights(source, table, checkpoint.config, dtype=DType.FLOAT16, sharding=sharding)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

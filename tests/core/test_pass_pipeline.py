@@ -156,7 +156,7 @@ def test_ranks_together_give_the_logits_of_one(
         assert max_error(logits, expected) <= FLOAT64_ABS
 
 
-def sharded(shard_rule: Shard, *, tp_size: int = 2, **shapes: tuple[int, ...]) -> tuple[GraphBuilder, str]:
+def sharded(shard_rule: Shard, **shapes: tuple[int, ...]) -> tuple[GraphBuilder, str]:
     """As `small`, with weights `shapes` split by `shard_rule`."""
     table = weight_rows(table=(11, 8))
     split = [ResolvedWeight(name, (), shape, shard_rule, IDENTITY) for name, shape in shapes.items()]

@@ -141,9 +141,9 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
 # ---- bad headers: the official library refuses every one of them too ----
 
 
-def write_raw(path, header: str | bytes, data: bytes, length: int | None = None) -> None:
+def write_raw(path, header: str | bytes, data: bytes) -> None:
     text = header.encode() if isinstance(header, str) else header
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:

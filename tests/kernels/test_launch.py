@@ -72,13 +72,12 @@ def test_all_kinds_of_arguments(source: KernelSource, library: KernelLibrary) ->
 
 
 @pytest.mark.gpu
-def test_much_shared_memory_and_occupancy(source: KernelSource, library: KernelLibrary) -> None:
-    """Oracle: a count; 90 KiB are past the limit without opting in, and past half of what any GPU has."""
+def test_much_shared_memory(source: KernelSource, library: KernelLibrary) -> None:
+    """Oracle: a count; 90 KiB are past the limit without opting in."""
     out, count = torch.zeros(1, device="cuda"), 90 * 256
     kernel = library.kernel(source, "shared_sum", "Pi")
     kernel(LaunchShape((1,), (128,), shared_bytes=4 * count), out.data_ptr(), count)
     assert out.item() == count
-    assert 1 <= kernel.blocks_per_multiprocessor(128, 4 * count) <= 2
     with pytest.raises(DeviceError, match="bytes of dynamic shared memory for shared_sum"):
         kernel.bind(LaunchShape((1,), (128,), shared_bytes=1 << 20))
 
