@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
 from trtc.core.dtypes import DType
-from trtc.core.interpreter import interpret
-from trtc.core.ops import ReferenceContext
 from trtc.core.passes.cache import cache_type
 
 from .opt_models import OptCheckpoint, save_hf
-from .packed_steps import Inputs, filled_cache
+from .packed_steps import Reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +27,8 @@ class Fp8CacheEngine:
 
     def reference(self, page_size: int, num_pages: int, *, rounds: bool = True) -> Reference:
         """rounds: to e4m3; else with a cache that holds k and v as they are."""
-        return Reference(self.checkpoint, page_size, num_pages, DType.FLOAT8_E4M3 if rounds else None)
-
-
-class Reference:
-    """The composed graph in float64, step by step."""
-
-    def __init__(
-        self, checkpoint: OptCheckpoint, page_size: int, num_pages: int, cache_dtype: DType | None
-    ) -> None:
-        self._graph = cache_type(checkpoint.family.compose(checkpoint.config), cache_dtype)
-        weights = checkpoint.weights()
-        self._weights = {node.name: weights.read(0, node.name).double() for node in self._graph.weights}
-        self._context = ReferenceContext(filled_cache(self._graph, page_size, num_pages, torch.float64))
-
-    def run(self, inputs: Inputs) -> torch.Tensor:
-        logits: torch.Tensor = interpret(self._graph, {**self._weights, **inputs}, self._context)
-        return logits
+        composed = self.checkpoint.family.compose(self.checkpoint.config)
+        graph = cache_type(composed, DType.FLOAT8_E4M3 if rounds else None)
+        source = self.checkpoint.weights()
+        weights = {node.name: source.read(0, node.name).double() for node in graph.weights}
+        return Reference(graph, weights, page_size, num_pages)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from trtc.core.graph import Graph
+from trtc.core.interpreter import interpret
+from trtc.core.ops import ReferenceContext
 
 Inputs = dict[str, torch.Tensor]
 
@@ -54,6 +56,21 @@ class PagedSequences:
         """Ends a sequence; its pages are the next ones to be given out."""
         self._free += self._pages.pop(name)
         del self._length[name]
+
+
+class Reference:
+    """A graph in float64, step by step, over a cache of its own. weights: by name, in float64."""
+
+    def __init__(
+        self, graph: Graph, weights: Mapping[str, torch.Tensor], page_size: int, num_pages: int
+    ) -> None:
+        self._graph, self._weights = graph, weights
+        self._context = ReferenceContext(filled_cache(graph, page_size, num_pages, torch.float64))
+
+    def run(self, inputs: Inputs) -> torch.Tensor:
+        """The logits of a step."""
+        logits: torch.Tensor = interpret(self._graph, {**self._weights, **inputs}, self._context)
+        return logits
 
 
 def filled_cache(

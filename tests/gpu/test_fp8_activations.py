@@ -12,8 +12,6 @@ from trtc.core.build import build_engine
 from trtc.core.dtypes import DType, to_torch
 from trtc.core.engine import Engine
 from trtc.core.graph import Graph
-from trtc.core.interpreter import interpret
-from trtc.core.ops import ReferenceContext
 from trtc.core.ops.attention import CACHE_DTYPE
 from trtc.core.ops.quantized import ACTIVATIONS
 from trtc.core.quantize.source import nearest
@@ -24,7 +22,7 @@ from trtc.runtime.load import load_executor
 from trtc.tests.engine_steps import TOKENS, batch_work, engine_logits, execute
 from trtc.tests.fp8_products import W8A8, planned, products
 from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
-from trtc.tests.packed_steps import Inputs, PagedSequences, filled_cache
+from trtc.tests.packed_steps import Inputs, PagedSequences, Reference
 from trtc.tests.prompt_steps import check_prompt_graphs
 from trtc.tests.tolerances import ROUNDING_RATIO, max_error
 
@@ -67,23 +65,18 @@ def test_products(variant: str, dtype: DType, rows: int, tmp_path: Path) -> None
         assert error <= PRODUCT_RELATIVE[dtype] * float(expected.abs().max()), node.name
 
 
-class Reference:
-    """The engine's own graph in float64; not `rounds`: without anything rounded to e4m3 but weights."""
-
-    def __init__(self, path: Path, page_size: int, num_pages: int, *, rounds: bool) -> None:
-        engine = Engine.open(path)
-        graph = engine.ranks[0].graph
-        self._graph = graph if rounds else without_rounding(graph)
-        model = to_torch(engine.model.dtype)
-        self._weights = {
-            name: tensor.double() if tensor.dtype is model else tensor
-            for name, tensor in engine.map_weights(0).items()
-        }
-        self._context = ReferenceContext(filled_cache(self._graph, page_size, num_pages, torch.float64))
-
-    def run(self, inputs: Inputs) -> torch.Tensor:
-        logits: torch.Tensor = interpret(self._graph, {**self._weights, **inputs}, self._context)
-        return logits
+def references(path: Path, page_size: int, num_pages: int) -> tuple[Reference, Reference]:
+    """The engine's own graph, and the same without anything rounded to e4m3 but weights."""
+    engine = Engine.open(path)
+    graph, model = engine.ranks[0].graph, to_torch(engine.model.dtype)
+    weights = {
+        name: tensor.double() if tensor.dtype is model else tensor
+        for name, tensor in engine.map_weights(0).items()
+    }
+    return (
+        Reference(graph, weights, page_size, num_pages),
+        Reference(without_rounding(graph), weights, page_size, num_pages),
+    )
 
 
 def without_rounding(graph: Graph) -> Graph:
@@ -119,9 +112,7 @@ def test_logits(variant: str, dtype: DType, cache: str, tmp_path: Path) -> None:
     float64 that rounds."""
     path = build(variant, dtype, tmp_path, kv_cache_dtype=cache)
     whole = PagedSequences(BUILD.page_size, 16).step({"a": TOKENS})
-    rounded, exact = (
-        Reference(path, BUILD.page_size, 16, rounds=rounds).run(whole) for rounds in (True, False)
-    )
+    rounded, exact = (reference.run(whole) for reference in references(path, BUILD.page_size, 16))
     for chunks in ([len(TOKENS)], [9, 20, *[1] * (len(TOKENS) - 29)]):
         ratio = distance(engine_logits(path, TOKENS, chunks), exact) / distance(rounded, exact)
         assert ratio <= ROUNDING_RATIO, f"chunks {chunks[:3]}: {ratio}"
@@ -133,7 +124,7 @@ def test_steps_with_prompts_in_cuda_graphs(tmp_path: Path) -> None:
     rounding = [0.0]
 
     def reference(*sizes: int) -> Callable[[Inputs], torch.Tensor]:
-        rounded, exact = (Reference(path, *sizes, rounds=rounds) for rounds in (True, False))
+        rounded, exact = references(path, *sizes)
 
         def run(inputs: Inputs) -> torch.Tensor:
             logits = exact.run(inputs)
@@ -151,12 +142,10 @@ def test_batches(sequences: int, tmp_path: Path) -> None:
     path = build("cuda_pre_norm", DType.FLOAT16, tmp_path, max_batch_size=80, max_num_tokens=240)
     executor = load_executor(path)
     paged = PagedSequences(executor.page_size, executor.num_pages)
-    references = [
-        Reference(path, executor.page_size, executor.num_pages, rounds=rounds) for rounds in (True, False)
-    ]
+    both = references(path, executor.page_size, executor.num_pages)
     for step in range(3):
         inputs = paged.step(batch_work(sequences, step))
-        rounded, exact = (reference.run(inputs) for reference in references)
+        rounded, exact = (reference.run(inputs) for reference in both)
         ratio = distance(execute(executor, inputs), exact) / distance(rounded, exact)
         assert ratio <= ROUNDING_RATIO, f"step {step}: {ratio}"
     executor.close()

@@ -9,8 +9,6 @@ import pytest
 import torch
 from trtc.core.build import build_engine
 from trtc.core.dtypes import DType
-from trtc.core.interpreter import interpret
-from trtc.core.ops import ReferenceContext
 from trtc.core.quantize.integers import dequantize
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import QuantizedWeights, nearest
@@ -19,7 +17,7 @@ from trtc.runtime.load import load_executor
 from trtc.tests.asymmetric import with_zeros
 from trtc.tests.engine_steps import TOKENS, batch_work, check_reproducible, engine_logits, execute
 from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
-from trtc.tests.packed_steps import PagedSequences, filled_cache
+from trtc.tests.packed_steps import PagedSequences, Reference
 from trtc.tests.prompt_steps import check_prompt_graphs
 from trtc.tests.tolerances import logits_tolerance, max_error
 
@@ -74,28 +72,16 @@ class Quantized:
         return cls(folder / "engine", checkpoint, source, lm_head)
 
     def reference(self, page_size: int, num_pages: int) -> Reference:
-        return Reference(self, page_size, num_pages)
+        graph = self.checkpoint.family.compose(self.checkpoint.config)
+        weights = {node.name: self._weight(node.name) for node in graph.weights}
+        return Reference(graph, weights, page_size, num_pages)
 
-
-class Reference:
-    """The composed graph in float64, step by step."""
-
-    def __init__(self, quantized: Quantized, page_size: int, num_pages: int) -> None:
-        self._graph = quantized.checkpoint.family.compose(quantized.checkpoint.config)
-        self._weights = {node.name: self._weight(quantized.source, node.name) for node in self._graph.weights}
-        self._context = ReferenceContext(filled_cache(self._graph, page_size, num_pages, torch.float64))
-
-    @staticmethod
-    def _weight(source: QuantizedWeights, name: str) -> torch.Tensor:
-        value = source.read(0, name)
-        if name not in source.quantization.weights:
+    def _weight(self, name: str) -> torch.Tensor:
+        value = self.source.read(0, name)
+        if name not in self.source.quantization.weights:
             return value.double()
-        zero = source.read(0, f"{name}.zero") if source.quantization.format.zero_point else None
-        return dequantize(value, source.read(0, f"{name}.scale").double(), zero)
-
-    def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits: torch.Tensor = interpret(self._graph, {**self._weights, **inputs}, self._context)
-        return logits
+        zero = self.source.read(0, f"{name}.zero") if self.source.quantization.format.zero_point else None
+        return dequantize(value, self.source.read(0, f"{name}.scale").double(), zero)
 
 
 @pytest.mark.parametrize("dtype", [DType.FLOAT16, DType.BFLOAT16])

@@ -93,6 +93,17 @@ def generate(
     return results
 
 
+def check_tokens(executor: ToyExecutor, prompts: list[Prompt], cancel: set[int]) -> None:
+    """All prompts but those in `cancel` get the tokens of the model."""
+    cancel = {index for index in cancel if index < len(prompts)}
+    results = generate(executor, prompts, cancel)
+    for index, (prompt, max_tokens, ignore_eos) in enumerate(prompts):
+        if str(index) in results:
+            assert results[str(index)] == greedy_tokens(prompt, max_tokens, ignore_eos=ignore_eos)
+        else:
+            assert index in cancel
+
+
 def test_the_toy_is_a_decode_loop() -> None:
     assert isinstance(LoopToy(), DecodeLoop) and not isinstance(ToyExecutor(), DecodeLoop)
 
@@ -105,13 +116,7 @@ def test_the_toy_is_a_decode_loop() -> None:
 )
 def test_tokens_are_those_of_the_model(prompts: list[Prompt], num_pages: int, cancel: set[int]) -> None:
     """Any mix of lengths, ends and cancels, with pages plenty or scarce."""
-    cancel = {index for index in cancel if index < len(prompts)}
-    results = generate(LoopToy(num_pages=num_pages), prompts, cancel)
-    for index, (prompt, max_tokens, ignore_eos) in enumerate(prompts):
-        if str(index) in results:
-            assert results[str(index)] == greedy_tokens(prompt, max_tokens, ignore_eos=ignore_eos)
-        else:
-            assert index in cancel
+    check_tokens(LoopToy(num_pages=num_pages), prompts, cancel)
 
 
 def test_steps_really_run_ahead() -> None:
