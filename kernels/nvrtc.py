@@ -172,8 +172,9 @@ def compiler_version() -> tuple[int, int]:
     try:
         _, major, minor = _nvrtc().nvrtcVersion()
     except RuntimeError as error:
+        reason = str(error).partition("\n")[0]  # the loader of libraries goes on for lines
         raise DeviceError(
-            f"NVRTC does not load ({error}); install it with: pip install 'trtc[cuda]'"
+            f"NVRTC does not load ({reason}); install it with: pip install 'trtc[cuda]'"
         ) from error
     return major, minor
 

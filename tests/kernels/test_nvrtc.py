@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,21 @@ def source(tmp_path: Path) -> KernelSource:
     (tmp_path / "scale.cuh").write_text("constexpr int kScale = 3;\n")
     (tmp_path / "demo.cu").write_text(KERNEL)
     return KernelSource(tmp_path / "demo.cu", ("demo::scale<float>", "plain"))
+
+
+def test_a_library_that_does_not_load_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand. cuda-python's own message goes on for lines."""
+
+    def fails() -> None:
+        raise RuntimeError("no libnvrtc.so.13\nlooked in:\n  /usr/lib")
+
+    monkeypatch.setattr(nvrtc, "_nvrtc", lambda: SimpleNamespace(nvrtcVersion=fails))
+    with pytest.raises(DeviceError) as error:
+        nvrtc.compiler_version.__wrapped__()
+    assert (
+        str(error.value)
+        == "NVRTC does not load (no libnvrtc.so.13); install it with: pip install 'trtc[cuda]'"
+    )
 
 
 def test_template_and_plain_entries(source: KernelSource) -> None:
