@@ -19,9 +19,8 @@ from trtc.runtime.prompt_lookup import PromptLookup
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.weight_loading import loading_to_gpu
 from trtc.tests.engine_steps import TOKENS, engine_logits, step_input
-from trtc.tests.fp8_cache import Reference
 from trtc.tests.opt_models import CUDA_VARIANTS, OptCheckpoint, hf_logits, save_hf
-from trtc.tests.packed_steps import PagedSequences
+from trtc.tests.packed_steps import PagedSequences, Reference
 from trtc.tests.prompt_steps import check_prompt_graphs
 from trtc.tests.tolerances import logits_tolerance, max_error
 
@@ -121,9 +120,11 @@ def test_steps_with_prompts_in_cuda_graphs(variant: str, dtype: DType, tmp_path:
     """Oracle: the graph in float64."""
     engine = build(variant, dtype, tmp_path, max_batch_size=8)
     checkpoint = OptCheckpoint.open(tmp_path / "hf")
+    graph, source = checkpoint.family.compose(checkpoint.config), checkpoint.weights()
+    weights = {node.name: source.read(0, node.name).double() for node in graph.weights}
     check_prompt_graphs(
         engine,
-        lambda *sizes: Reference(checkpoint, *sizes, None).run,
+        lambda *sizes: Reference(graph, weights, *sizes).run,
         lambda expected: logits_tolerance(dtype, expected),
     )
 
