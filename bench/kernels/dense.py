@@ -77,8 +77,8 @@ def layers(size: str) -> Iterator[tuple[str, int, int]]:
 def label(plan: AnyPlan) -> str:
     """A short name of a plan, for the table."""
     if isinstance(plan, StreamPlan):
-        held = " held" * plan.held_x
-        return f"stream blocks {plan.blocks} warps {plan.warps} tile {8 * plan.octets} stages {plan.stages}{held}"
+        more = " held" * plan.held_x + " alone" * bool(plan.least_bytes)
+        return f"stream blocks {plan.blocks} warps {plan.warps} tile {8 * plan.octets} stages {plan.stages}{more}"
     if isinstance(plan, MulticastPlan):
         stages = f"stages {plan.weight_stages}+{plan.row_stages}"
         return (

@@ -6,18 +6,22 @@ number of launches. Launches of one case take turns over enough weight buffers t
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from ...kernels.library import KernelLibrary
+from ...kernels.nvrtc import KernelSource, compile_kernel
 from ...runtime.benchmark import read_bandwidth
 from ..provenance import commit_of_tree, output_of
 
@@ -105,6 +109,19 @@ class WeightPool:
         count = min(128, max(2, ROTATION_BYTES // (size * self._data.element_size())))
         numel = torch.Size(shape).numel()
         return [self._data[i * size : i * size + numel].view(shape) for i in range(count)]
+
+
+def compile_side_by_side(library: KernelLibrary, sources: Iterable[KernelSource]) -> None:
+    """Compiles `sources`, each with one kernel, by all processors; the library then finds them."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda source: compile_kernel(source, {}, library.target), set(sources)))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with a command in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -37,13 +35,14 @@ from ...kernels.linear.quantized_warpgroup_plan import (
 )
 from ...kernels.linear.reference import linear as reference_linear
 from ...kernels.linear.stripe_plan import fits_stripe, plan_stripe
-from ...kernels.nvrtc import KernelSource, compile_kernel
+from ...kernels.nvrtc import KernelSource
 from .dense import HIDDEN, TOLERANCE, label, layers, median_us, take_turns
 from .harness import (  # fmt: skip
     POOL_BYTES,
     ROTATION_BYTES,
     Row,
     WeightPool,
+    compile_side_by_side,
     median_row,
     out_dir,
     print_table,
@@ -156,15 +155,6 @@ def warpgroup_candidates(
                 )  # fmt: skip
 
 
-def compile_all(library: KernelLibrary, plans: list[AnyPlan]) -> None:
-    """Compiles the kernels of `plans` side by side; the library then finds them."""
-    wanted = {(plan.source.path, plan.entry("__half")) for plan in plans}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(
-            pool.map(lambda key: compile_kernel(KernelSource(key[0], (key[1],)), {}, library.target), wanted)
-        )
-
-
 def time_floats(
     linear: Linear,
     pool: WeightPool,
@@ -263,7 +253,7 @@ def main() -> None:
         plans.append(choose_plan(rows, features, columns))
         for how in given.formats:
             plans += candidates(rows, features, columns, how, given.sweep)
-    compile_all(library, plans)
+    compile_side_by_side(library, (KernelSource(plan.source.path, (plan.entry("__half"),)) for plan in plans))
     table: list[Row] = []
     lines: list[str] = []
     for (size, rows), group in itertools.groupby(shapes, key=lambda shape: shape[:2]):
