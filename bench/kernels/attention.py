@@ -114,7 +114,7 @@ def decode_plans(
                 )
 
 
-SWEEP_WARPS_AND_STAGES = ((4, 2), (4, 3), (8, 2))
+SWEEP_WARPS_AND_STAGES = ((2, 2), (2, 3), (4, 2), (4, 3), (4, 4), (8, 3))
 
 
 def other_layer(batch: PagedBatch) -> PagedBatch:

@@ -78,7 +78,7 @@ def decode_plans(chosen: DecodePlan) -> Iterator[DecodePlan]:
     """The chosen plan and every other way to divide and combine the work."""
     yield chosen
     for (warps, stages), (splits, cluster) in itertools.product(
-        ((4, 4), (8, 4)) if chosen.fp8_cache else ((4, 2), (8, 2)),
+        ((4, 4), (8, 4)) if chosen.fp8_cache else ((2, 2), (2, 3), (4, 2), (4, 4), (8, 3)),
         ((1, False), (3, False), (12, False), (2, True), (8, True)),
     ):
         yield dataclasses.replace(chosen, warps=warps, stages=stages, splits=splits, cluster=cluster)

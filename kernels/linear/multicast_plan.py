@@ -31,7 +31,7 @@ SUM_STAGES = 2
 """Stages of W that the sums of parts of K take the room of."""
 
 MAX_SPLIT = 8
-LEAST_PART_COLUMNS = 512
+LEAST_PART_COLUMNS = 256
 """Columns of a part of K of a large weight, at least: fewer are not worth the exchange of sums."""
 
 LEAST_WIDTH = 64
@@ -41,9 +41,8 @@ CLUSTERS_IN_PAIRS = {1: 264, 2: 132, 4: 60, 8: 27}
 """Blocks of a cluster -> clusters that an H200 runs at once, of its 132 multiprocessors, two blocks on each. 30 of eight also
 fit, but not beside other kernels' blocks: with 29 and 30 a launch took 2 us more than with 26 and 27."""
 
-SHORT_PART_COLUMNS = 1280
-LEAST_ROW_STAGES, LONG_ROW_STAGES = 4, 6
-"""Stages of x in flight before W gets the rest of a block's shared memory: fewer for short parts of K."""
+ROW_STAGES = 6
+"""Stages of x in flight before W gets the rest of a block's shared memory."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def plan_multicast(
     copies: int,
     split: int = 1,
     block_bytes: int = BLOCK_BYTES,
-    row_stages: int = LEAST_ROW_STAGES,
+    row_stages: int = ROW_STAGES,
 ) -> MulticastPlan:
     """A launch with rings as large as fit `block_bytes`: x at least `row_stages` or all, then W, then x again.
 
@@ -152,16 +151,7 @@ def choose_multicast(rows: int, features: int, columns: int, multiprocessors: in
     while width < LEAST_WIDTH and split < MAX_SPLIT and columns >= 2 * split * LEAST_PART_COLUMNS:
         split *= 2
         width = even_width(features, CLUSTERS_IN_PAIRS[split] * multiprocessors // 132)
-    short = split <= 2 and columns_per_block(columns, split) <= SHORT_PART_COLUMNS
-    return plan_multicast(
-        rows,
-        features,
-        columns,
-        features_per_block=width,
-        copies=1,
-        split=split,
-        row_stages=LEAST_ROW_STAGES if short else LONG_ROW_STAGES,
-    )
+    return plan_multicast(rows, features, columns, features_per_block=width, copies=1, split=split)
 
 
 def even_width(features: int, ranges: int) -> int:

@@ -30,9 +30,17 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 RING_BYTES = 80 * 1024
 MIN_RING_BYTES = 48 * 1024
-"""Bytes of W in flight per SM: 64 KiB saturate an H200; under 48 KiB x is not held, to leave the ring its room."""
+"""Bytes of W in flight: 64 KiB for each SM saturate an H200; under 48 KiB x is not held, to leave the ring its room."""
 
-MAX_STAGES = 12
+LARGE_RING_BYTES = 176 * 1024
+LONG_RING_BYTES = 144 * 1024
+"""The same where a block is alone on its SM: what it has asked for before its predecessor ends is what DRAM does meanwhile. Of
+blocks of few features and many columns less is enough."""
+
+HELD_ELEMENTS = 16 * 1024
+"""Elements of x under which a block holds them: more take too much of the ring's room."""
+
+MAX_STAGES = 16
 MAX_TILE_FEATURES = 32
 
 STREAM_SIGNATURE = "PPPPPPPiiiif"
@@ -51,7 +59,7 @@ SHARED_LIMITS = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024
 """Compute capability -> bytes of shared memory one block can have, where it is more than the smallest."""
 
 MOMENTS_BYTES = 1024
-"""Static shared memory of a stream kernel with a norm, at most."""
+"""Static shared memory of a stream kernel of 8 warps with a norm, at most."""
 
 MAX_STREAM_ROWS = 16
 MAX_ROWS = 64
@@ -241,10 +249,9 @@ def plan_stream(
     room, stage = min(ring_bytes, free - _held_bytes(rows, columns, weight)), _stage_bytes(warps, octets, 0)
     held = held and room >= min(MIN_RING_BYTES, needed * stage)
     if not held:
-        # The ring also holds x. Of float weights that is little; of others it must not take W's room.
+        # The ring also holds x, which must not take W's room.
         stage = _stage_bytes(warps, octets, token_tiles * pieces)
-        whole = ring_bytes if weight == FLOAT else ring_bytes * (octets + token_tiles * pieces) // octets
-        room = min(whole, free)
+        room = min(ring_bytes * (octets + token_tiles * pieces) // octets, free)
     stages = max(2, min(needed, room // stage))
     return StreamPlan(
         rows, features, columns, norm, blocks, warps, octets, token_tiles, stages, held, least_bytes, weight
@@ -362,23 +369,44 @@ def _is_wide(features: int, columns: int) -> bool:
 def _choose_stream(
     rows: int, features: int, columns: int, norm: str, multiprocessors: int, shared_limit: int
 ) -> StreamPlan:
-    """Small weights are bound by latency: fewer and larger blocks; others by bandwidth: every SM equally busy."""
-    blocks, warps, held, least_bytes = multiprocessors, 8, rows <= 4, 0
+    """Small weights are bound by latency: fewer and larger blocks; others by bandwidth: every SM equally busy.
+
+    As measured in a chain of decoder layers, where plans that are best alone are not the best (bench/notes/kernels_linear.md).
+    """
+    blocks, warps, ring_bytes, alone = multiprocessors, 8, RING_BYTES, False
+    held = rows * columns < HELD_ELEMENTS
+    per_block = ceil_div(features, blocks)
     if features * columns < SMALL_WEIGHT:
-        blocks = min(multiprocessors * 3 // 4, max(multiprocessors // 2, ceil_div(features, 24)))
         warps = 12 if rows <= 8 else 8
+        if features > columns:
+            blocks, held = min(blocks, ceil_div(features, 24)), False
+        elif columns > 1024:
+            # All of W of 16 features is asked for at once, and the SM has no room for a second block.
+            blocks, ring_bytes, alone = min(blocks, ceil_div(features, 16)), 96 * 1024, True
+        else:
+            blocks = min(blocks // 2, ceil_div(features, 12))
     elif columns <= 1024 and features > 80 * multiprocessors:
         # Many turns of little K: x is held, and a second block covers the ends of the turns of the first.
         blocks, held = 2 * multiprocessors, True
     elif 20 <= features // (2 * multiprocessors) <= 40 and columns <= 4096:
         blocks = 2 * multiprocessors  # both blocks of an SM are done in one or two turns
+        held = held and rows > 1
     else:
         # One block on every SM: with room for two, some SMs get two when another kernel (attention, say) holds others
         # as this one starts. Measured with a norm kernel in between: 34 us instead of 26 us for 12288 x 4096.
-        least_bytes = (shared_limit + RESERVED_BYTES) // 2
+        alone, held = True, False
+        if columns > 4096 and per_block <= 24 and shared_limit > LONG_RING_BYTES:
+            warps, ring_bytes = 16, LONG_RING_BYTES
+        else:
+            ring_bytes = LARGE_RING_BYTES
+        if features == columns and multiprocessors * 3 // 4 <= ceil_div(features, 24) <= multiprocessors:
+            # Behind attention, most likely, whose last blocks keep some SMs. 2560 x 2560: 1.3 us less of a layer's 46.3.
+            blocks = ceil_div(features, 24)
+    block_bytes = shared_limit - MOMENTS_BYTES * warps // 8 if alone else min(BLOCK_BYTES, shared_limit)
+    least_bytes = (shared_limit + RESERVED_BYTES) // 2 if alone else 0
     return plan_stream(
-        rows, features, columns, norm=norm, blocks=blocks, warps=warps, held=held,
-        block_bytes=min(BLOCK_BYTES, shared_limit), least_bytes=least_bytes,
+        rows, features, columns, norm=norm, blocks=blocks, warps=warps, held=held, block_bytes=block_bytes,
+        least_bytes=least_bytes, ring_bytes=ring_bytes,
     )  # fmt: skip
 
 

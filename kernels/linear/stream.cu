@@ -38,7 +38,7 @@ constexpr int kNormRms = 2;  // as kNormLayer with a mean of 0
 // kNormLayer. bias and residual may be null; residual may be y. columns is a multiple of 8.
 template <typename T, int kWarps, int kOctets, int kTokenTiles, int kStages, bool kHeldX, int kNorm,
           typename Weight = FloatWeight<T>>
-__global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTiles > 2 || (kWarps > 8 && Weight::kPieces > 1) ? 1 : 2)
+__global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTiles > 2 || kWarps > (Weight::kPieces > 1 ? 8 : 12) ? 1 : 2)
     linear_stream(T* y, const T* x, const typename Weight::Stored* weight, const T* scales, const T* bias,
                   const T* residual, const float* weight_sums, int rows, int features, int columns, int activation,
                   float epsilon) {

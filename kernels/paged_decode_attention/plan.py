@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,15 +20,31 @@ HEADS_PER_BLOCK = 8
 MAX_CLUSTER = 8
 """Blocks per cluster that every GPU with clusters accepts."""
 COUNTER_BYTES = 4
-WARPS_PER_MULTIPROCESSOR = 8
-"""Warps that keep a multiprocessor's share of the memory bandwidth busy."""
-MANY_BLOCKS = 15
-"""Blocks for each multiprocessor from which on a third stage pays: 64 sequences of 32 heads have more, 48 have less."""
+WARPS_AND_STAGES = ((8, 3), (4, 4), (4, 3), (4, 2))
+"""What a block can have where all blocks run at once, the first of which as many fit a multiprocessor as there are for each:
+the cache is read while the predecessor still runs, so that as much of it as possible should be on its way."""
+ONE_WAVE = 3
+"""Blocks for each multiprocessor up to which it is worth it to let all of them run at once."""
+MANY_BLOCKS = 21
+"""Blocks for each multiprocessor from which on it does not matter how many of the last wave find a place."""
+CROWD_SHAPES = {
+    64: ((4, 3, 1), (4, 2, 1), (4, 3, 1), (4, 3, 1)),
+    80: ((4, 4, 1), (2, 2, 4), (2, 2, 4), (4, 3, 1)),
+    96: ((4, 2, 1), (4, 2, 1), (4, 2, 1), (4, 3, 1)),
+    128: ((2, 3, 1), (2, 2, 4), (2, 2, 4), (4, 3, 1)),
+}
+"""head_dim -> warps, stages and splits where there are more of them: four for each multiprocessor; five or six; more;
+MANY_BLOCKS. What fills the last wave best was the fastest, or small parts of many blocks; 96 was not measured."""
 
-WARPS_AND_STAGES = ((4, 2), (4, 3))
-"""What `choose_plan` picks from."""
+FP8_WARPS_PER_MULTIPROCESSOR = 8
+"""Warps that keep a multiprocessor's share of the memory bandwidth busy, over e4m3 numbers."""
 FP8_WARPS_AND_STAGES = ((4, 4), (4, 6))
-"""The same for caches of e4m3 numbers: as many bytes on their way."""
+"""What caches of e4m3 numbers have: the second where blocks fill the GPU partly."""
+
+SMALLEST = (4, 2)
+"""Warps and stages that every GPU from sm_80 on has the shared memory for."""
+SPARE_BYTES = 1024
+"""What the driver adds to the shared memory of each block."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +80,8 @@ class DecodePlan:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory per block."""
-        row_bytes = (self.head_dim // (16 if self.fp8_cache else 8) | 1) * 16
-        stages = self.warps * self.stages * 2 * TILE * row_bytes
-        return stages + (self.splits * self.part_bytes if self.cluster else 0)
+        ring = _ring_bytes(self.warps, self.stages, _row_bytes(self.head_dim, fp8_cache=self.fp8_cache))
+        return ring + (self.splits * self.part_bytes if self.cluster else 0)
 
     @property
     def counter_bytes(self) -> int:
@@ -102,21 +118,23 @@ def choose_plan(
 ) -> DecodePlan:
     """The plan for sequences of up to `max_kv_length` tokens; right for longer ones too, but then not fast.
 
-    Splits are added until the blocks fill the GPU once, or until a warp has a single tile left.
     shared_limit: bytes of shared memory a block can have; every GPU from sm_80 on has the 99 KiB that suffice
     """
     group = num_heads // num_kv_heads
     head_blocks = -(-group // HEADS_PER_BLOCK)
     blocks = num_seqs * num_kv_heads * head_blocks
     tiles = -(-max_kv_length // TILE)
-    # Measured on an H200: a third stage pays where blocks are too few to fill the GPU, unless a sequence's cluster of
-    # blocks would then not fit beside others; and where they come in many waves, so that it does not matter how many blocks
-    # of the last one find a place. Over e4m3 numbers it does matter: six stages leave room for too few.
-    fills_partly = multiprocessors // 2 <= blocks < 4 * multiprocessors
-    many_waves = blocks >= MANY_BLOCKS * multiprocessors and not fp8_cache
-    few, many = FP8_WARPS_AND_STAGES if fp8_cache else WARPS_AND_STAGES
-    warps, stages = many if fills_partly or many_waves else few
-    wanted = max(1, min(WARPS_PER_MULTIPROCESSOR * multiprocessors // (warps * blocks), -(-tiles // warps)))
+    if fp8_cache:
+        # Six stages leave room for too few blocks where there are many.
+        fills_partly = multiprocessors // 2 <= blocks < 4 * multiprocessors
+        warps, stages = FP8_WARPS_AND_STAGES[fills_partly]
+        wanted = FP8_WARPS_PER_MULTIPROCESSOR * multiprocessors // (warps * blocks)
+        wanted = max(1, min(wanted, -(-tiles // warps)))
+    else:
+        # All of this was measured in a chain of decoder layers on an H200 (bench/notes/kernels_attention.md).
+        clusters = capability >= 90
+        warps, stages, wanted = _shape(blocks, head_dim, multiprocessors, shared_limit, clusters=clusters)
+        wanted = max(1, min(wanted, -(-2 * tiles // (warps * stages))))
     # A cluster combines faster than the workspace, but with fewer splits: worth it unless most of the GPU stays idle.
     cluster = capability >= 90 and (wanted <= MAX_CLUSTER or 2 * blocks * MAX_CLUSTER >= multiprocessors)
     splits = min(wanted, MAX_CLUSTER) if cluster else wanted
@@ -124,9 +142,10 @@ def choose_plan(
     plan = DecodePlan(
         num_seqs, num_kv_heads, head_blocks, heads, head_dim, warps, stages, splits, cluster, fp8_cache
     )
-    fewer_stages = replace(plan, stages=few[1])
-    without_cluster = replace(fewer_stages, cluster=False)
-    return next(p for p in (plan, fewer_stages, without_cluster) if p.shared_bytes <= shared_limit)
+    least_warps, least_stages = FP8_WARPS_AND_STAGES[0] if fp8_cache else SMALLEST
+    smaller = replace(plan, warps=least_warps, stages=least_stages)
+    without_cluster = replace(smaller, cluster=False)
+    return next(p for p in (plan, smaller, without_cluster) if p.shared_bytes <= shared_limit)
 
 
 def entry(
@@ -144,10 +163,45 @@ def sources(
     entries = tuple(
         entry(element, head_dim, warps, stages, cluster, fp8_cache=fp8_cache)
         for head_dim in head_dims
-        for warps, stages in (FP8_WARPS_AND_STAGES if fp8_cache else WARPS_AND_STAGES)
+        for warps, stages in _warps_and_stages(head_dim, fp8_cache)
         for cluster in ((True, False) if capability >= 90 else (False,))
     )
     return (KernelSource(SOURCE, entries),)
+
+
+def _shape(
+    blocks: int, head_dim: int, multiprocessors: int, shared_limit: int, *, clusters: bool
+) -> tuple[int, int, int]:
+    """Warps, stages and splits of blocks, of which there are `blocks` where nothing is split."""
+    # As few splits as give each multiprocessor a block: the rest of its shared memory is for the next kernel's weights.
+    splits = -(-multiprocessors // blocks)
+    crowd = -(-blocks * splits // multiprocessors)
+    if crowd <= ONE_WAVE:
+        shapes, fitting = [(*shape, splits) for shape in WARPS_AND_STAGES], max(2, crowd)
+    else:
+        kind = 0 if crowd == 4 else 1 if crowd <= 6 else 2 if crowd < MANY_BLOCKS else 3
+        warps, stages, parts = CROWD_SHAPES[head_dim][kind]
+        shapes, fitting = [(warps, stages, parts if clusters else 1)], 2
+    row_bytes = _row_bytes(head_dim, fp8_cache=False)
+    for warps, stages, parts in shapes:
+        if fitting * (_ring_bytes(warps, stages, row_bytes) + SPARE_BYTES) <= shared_limit:
+            return warps, stages, parts
+    return (*SMALLEST, splits)
+
+
+def _row_bytes(head_dim: int, *, fp8_cache: bool) -> int:
+    """Bytes of a row of k or v in shared memory, padded so that rows start in different banks."""
+    return (head_dim // (16 if fp8_cache else 8) | 1) * 16
+
+
+def _ring_bytes(warps: int, stages: int, row_bytes: int) -> int:
+    return warps * stages * 2 * TILE * row_bytes
+
+
+def _warps_and_stages(head_dim: int, fp8_cache: bool) -> Iterable[tuple[int, int]]:
+    if fp8_cache:
+        return FP8_WARPS_AND_STAGES
+    return sorted({*WARPS_AND_STAGES, *((warps, stages) for warps, stages, _ in CROWD_SHAPES[head_dim])})
 
 
 def _round_up(value: int, multiple: int) -> int:

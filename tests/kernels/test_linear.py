@@ -153,6 +153,21 @@ def check_multicast(plan: MulticastPlan, rows: int, features: int, columns: int)
     assert read * 128 <= plan.shared_bytes <= SHARED_LIMITS[90] - 1024
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_a_block_alone_asks_for_much_of_a_large_weight(rows: int) -> None:
+    """Oracle: bytes of W in the ring, 512 for each warp, octet of features and stage; what was measured to be the fastest."""
+
+    def ring(features: int, columns: int) -> tuple[int, int, int]:
+        plan = choose_plan(rows, features, columns)
+        assert isinstance(plan, StreamPlan) and not plan.held_x and 2 * (plan.least_bytes + 1024) > 228 * 1024
+        return plan.blocks, plan.warps, plan.stages * plan.warps * plan.octets * 512 // 1024
+
+    wide = (132, 8, 176 if rows == 1 else 160)
+    assert ring(12288, 4096) == ring(4096, 4096) == ring(4096, 16384) == wide
+    assert ring(2560, 10240) == (132, 16, 144)
+    assert ring(2560, 2560) == (107, 8, 120), "24 features of each block, all of their columns"
+
+
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_norm_does_not_change_the_plan(rows: int) -> None:
     """Oracle: the plan without a norm; a norm must not cost its layer the better kernel."""

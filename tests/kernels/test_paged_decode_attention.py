@@ -81,9 +81,10 @@ def test_plans_fit_the_hardware(capability: int) -> None:
 
 
 def test_plan_of_one_short_sequence_spreads_over_the_gpu() -> None:
-    """Oracle: the arithmetic of the plan: 12 heads x 8 splits of a cluster, no workspace."""
-    plan = choose_plan(1, 12, 12, 64, 640)
-    assert plan.launch_shape(dependent=False) == LaunchShape((12, 1, 8), (128,), plan.shared_bytes, (1, 1, 8))
+    """Oracle: the arithmetic of the plan: 12 heads x 8 splits of a cluster, no workspace; a short one has less to split."""
+    plan = choose_plan(1, 12, 12, 64, 2048)
+    assert plan.launch_shape(dependent=False) == LaunchShape((12, 1, 8), (256,), plan.shared_bytes, (1, 1, 8))
+    assert choose_plan(1, 12, 12, 64, 640).splits == 4
     assert plan.workspace_bytes == 0
 
 
@@ -104,11 +105,59 @@ def arguments(plan: DecodePlan | None = None) -> dict[str, object]:
     }  # fmt: skip
 
 
-def test_a_third_stage_where_blocks_come_in_many_waves() -> None:
-    stages = [choose_plan(rows, 32, 32, 64, 1024).stages for rows in (8, 48, 64, 512)]
-    assert stages == [3, 2, 3, 3]
-    assert [choose_plan(rows, 32, 32, 80, 1024).stages for rows in (8, 20, 64)] == [3, 2, 3]
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_blocks_of_a_few_sequences_run_at_once_with_all_the_memory_there_is(head_dim: int) -> None:
+    """Oracle: 227 KiB of shared memory in each of 132 multiprocessors, 1 KiB of which the driver adds to each block."""
+
+    def fits(plan: DecodePlan) -> bool:
+        blocks = 32 * plan.num_seqs * plan.splits
+        return -(-blocks // 132) * (plan.shared_bytes + 1024) <= 227 * 1024
+
+    for num_seqs in range(1, 13):
+        plan = choose_plan(num_seqs, 32, 32, head_dim, 2048)
+        assert fits(plan) and 32 * num_seqs * plan.splits >= 128
+        assert not fits(dataclasses.replace(plan, stages=2 * plan.stages))
+
+
+def test_what_blocks_have_where_they_come_in_waves() -> None:
+    """Oracle: what was measured to be the fastest, by head_dim, for 16, 24, 32, 64 and 100 sequences of 32 heads."""
+    found = {
+        head_dim: [
+            (plan.warps, plan.stages, plan.splits)
+            for rows in (16, 24, 32, 64, 100)
+            for plan in [choose_plan(rows, 32, 32, head_dim, 1024)]
+        ]
+        for head_dim in (64, 80, 128)
+    }
+    assert found == {
+        64: [(4, 3, 1), (4, 2, 1), (4, 3, 1), (4, 3, 1), (4, 3, 1)],
+        80: [(4, 4, 1), (2, 2, 4), (2, 2, 4), (2, 2, 4), (4, 3, 1)],
+        128: [(2, 3, 1), (2, 2, 4), (2, 2, 4), (2, 2, 4), (4, 3, 1)],
+    }
+    assert choose_plan(64, 32, 32, 128, 1024, capability=80).splits == 1, (
+        "there are no clusters to combine them"
+    )
     assert [choose_plan(rows, 32, 32, 64, 1024, fp8_cache=True).stages for rows in (8, 64)] == [6, 4]
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared_limit"), [(80, 163 * 1024), (90, 227 * 1024), (120, 99 * 1024)]
+)
+@pytest.mark.parametrize("fp8_cache", [False, True])
+def test_engines_have_every_kernel_that_is_chosen(
+    capability: int, shared_limit: int, fp8_cache: bool
+) -> None:
+    """Oracle: the entries of the sources that an engine is built with."""
+    for head_dim in (64, 80, 96, 128):
+        (source,) = sources("__half", (head_dim,), capability, fp8_cache=fp8_cache)
+        for num_seqs in (1, 2, 4, 8, 10, 16, 24, 32, 64, 512):
+            for heads, kv_heads in ((12, 12), (32, 32), (32, 8), (16, 1)):
+                for length in (1, 2048, 100_000):
+                    plan = choose_plan(
+                        num_seqs, heads, kv_heads, head_dim, length, fp8_cache=fp8_cache, capability=capability,
+                        shared_limit=shared_limit,
+                    )  # fmt: skip
+                    assert plan.entry("__half") in source.entries
 
 
 def test_contract_accepts_slices_of_a_fused_buffer() -> None:
@@ -154,12 +203,16 @@ def test_contract_names_accepted_sizes(shape: tuple[int, ...], message: str) -> 
         check(**{**arguments(), "k_cache": cache, "v_cache": cache})  # type: ignore[arg-type]
 
 
-def test_plan_of_an_fp8_cache_has_as_many_bytes_on_their_way() -> None:
-    """Oracle: the arithmetic: half the bytes a tile, twice the tiles; only the padding of rows differs."""
-    for batch in ((48, 32, 32, 128, 1024), (8, 32, 32, 64, 576), (4, 12, 12, 80, 300)):
-        half, fp8 = choose_plan(*batch), choose_plan(*batch, fp8_cache=True)
-        assert fp8.stages == 2 * half.stages
-        assert fp8.splits == half.splits and fp8.entry("__half").endswith("trtc::E4m3>")
+def test_plan_of_an_fp8_cache() -> None:
+    """Oracle: what was measured: eight warps for each multiprocessor, six stages where they fill the GPU partly."""
+    for batch, expected in (
+        ((48, 32, 32, 128, 1024), (4, 4, 1)),
+        ((8, 32, 32, 64, 576), (4, 6, 1)),
+        ((4, 12, 12, 80, 300), (4, 4, 5)),
+    ):
+        plan = choose_plan(*batch, fp8_cache=True)
+        assert (plan.warps, plan.stages, plan.splits) == expected
+        assert plan.entry("__half").endswith("trtc::E4m3>")
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
