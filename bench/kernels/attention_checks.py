@@ -106,7 +106,8 @@ def check_decode(
     )
     attention = PagedDecodeAttention(library)
     chosen = attention.plan(len(lengths), model.num_heads, batch.k_cache, max(lengths))
-    for plan in decode_plans(chosen) if all_plans else [chosen]:
+    fitting = (plan for plan in decode_plans(chosen) if plan.shared_bytes <= library.shared_limit)
+    for plan in fitting if all_plans else [chosen]:
         workspace = torch.zeros(max(16, plan.workspace_bytes), dtype=torch.uint8, device="cuda")
         k_cache, v_cache = batch.k_cache.clone(), batch.v_cache.clone()
         outs = [torch.full(batch.q.shape, torch.nan, dtype=model.dtype, device="cuda") for _ in range(2)]

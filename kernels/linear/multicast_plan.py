@@ -41,6 +41,13 @@ CLUSTERS_IN_PAIRS = {1: 264, 2: 132, 4: 60, 8: 27}
 """Blocks of a cluster -> clusters that an H200 runs at once, of its 132 multiprocessors, two blocks on each. 30 of eight also
 fit, but not beside other kernels' blocks: with 29 and 30 a launch took 2 us more than with 26 and 27."""
 
+SHORT_COLUMNS = 2048
+"""Columns up to which two parts of K leave a quarter of the room for blocks free: 2 to 3 us of 1.3B's layer of 100 to 119."""
+
+MOST_ROWS_OF_ONE_COPY = 48
+"""Rows up to which each block of an unsplit K loads all of x: 64 rows in two copies are 0.1 to 0.3% less of a layer of 6.7B and
+13B, 33 to 48 0.4% more."""
+
 ROW_STAGES = 6
 """Stages of x in flight before W gets the rest of a block's shared memory."""
 
@@ -150,8 +157,14 @@ def choose_multicast(rows: int, features: int, columns: int, multiprocessors: in
     width = even_width(features, 2 * multiprocessors)
     while width < LEAST_WIDTH and split < MAX_SPLIT and columns >= 2 * split * LEAST_PART_COLUMNS:
         split *= 2
-        width = even_width(features, CLUSTERS_IN_PAIRS[split] * multiprocessors // 132)
-    return plan_multicast(rows, features, columns, features_per_block=width, copies=1, split=split)
+        clusters = CLUSTERS_IN_PAIRS[split] * multiprocessors // 132
+        if split == 2 and columns <= SHORT_COLUMNS:
+            width = even_width(features, clusters * 3 // 4)
+            width = round_up(width, 16) if width > LEAST_WIDTH else width
+        else:
+            width = even_width(features, clusters)
+    copies = 2 if split == 1 and rows > MOST_ROWS_OF_ONE_COPY else 1
+    return plan_multicast(rows, features, columns, features_per_block=width, copies=copies, split=split)
 
 
 def even_width(features: int, ranges: int) -> int:

@@ -168,6 +168,17 @@ def test_a_block_alone_asks_for_much_of_a_large_weight(rows: int) -> None:
     assert ring(2560, 2560) == (107, 8, 120), "24 features of each block, all of their columns"
 
 
+def test_blocks_of_tiles_as_measured() -> None:
+    """Oracle: three quarters of the 264 blocks that fit for two parts of 2,048 columns; x in two copies for 64 rows."""
+    narrow, wide = choose_plan(64, 8192, 2048), choose_plan(64, 16384, 4096)
+    assert isinstance(narrow, MulticastPlan) and isinstance(wide, MulticastPlan)
+    assert (narrow.split, narrow.features_per_block) == (2, 96)
+    assert 0.6 * 264 < narrow.launch_shape(True).grid[0] <= 0.75 * 264
+    assert wide.split == 1 and wide.copies == 2
+    fewer = choose_plan(48, 16384, 4096)
+    assert isinstance(fewer, MulticastPlan) and fewer.copies == 1
+
+
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_norm_does_not_change_the_plan(rows: int) -> None:
     """Oracle: the plan without a norm; a norm must not cost its layer the better kernel."""
