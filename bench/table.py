@@ -110,13 +110,23 @@ def table(data: dict[str, Any], name: str = RESULTS.name) -> str:
     others = data.get("other_runs", {})
     sides = next(sides for model, sides in data["models"].items() if model not in others)
     setup, peer = (next(r for r in sides[side] if r["kind"] == "setup") for side in ("trtc", "vllm"))
+    copies = sorted(
+        next(r for r in sides["trtc"] if r["kind"] == "setup")["read_bandwidth_gb_s"]
+        for model, sides in data["models"].items()
+        if model not in others
+    )
+    limits = (
+        f"{copies[0]:.0f}"
+        if round(copies[0]) == round(copies[-1])
+        else f"{copies[0]:.0f} to {copies[-1]:.0f}"
+    )
     return (
         f"{text}\n{data['device']}, driver {data['driver']}, float16, random weights, greedy, 512 tokens in and 128 out; "
         f"trtc at {data['commit']}{' with local changes' if data['dirty'] else ''} and vLLM {peer['vllm']} in one run on "
         f"{data['date']}, torch {setup['torch']}. Prefill is the time to the first token of the whole batch. "
         f"Aims are for an H200; an H100 reads memory 0.7 times as fast. "
         f"Mixed is the better of two runs; the first one of trtc also captures its CUDA graphs. "
-        f"The read limit is what a copy moves in the same run, {setup['read_bandwidth_gb_s']:.0f} GB/s; a step that read at "
+        f"The read limit is what a copy moves in the process that measured a model, {limits} GB/s; a step that read at "
         f"it would have the ratio of the last column. {remark(data)}Samples: `bench/results/{name}`.\n"
     )
 

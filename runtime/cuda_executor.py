@@ -215,7 +215,7 @@ class CudaExecutor(EngineLimits):
     ) -> torch.Tensor:
         """before: tokens that only the device knows. received: what a stage of a pipeline takes beyond a step."""
         rows = PromptRows.of(step)
-        if self._prompts is not None:
+        if self._prompts is not None and received is None:
             logits = self._prompts.run(rows, before)
             if logits is not None:
                 return logits

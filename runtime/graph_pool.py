@@ -20,13 +20,18 @@ class GraphPool:
         """A graph of what `run` enqueues, and where its result will be; nothing runs.
 
         `run` has run before with the same sizes: modules are loaded, launches bound and workspaces allocated by now, which
-        capturing must not.
+        capturing must not. Raises torch.OutOfMemoryError where there is too little memory for what it allocates or for itself.
         """
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         # Other threads, NCCL's among them, may call CUDA meanwhile: what they do is not in the graph and does not spoil it.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            result = run()
+        try:
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                result = run()
+        except torch.AcceleratorError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(str(error)) from error  # the driver's, for the graph itself
         self._memory = graph.pool()
         self._graphs.append(graph)
         return graph, result

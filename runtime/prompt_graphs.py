@@ -27,9 +27,9 @@ ROWS = (64, 128, 256, 384, 512, 640, 768, 896, 1024)
 DECODES = (0, 8, 32, 128)
 """Sequences that decode beside prompts."""
 
-INSTRUCTION_S, FLOPS, BYTES_PER_S = 19e-6, 600e12, 4e12
-"""As seen beside and on an H200: what an instruction of `CudaProgram.prefill` takes the host, and what products of some hundred
-rows and attention of sequences that decode get done in a second."""
+INSTRUCTION_S, FLOPS_PER_S, BYTES_PER_S = 19e-6, 600e12, 4e12
+"""What an instruction of `CudaProgram.prefill` takes the host, as seen beside an H200, and what that gets done in a second in
+products of some hundred rows and in attention of sequences that decode."""
 GPU_SHARE = 0.85
 """Of the host's time, that the GPU is expected to need at most where a step is replayed. Beyond it padding may cost more than
 a graph saves: with 6.7e9 weights 513 tokens took 14.1 ms in a bucket of 640, launched 12.2 (bench/notes/prompt_graphs.md)."""
@@ -52,7 +52,7 @@ class StepTimes:
         """graph: of the engine, whose `prefill` has so many instructions."""
         token = graph.cost({"T": 1, "B": 1, "B+1": 2, "R": 0, "P": 0, "C": 0})
         cached = cache.bytes_per_page / cache.page_size
-        return cls(instructions * INSTRUCTION_S, token.flops / FLOPS, cached / BYTES_PER_S)
+        return cls(instructions * INSTRUCTION_S, token.flops / FLOPS_PER_S, cached / BYTES_PER_S)
 
     def wait_for_host(self, rows: int, cached_tokens: int) -> bool:
         """Whether the host is the limit of a step of so many rows, beside sequences that decode with so many tokens in all."""
@@ -139,7 +139,7 @@ class PromptGraphs:
             self._graphs[bucket] = self._capture(bucket)
         except torch.OutOfMemoryError:
             _log.warning("too little GPU memory is left to capture CUDA graphs of steps with prompts")
-            self._buckets = ()
+            self._buckets = tuple(bucket for bucket in self._buckets if bucket in self._graphs)
             return False
         return True
 

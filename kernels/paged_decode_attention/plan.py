@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,13 +29,13 @@ ONE_WAVE = 3
 MANY_BLOCKS = 21
 """Blocks for each multiprocessor from which on it does not matter how many of the last wave find a place."""
 CROWD_SHAPES = {
-    64: ((4, 3, 1), (4, 2, 1), (4, 3, 1), (4, 3, 1)),
+    64: ((4, 3, 1), (4, 4, 1), (4, 3, 1), (4, 3, 1)),
     80: ((4, 4, 1), (2, 2, 4), (2, 2, 4), (4, 3, 1)),
     96: ((4, 2, 1), (4, 2, 1), (4, 2, 1), (4, 3, 1)),
     128: ((2, 3, 1), (2, 2, 4), (2, 2, 4), (4, 3, 1)),
 }
-"""head_dim -> warps, stages and splits where there are more of them: four for each multiprocessor; five or six; more;
-MANY_BLOCKS. What fills the last wave best was the fastest, or small parts of many blocks; 96 was not measured."""
+"""head_dim -> warps, stages and splits where there are more of them: up to four for each multiprocessor, up to six, fewer than
+MANY_BLOCKS, more. The fastest of what was measured; 96 by analogy."""
 
 FP8_WARPS_PER_MULTIPROCESSOR = 8
 """Warps that keep a multiprocessor's share of the memory bandwidth busy, over e4m3 numbers."""
@@ -45,6 +46,8 @@ SMALLEST = (4, 2)
 """Warps and stages that every GPU from sm_80 on has the shared memory for."""
 SPARE_BYTES = 1024
 """What the driver adds to the shared memory of each block."""
+MOST_SHARED_BYTES = 227 * 1024
+"""Of a multiprocessor of any GPU from sm_80 to sm_120."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def choose_plan(
         wanted = FP8_WARPS_PER_MULTIPROCESSOR * multiprocessors // (warps * blocks)
         wanted = max(1, min(wanted, -(-tiles // warps)))
     else:
-        # All of this was measured in a chain of decoder layers on an H200 (bench/notes/kernels_attention.md).
+        # As measured in a chain of decoder layers on an H200 (bench/notes/kernels_attention.md); other GPUs follow by analogy.
         clusters = capability >= 90
         warps, stages, wanted = _shape(blocks, head_dim, multiprocessors, shared_limit, clusters=clusters)
         wanted = max(1, min(wanted, -(-2 * tiles // (warps * stages))))
@@ -179,7 +182,7 @@ def _shape(
     if crowd <= ONE_WAVE:
         shapes, fitting = [(*shape, splits) for shape in WARPS_AND_STAGES], max(2, crowd)
     else:
-        kind = 0 if crowd == 4 else 1 if crowd <= 6 else 2 if crowd < MANY_BLOCKS else 3
+        kind = bisect_left((4, 6, MANY_BLOCKS - 1), crowd)
         warps, stages, parts = CROWD_SHAPES[head_dim][kind]
         shapes, fitting = [(warps, stages, parts if clusters else 1)], 2
     row_bytes = _row_bytes(head_dim, fp8_cache=False)
@@ -201,7 +204,9 @@ def _ring_bytes(warps: int, stages: int, row_bytes: int) -> int:
 def _warps_and_stages(head_dim: int, fp8_cache: bool) -> Iterable[tuple[int, int]]:
     if fp8_cache:
         return FP8_WARPS_AND_STAGES
-    return sorted({*WARPS_AND_STAGES, *((warps, stages) for warps, stages, _ in CROWD_SHAPES[head_dim])})
+    row_bytes = _row_bytes(head_dim, fp8_cache=False)
+    fitting = {shape for shape in WARPS_AND_STAGES if 2 * _ring_bytes(*shape, row_bytes) <= MOST_SHARED_BYTES}
+    return sorted({*fitting, SMALLEST, *((warps, stages) for warps, stages, _ in CROWD_SHAPES[head_dim])})
 
 
 def _round_up(value: int, multiple: int) -> int:

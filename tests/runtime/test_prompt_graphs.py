@@ -31,7 +31,7 @@ from trtc.runtime.graph_pool import GraphPool
 from trtc.runtime.prompt_graphs import (
     BYTES_PER_S,
     DECODES,
-    FLOPS,
+    FLOPS_PER_S,
     GPU_SHARE,
     INSTRUCTION_S,
     ROWS,
@@ -249,7 +249,7 @@ def test_expected_times_are_those_of_weights_and_cache() -> None:
     hidden, ffn, layers = (int(config[name]) for name in ("hidden_size", "ffn_dim", "num_hidden_layers"))
     weights = layers * (4 * hidden * hidden + 2 * hidden * ffn)
     assert times.host == pytest.approx(100 * INSTRUCTION_S)
-    assert times.row == pytest.approx(2 * weights / FLOPS, rel=0.02)
+    assert times.row == pytest.approx(2 * weights / FLOPS_PER_S, rel=0.02)
     assert times.cached_token == pytest.approx(layers * 2 * hidden * 2 / BYTES_PER_S)
 
 
@@ -265,7 +265,9 @@ def test_steps_are_replayed_where_that_was_measured_to_be_faster(row: dict[str, 
     """Oracle: times of an H200 with all steps replayed, and all launched."""
     layers, hidden = SIZES[row["model"]]
     times = StepTimes(
-        (12 * layers + 6) * INSTRUCTION_S, 24 * hidden**2 * layers / FLOPS, 4 * hidden * layers / BYTES_PER_S
+        (12 * layers + 6) * INSTRUCTION_S,
+        24 * hidden**2 * layers / FLOPS_PER_S,
+        4 * hidden * layers / BYTES_PER_S,
     )
     step = step_of([1] * row["decodes"] + row["prompts"], row["decodes"] + len(row["prompts"]))
     bucket = next(bucket for bucket in prompt_buckets(16384, 512) if bucket.holds(step))
@@ -312,6 +314,18 @@ def test_without_memory_for_a_graph_steps_are_launched() -> None:
     assert graphs.run(rows) is None
     pool.is_full = False
     assert graphs.run(rows) is None and not graphs.prepare()
+
+
+def test_graphs_that_were_captured_serve_when_there_is_no_memory_for_more() -> None:
+    model, pool, sequences = Model(), Pool(), PagedSequences(PAGE_SIZE, NUM_PAGES)
+    graphs = graphs_of(model, pool)
+    assert graphs.prepare()
+    few = PromptRows.of(step_input(sequences.step({"a": some_tokens(20, 1)}, last_rows_only=True)))
+    assert graphs.run(few) is not None
+    pool.is_full = True
+    more = PromptRows.of(step_input(sequences.step({"b": some_tokens(100, 1)}, last_rows_only=True)))
+    assert graphs.run(more) is None and graphs.run(more) is None
+    assert graphs.run(few) is not None and pool.captured == 1
 
 
 def test_an_executor_launches_what_has_no_graph() -> None:

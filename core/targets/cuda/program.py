@@ -126,7 +126,7 @@ class CudaProgram:
     def captures_prefill(self) -> bool:
         """Whether `prefill` can be captured in a CUDA graph, after one run with the same sizes: nothing in it asks the device
         for a length, waits for other ranks, or is a kernel of a plugin, which may do anything with prompts."""
-        foreign = any(node.op in self._foreign for node in self._graph.nodes)
+        foreign = any(node.op in self._foreign for node in prefill_graph(self._graph).nodes)
         return self._accumulation != "unfused" and self._communicator is None and not foreign
 
     def close(self) -> None:

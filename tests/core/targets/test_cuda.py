@@ -356,6 +356,9 @@ def test_prompts_are_captured_where_nothing_can_wait_for_the_host(tmp_path: Path
         captures() and captures("float16") and captures(kernels={"an op of another model": foreign["linear"]})
     )
     assert not (captures("unfused") or captures(kernels=foreign) or captures(communicator=object()))
+    graph, weights = planned_quantized(checkpoint("cuda_pre_norm", tmp_path), INT8)
+    fused = {"add_layer_norm": foreign["linear"]}
+    assert captures() and not captures(kernels=fused), "an op of the graph of prompts alone"
 
 
 def test_a_closed_program_is_gone_with_its_last_reference(tmp_path: Path) -> None:
