@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import KernelContractError
 from ..launch import SWIZZLED_COLUMNS, LaunchShape
@@ -34,8 +35,9 @@ MIN_RING_BYTES = 48 * 1024
 
 LARGE_RING_BYTES = 176 * 1024
 LONG_RING_BYTES = 144 * 1024
+SMALL_RING_BYTES = 96 * 1024
 """The same where a block is alone on its SM: what it has asked for before its predecessor ends is what DRAM does meanwhile. Of
-blocks of few features and many columns less is enough."""
+blocks of few features and many columns, and of small weights, less is enough."""
 
 HELD_ELEMENTS = 16 * 1024
 """Elements of x under which a block holds them: more take too much of the ring's room."""
@@ -366,6 +368,16 @@ def _is_wide(features: int, columns: int) -> bool:
     return features > MAX_NARROW_FEATURES and columns >= 2048
 
 
+class _Shape(NamedTuple):
+    """What a stream launch is asked for. alone: a block takes more than half of its SM's shared memory."""
+
+    blocks: int
+    warps: int
+    ring_bytes: int
+    held: bool
+    alone: bool = False
+
+
 def _choose_stream(
     rows: int, features: int, columns: int, norm: str, multiprocessors: int, shared_limit: int
 ) -> StreamPlan:
@@ -373,41 +385,47 @@ def _choose_stream(
 
     As measured in a chain of decoder layers, where plans that are best alone are not the best (bench/notes/kernels_linear.md).
     """
-    blocks, warps, ring_bytes, alone = multiprocessors, 8, RING_BYTES, False
     held = rows * columns < HELD_ELEMENTS
-    per_block = ceil_div(features, blocks)
     if features * columns < SMALL_WEIGHT:
-        warps = 12 if rows <= 8 else 8
-        if features > columns:
-            blocks, held = min(blocks, ceil_div(features, 24)), False
-        elif columns > 1024:
-            # All of W of 16 features is asked for at once, and the SM has no room for a second block.
-            blocks, ring_bytes, alone = min(blocks, ceil_div(features, 16)), 96 * 1024, True
-        else:
-            blocks = min(blocks // 2, ceil_div(features, 12))
+        shape = _small_shape(rows, features, columns, multiprocessors, held)
     elif columns <= 1024 and features > 80 * multiprocessors:
         # Many turns of little K: x is held, and a second block covers the ends of the turns of the first.
-        blocks, held = 2 * multiprocessors, True
+        shape = _Shape(2 * multiprocessors, 8, RING_BYTES, True)
     elif 20 <= features // (2 * multiprocessors) <= 40 and columns <= 4096:
-        blocks = 2 * multiprocessors  # both blocks of an SM are done in one or two turns
-        held = held and rows > 1
+        # Both blocks of an SM are done in one or two turns.
+        shape = _Shape(2 * multiprocessors, 8, RING_BYTES, held and rows > 1)
     else:
-        # One block on every SM: with room for two, some SMs get two when another kernel (attention, say) holds others
-        # as this one starts. Measured with a norm kernel in between: 34 us instead of 26 us for 12288 x 4096.
-        alone, held = True, False
-        if columns > 4096 and per_block <= 24 and shared_limit > LONG_RING_BYTES:
-            warps, ring_bytes = 16, LONG_RING_BYTES
-        else:
-            ring_bytes = LARGE_RING_BYTES
-        if features == columns and multiprocessors * 3 // 4 <= ceil_div(features, 24) <= multiprocessors:
-            # Behind attention, most likely, whose last blocks keep some SMs. 2560 x 2560: 1.3 us less of a layer's 46.3.
-            blocks = ceil_div(features, 24)
-    block_bytes = shared_limit - MOMENTS_BYTES * warps // 8 if alone else min(BLOCK_BYTES, shared_limit)
-    least_bytes = (shared_limit + RESERVED_BYTES) // 2 if alone else 0
+        shape = _large_shape(features, columns, multiprocessors, shared_limit)
+    blocks, warps, ring_bytes, held, alone = shape
     return plan_stream(
-        rows, features, columns, norm=norm, blocks=blocks, warps=warps, held=held, block_bytes=block_bytes,
-        least_bytes=least_bytes, ring_bytes=ring_bytes,
+        rows, features, columns, norm=norm, blocks=blocks, warps=warps, held=held, ring_bytes=ring_bytes,
+        block_bytes=shared_limit - MOMENTS_BYTES * warps // 8 if alone else min(BLOCK_BYTES, shared_limit),
+        least_bytes=(shared_limit + RESERVED_BYTES) // 2 if alone else 0,
     )  # fmt: skip
+
+
+def _small_shape(rows: int, features: int, columns: int, multiprocessors: int, held: bool) -> _Shape:
+    """Weights that are read in a few microseconds: whole tiles, all of K on its way at once."""
+    warps = 12 if rows <= 8 else 8
+    if features > columns:
+        return _Shape(min(multiprocessors, ceil_div(features, 24)), warps, RING_BYTES, False)
+    if columns <= 1024:
+        return _Shape(min(multiprocessors // 2, ceil_div(features, 12)), warps, RING_BYTES, held)
+    # Alone on its SM: with 768 x 3072 a layer then takes 1.0 us less of 16.7, for 8 rows.
+    return _Shape(min(multiprocessors, ceil_div(features, 16)), warps, SMALL_RING_BYTES, held, alone=True)
+
+
+def _large_shape(features: int, columns: int, multiprocessors: int, shared_limit: int) -> _Shape:
+    """One block on every SM: with room for two, some SMs get two when another kernel (attention, say) holds others as this one
+    starts. Measured with a norm kernel in between: 34 us instead of 26 us for 12288 x 4096."""
+    tiles = ceil_div(features, 24)
+    # A square weight is the one behind attention, most likely, whose last blocks keep some SMs: whole tiles on the others
+    # take 1.3 us less of a layer's 46.3 (2560 x 2560).
+    square = features == columns and multiprocessors * 3 // 4 <= tiles <= multiprocessors
+    blocks = tiles if square else multiprocessors
+    if columns > 4096 and ceil_div(features, multiprocessors) <= 24 and shared_limit > LONG_RING_BYTES:
+        return _Shape(blocks, 16, LONG_RING_BYTES, False, alone=True)
+    return _Shape(blocks, 8, LARGE_RING_BYTES, False, alone=True)
 
 
 def _choose_warpgroup(rows: int, features: int, columns: int, multiprocessors: int) -> WarpgroupPlan:
