@@ -22,6 +22,13 @@ Dim3 = tuple[int, ...]
 TENSOR_MAP_BYTES = 128
 SWIZZLED_COLUMNS = 64
 
+RESERVED_BYTES = 1024
+"""Shared memory that the driver adds to each block; an SM has room for one block of the limit and this."""
+
+SMALLEST_SHARED_LIMIT = 99 * 1024
+SHARED_LIMITS = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
+"""Compute capability -> bytes of shared memory one block can have, where it is more than the smallest."""
+
 _ARGUMENT_FORMATS = {"P": "Q", "i": "i4x", "I": "I4x", "q": "q", "f": "f4x", "T": f"{TENSOR_MAP_BYTES}s"}
 
 

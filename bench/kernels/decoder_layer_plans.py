@@ -9,7 +9,14 @@ from typing import Any
 
 from ...kernels.linear import MAX_STREAM_ROWS, Plan, choose_plan
 from ...kernels.linear.multicast_plan import MulticastPlan, columns_per_block, plan_multicast
-from ...kernels.linear.plan import BLOCK_BYTES, RESERVED_BYTES, StreamPlan, ceil_div, plan_stream
+from ...kernels.linear.plan import (
+    BLOCK_BYTES,
+    RESERVED_BYTES,
+    StreamPlan,
+    ceil_div,
+    plan_stream,
+    stage_bytes,
+)
 from ...kernels.nvrtc import KernelSource
 from ...kernels.paged_decode_attention.plan import MAX_CLUSTER, SOURCE, DecodePlan
 from ...kernels.paged_decode_attention.plan import choose_plan as choose_attention
@@ -214,8 +221,8 @@ ATTENTION_VALUES = {
 
 
 def weight_ring_bytes(plan: StreamPlan) -> int:
-    """Bytes of W that a block has in flight: 16 for each lane, of each octet of features and each stage."""
-    return plan.stages * plan.octets * plan.warps * 32 * 16
+    """Bytes of W that a block has in flight."""
+    return plan.stages * stage_bytes(plan.warps, plan.octets, 0)
 
 
 def stream(

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import KernelContractError
+from ..launch import SHARED_LIMITS as SHARED_LIMITS
+from ..launch import SMALLEST_SHARED_LIMIT as SMALLEST_SHARED_LIMIT
 from ..launch import SWIZZLED_COLUMNS, LaunchShape
 from ..nvrtc import KernelSource
 from .formats import FLOAT, WEIGHTS, StoredWeight
@@ -55,10 +57,6 @@ MAX_CLUSTER = 8
 MIN_BLOCK_COLUMNS = 128
 
 WARPGROUP_SIGNATURE = "PPPTTiiiiiii"
-
-SMALLEST_SHARED_LIMIT = 99 * 1024
-SHARED_LIMITS = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
-"""Compute capability -> bytes of shared memory one block can have, where it is more than the smallest."""
 
 MOMENTS_BYTES = 1024
 """Static shared memory of a stream kernel of 8 warps with a norm, at most."""
@@ -108,7 +106,7 @@ class StreamPlan:
     def shared_bytes(self) -> int:
         """Dynamic shared memory; the layout is that at the top of `linear_stream`."""
         x_slots = 0 if self.held_x else self.token_tiles * WEIGHTS[self.weight].pieces
-        ring = self.stages * _stage_bytes(self.warps, self.octets, x_slots)
+        ring = self.stages * stage_bytes(self.warps, self.octets, x_slots)
         held = _held_bytes(self.rows, self.columns, self.weight) if self.held_x else 0
         return max(self.least_bytes, ring + _partial_bytes(self.rows, self.warps, self.octets) + held)
 
@@ -248,11 +246,11 @@ def plan_stream(
     needed = min(MAX_STAGES, max(2, needed))
 
     free = block_bytes - _partial_bytes(rows, warps, octets)
-    room, stage = min(ring_bytes, free - _held_bytes(rows, columns, weight)), _stage_bytes(warps, octets, 0)
+    room, stage = min(ring_bytes, free - _held_bytes(rows, columns, weight)), stage_bytes(warps, octets, 0)
     held = held and room >= min(MIN_RING_BYTES, needed * stage)
     if not held:
         # The ring also holds x, which must not take W's room.
-        stage = _stage_bytes(warps, octets, token_tiles * pieces)
+        stage = stage_bytes(warps, octets, token_tiles * pieces)
         room = min(ring_bytes * (octets + token_tiles * pieces) // octets, free)
     stages = max(2, min(needed, room // stage))
     return StreamPlan(
@@ -476,7 +474,7 @@ def check_sizes(rows: int, columns: int, features: int) -> None:
         )
 
 
-def _stage_bytes(warps: int, octets: int, x_slots: int) -> int:
+def stage_bytes(warps: int, octets: int, x_slots: int) -> int:
     """Bytes of one stage of a stream kernel's ring: W, and x unless that is held."""
     return (octets + x_slots) * warps * 32 * LANE_BYTES
 

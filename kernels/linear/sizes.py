@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..launch import RESERVED_BYTES as RESERVED_BYTES
 from ..launch import SWIZZLED_COLUMNS
 
 FOLDER = Path(__file__).parent
@@ -13,9 +14,6 @@ NORMS = {"none": 0, "layer": 1, "rms": 2}
 
 BLOCK_BYTES = 112 * 1024
 """Most shared memory that a block needs: two then fit one SM."""
-
-RESERVED_BYTES = 1024
-"""Shared memory that the driver adds to each block; an SM has room for one block of the limit and this."""
 
 SWIZZLED_ROW_BYTES = 2 * SWIZZLED_COLUMNS
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..launch import LaunchShape
+from ..launch import RESERVED_BYTES, SHARED_LIMITS, SMALLEST_SHARED_LIMIT, LaunchShape
 from ..nvrtc import KernelSource
 from ..paged import FP8_ELEMENT, HEAD_DIMS
 
@@ -44,10 +44,6 @@ FP8_WARPS_AND_STAGES = ((4, 4), (4, 6))
 
 SMALLEST = (4, 2)
 """Warps and stages that every GPU from sm_80 on has the shared memory for."""
-SPARE_BYTES = 1024
-"""What the driver adds to the shared memory of each block."""
-MOST_SHARED_BYTES = 227 * 1024
-"""Of a multiprocessor of any GPU from sm_80 to sm_120."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ def sources(
     entries = tuple(
         entry(element, head_dim, warps, stages, cluster, fp8_cache=fp8_cache)
         for head_dim in head_dims
-        for warps, stages in _warps_and_stages(head_dim, fp8_cache)
+        for warps, stages in _warps_and_stages(head_dim, capability, fp8_cache)
         for cluster in ((True, False) if capability >= 90 else (False,))
     )
     return (KernelSource(SOURCE, entries),)
@@ -185,11 +181,16 @@ def _shape(
         kind = bisect_left((4, 6, MANY_BLOCKS - 1), crowd)
         warps, stages, parts = CROWD_SHAPES[head_dim][kind]
         shapes, fitting = [(warps, stages, parts if clusters else 1)], 2
-    row_bytes = _row_bytes(head_dim, fp8_cache=False)
     for warps, stages, parts in shapes:
-        if fitting * (_ring_bytes(warps, stages, row_bytes) + SPARE_BYTES) <= shared_limit:
+        if _fit(fitting, warps, stages, head_dim, shared_limit):
             return warps, stages, parts
     return (*SMALLEST, splits)
+
+
+def _fit(blocks: int, warps: int, stages: int, head_dim: int, shared_limit: int) -> bool:
+    """Whether so many blocks fit a multiprocessor."""
+    ring = _ring_bytes(warps, stages, _row_bytes(head_dim, fp8_cache=False))
+    return blocks * (ring + RESERVED_BYTES) <= shared_limit
 
 
 def _row_bytes(head_dim: int, *, fp8_cache: bool) -> int:
@@ -201,12 +202,13 @@ def _ring_bytes(warps: int, stages: int, row_bytes: int) -> int:
     return warps * stages * 2 * TILE * row_bytes
 
 
-def _warps_and_stages(head_dim: int, fp8_cache: bool) -> Iterable[tuple[int, int]]:
+def _warps_and_stages(head_dim: int, capability: int, fp8_cache: bool) -> Iterable[tuple[int, int]]:
+    """What `choose_plan` picks from."""
     if fp8_cache:
         return FP8_WARPS_AND_STAGES
-    row_bytes = _row_bytes(head_dim, fp8_cache=False)
-    fitting = {shape for shape in WARPS_AND_STAGES if 2 * _ring_bytes(*shape, row_bytes) <= MOST_SHARED_BYTES}
-    return sorted({*fitting, SMALLEST, *((warps, stages) for warps, stages, _ in CROWD_SHAPES[head_dim])})
+    limit = SHARED_LIMITS.get(capability, SMALLEST_SHARED_LIMIT)
+    shapes = {*WARPS_AND_STAGES, *((warps, stages) for warps, stages, _ in CROWD_SHAPES[head_dim])}
+    return sorted({SMALLEST, *(shape for shape in shapes if _fit(2, *shape, head_dim, limit))})
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -340,3 +341,22 @@ def test_an_executor_launches_what_has_no_graph() -> None:
         assert pool.captured == captured
     executor._prompts = None
     assert max_error(executor._prefill(step), expected) <= FLOAT64_ABS
+
+
+def test_the_driver_s_own_shortage_of_memory_is_one_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver says when it has no room for a graph; another of its errors stays what it is."""
+
+    @contextmanager
+    def no_graph(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+        raise torch.AcceleratorError(message)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", no_graph)
+    message = "CUDA error: out of memory"
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA error: out of memory"):
+        GraphPool(CPU).capture(lambda: torch.zeros(1))
+    message = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
+        GraphPool(CPU).capture(lambda: torch.zeros(1))

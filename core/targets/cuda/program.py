@@ -107,7 +107,9 @@ class CudaProgram:
         self._decode_rows: DecodeRows | None = None
         self._context_rows: ContextRows | None = None
         self._plans: dict[int, tuple[DecodePlan, torch.Tensor | None]] = {}
-        self._prefill = self._program(prefill_graph(graph), library_products=True, residuals=False)
+        prompts = prefill_graph(graph)
+        self._has_foreign_prefill = any(node.op in self._foreign for node in prompts.nodes)
+        self._prefill = self._program(prompts, library_products=True, residuals=False)
 
     def prefill(
         self, inputs: Mapping[str, torch.Tensor], decode: DecodeRows | None, context: ContextRows | None
@@ -126,8 +128,9 @@ class CudaProgram:
     def captures_prefill(self) -> bool:
         """Whether `prefill` can be captured in a CUDA graph, after one run with the same sizes: nothing in it asks the device
         for a length, waits for other ranks, or is a kernel of a plugin, which may do anything with prompts."""
-        foreign = any(node.op in self._foreign for node in prefill_graph(self._graph).nodes)
-        return self._accumulation != "unfused" and self._communicator is None and not foreign
+        return (
+            self._accumulation != "unfused" and self._communicator is None and not self._has_foreign_prefill
+        )
 
     def close(self) -> None:
         """Lets go of what holds on to this program in turn: its memory is free with the last reference to it."""
