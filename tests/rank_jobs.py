@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,18 +36,24 @@ def mpirun(*parts: tuple[int, list[str]]) -> list[str]:
 
 @contextmanager
 def job(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A started command; one thread a rank, and root may use mpirun."""
+    """A started command; one thread a rank, and root may use mpirun.
+
+    Its TMPDIR is its own: mpirun keeps files in `ompi.PID` there and leaves them behind when it is killed; another one that is
+    given the same process id later refuses to start beside them.
+    """
     quiet = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **quiet}
-    )
-    try:
-        yield process
-    finally:
-        for pid in ranks_of(command):
-            os.kill(pid, signal.SIGKILL)
-        process.kill()
-        process.communicate()
+    with tempfile.TemporaryDirectory(prefix="trtc-job-", ignore_cleanup_errors=True) as scratch:
+        variables = {**os.environ, **quiet, "TMPDIR": scratch}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
+        )
+        try:
+            yield process
+        finally:
+            for pid in ranks_of(command):
+                os.kill(pid, signal.SIGKILL)
+            process.kill()
+            process.communicate()
 
 
 def finish(command: list[str], timeout: float = FINISH_S) -> tuple[int, str, str]:

@@ -6,7 +6,6 @@ import importlib.util
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from trtc.core.engine import Engine
 from trtc.core.errors import ConfigError
 from trtc.runtime.drafting import StepCosts
 from trtc.tests.cli.tensorrt_llm_programs import PROGRAMS
+from trtc.tests.rank_jobs import finish
 from trtc.tests.tiny_opt import TINY_OPT, build_tiny_opt
 
 ROOT = Path(__file__).parents[2]
@@ -195,10 +195,6 @@ def command_lines(script: str) -> list[list[str]]:
     return lines
 
 
-def run_as_a_program(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-
-
 def under_mpi(words: list[str]) -> list[str]:
     """The mpirun that came with mpi4py's MPI; without them, the launcher that `trtc` has itself."""
     beside = Path(sys.executable).with_name("mpirun")
@@ -240,9 +236,9 @@ def test_the_command_lines_of_tensorrt_llm_for_two_ranks(
         node for node in engine.ranks[1].graph.nodes if node.op == "embedding" and node.attrs.get("masked")
     ]
     assert len(engine.ranks) == 2 and len(lookups) == 1
-    found = run_as_a_program(under_mpi(run))
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count("20 articles") == 1 and table(found.stdout)["trtc"][0] > 90
+    code, out, err = finish(under_mpi(run))
+    assert code == 0, err
+    assert out.count("20 articles") == 1 and table(out)["trtc"][0] > 90
 
 
 @pytest.mark.parametrize("flag", ["--gemm_plugin", "--gpt_attention_plugin", "--lookup_plugin"])
