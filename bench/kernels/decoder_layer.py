@@ -10,8 +10,10 @@ is that of the replayed graph over its layers; bytes are those of weights, biase
 Plans that are the best alone (bench/kernels/dense.py, attention.py) are not the best here, where a kernel asks for its weights
 while the one before it still runs: it depends on the neighbours' plans how early it can, and how much of its multiprocessors
 it has. So those of `choose_plan` were chosen by hand with what this measures. `--search` looks for better ones in the layer:
-for so many seconds for each size and number of rows it changes one kernel's plan at a time and keeps what makes a layer
-faster. In the end it says what each change is worth.
+for so many seconds for each size and number of rows it changes one kernel's plan at a time, or takes another kernel for its
+work, and keeps what makes a layer faster. In the end it says what each change is worth.
+
+What is reported has passed a second check: the graph's layers end with the bits that the same launches give one by one.
 """
 
 from __future__ import annotations
@@ -26,202 +28,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...kernels.errors import DeviceError
-from ...kernels.layer_norm import LayerNorm
 from ...kernels.library import KernelLibrary
-from ...kernels.linear import MAX_ROWS, Linear, Norm, Plan, weight_sums
-from ...kernels.linear.reference import linear as reference_linear
-from ...kernels.paged_decode_attention import DecodePlan, PagedDecodeAttention
-from ...kernels.paged_decode_attention.reference import paged_decode_attention as reference_attention
-from .attention_cases import Model, paged_batch, row_error
-from .attention_checks import TOLERANCE as ATTENTION_TOLERANCE
-from .decoder_layer_plans import MOVES, NAMES, SIZES, Gpu, Layer, LayerPlans, candidates, choose_plans
-from .dense import TOLERANCE, label
-from .harness import (
-    ROTATION_BYTES,
-    OneLineParser,
-    Row,
-    compile_side_by_side,
-    median_row,
-    out_dir,
-    print_table,
-    relative_error,
-    write_json,
+from ...kernels.linear import MAX_ROWS, Plan
+from ...kernels.paged_decode_attention import DecodePlan
+from .decoder_layer_chain import Chain
+from .decoder_layer_plans import (
+    MOVES,
+    NAMES,
+    SIZES,
+    Gpu,
+    Layer,
+    LayerPlans,
+    by_other_kernels,
+    candidates,
+    choose_plans,
 )
+from .dense import label
+from .harness import OneLineParser, Row, compile_side_by_side, median_row, out_dir, print_table, write_json
 
 MAX_TOKENS = 2048
 """Positions of the models."""
-LEAST_LAYERS = 24
-"""Layers of a graph, at least: what its launch takes is then little beside them."""
 REPLAYS, QUICK_REPLAYS = 31, 5
 """Samples of what is reported or accepted, and of a candidate."""
 BATCH = 16
 """Candidates whose graphs are timed in turns."""
 LEAST_GAIN_US = 0.05
 """Of a layer, for a plan to be better."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel with inputs of its own. launch: takes a plan and the tensor for the result."""
-
-    launch: Callable[[Any, torch.Tensor], None]
-    expected: torch.Tensor
-    error: Callable[[torch.Tensor, torch.Tensor], float]
-    tolerance: float
-
-
-class Weights:
-    """Random weights of a layer's products, by name."""
-
-    def __init__(self, layer: Layer) -> None:
-        products = layer.products.items()
-        self.matrix = {name: _normal(one.features, one.columns, std=0.02) for name, one in products}
-        self.bias = {name: _normal(one.features, std=0.02) for name, one in products}
-        self.norm = {name: Norm(weight_sums(self.matrix[name])) for name, one in products if one.norm}
-
-
-class Chain:
-    """Layers on the GPU, what flows through them, and the launches that make it."""
-
-    def __init__(self, library: KernelLibrary, layer: Layer) -> None:
-        torch.manual_seed(0)
-        self.library, self.layer = library, layer
-        self._linear, self._norm = Linear(library), LayerNorm(library)
-        self._attention = PagedDecodeAttention(library)
-        count = max(2, ROTATION_BYTES // layer.moved_bytes)
-        self._graph_layers = -(-LEAST_LAYERS // count) * count
-        self._weights = [Weights(layer) for _ in range(count)]
-        model = Model(layer.heads, layer.heads, layer.head_dim)
-        self._batch = paged_batch(model, [1] * layer.rows, [layer.tokens - 1] * layer.rows, device="cuda")
-        first = self._batch.k_cache, self._batch.v_cache
-        others = ((torch.randn_like(first[0]), torch.randn_like(first[1])) for _ in range(count - 1))
-        self._caches = [first, *others]
-        self._start = _normal(layer.rows, layer.hidden)
-        self._hidden, self._normed, self._mixed = (self._start.clone() for _ in range(3))
-        self._fused = _normal(layer.rows, 3 * layer.hidden)
-        self._wide = _normal(layer.rows, 4 * layer.hidden)
-        self._workspaces: dict[DecodePlan, torch.Tensor] = {}
-        self._cases: dict[str, Case] = {}
-        self._errors: dict[tuple[str, Plan | DecodePlan], float] = {}
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-
-    def check(self, plans: LayerPlans) -> float:
-        """The largest relative error of a kernel. Raises AssertionError for a wrong result, or one that changes."""
-        return max(self._check(name, plans[name]) for name in NAMES)
-
-    def time(self, contenders: Sequence[LayerPlans], replays: int) -> list[list[float]]:
-        """Microseconds a layer: `replays` samples of each of `contenders`, whose graphs take turns."""
-        graphs = [self._capture(plans) for plans in contenders]
-        spans = []
-        with torch.cuda.stream(self._stream):
-            for graph in graphs * (replays + 1):
-                begin, end = (
-                    torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-                    for _ in range(2)
-                )
-                self._hidden.copy_(self._start)  # it grows from layer to layer
-                begin.record()
-                graph.replay()
-                end.record()
-                spans.append((begin, end))
-        self._stream.synchronize()
-        us = [1000 * begin.elapsed_time(end) / self._graph_layers for begin, end in spans]
-        warm = us[len(graphs) :]
-        return [warm[index :: len(graphs)] for index in range(len(graphs))]
-
-    def _capture(self, plans: LayerPlans) -> torch.cuda.CUDAGraph:
-        with torch.cuda.stream(self._stream):
-            self._launch_layer(0, plans)  # loads the kernels
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            for index in range(self._graph_layers):
-                self._launch_layer(index % len(self._weights), plans)
-        return graph
-
-    def _launch_layer(self, index: int, plans: LayerPlans) -> None:
-        hidden, heads = self._hidden, (self.layer.rows, self.layer.heads, self.layer.head_dim)
-        self._launch_product("qkv", index, plans.qkv, hidden, self._fused)
-        q, k, v = (part.view(heads) for part in torch.split(self._fused, self.layer.hidden, dim=1))
-        self._launch_attention(index, plans.attention, (q, k, v), self._mixed.view(heads))
-        self._launch_product("out", index, plans.out, self._mixed, hidden, hidden)
-        self._launch_product("fc1", index, plans.fc1, hidden, self._wide)
-        self._launch_product("fc2", index, plans.fc2, self._wide, hidden, hidden)
-
-    def _launch_product(
-        self, name: str, index: int, plan: Plan, x: torch.Tensor, out: torch.Tensor,
-        residual: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
-        weights = self._weights[index]
-        norm = weights.norm.get(name)
-        if norm is not None and not self.layer.fuses_norms:
-            x, norm = self._norm(x, out=self._normed), None
-        self._linear(
-            x, weights.matrix[name], weights.bias[name], out=out, residual=residual, norm=norm, plan=plan,
-            activation=self.layer.products[name].activation,
-        )  # fmt: skip
-
-    def _launch_attention(
-        self, index: int, plan: DecodePlan, qkv: tuple[torch.Tensor, ...], out: torch.Tensor
-    ) -> None:
-        if plan not in self._workspaces:
-            size = max(16, plan.workspace_bytes)
-            self._workspaces[plan] = torch.zeros(size, dtype=torch.uint8, device="cuda")
-        q, k, v = qkv
-        self._attention(
-            q, k, v, *self._caches[index], self._batch.page_table, self._batch.kv_length, out=out, plan=plan,
-            scale=self.layer.head_dim**-0.5, workspace=self._workspaces[plan], early=True,
-        )  # fmt: skip
-
-    def _check(self, name: str, plan: Plan | DecodePlan) -> float:
-        if (name, plan) in self._errors:
-            return self._errors[name, plan]
-        if name not in self._cases:
-            self._cases[name] = self._attention_case() if name == "attention" else self._product_case(name)
-        case = self._cases[name]
-        outs = []
-        for _ in range(2):  # what fills a tensor lies between the launches, which must not overlap
-            outs.append(torch.full_like(case.expected, math.nan, dtype=torch.float16))
-            case.launch(plan, outs[-1])
-        error = case.error(outs[0], case.expected)
-        assert error < case.tolerance, f"{self.layer.case} {name}: error {error:.1e} with {plan}"
-        assert torch.equal(*outs), f"{self.layer.case} {name}: a second launch differs with {plan}"
-        self._errors[name, plan] = error
-        return error
-
-    def _product_case(self, name: str) -> Case:
-        one, weights = self.layer.products[name], self._weights[0]
-        x = _normal(self.layer.rows, one.columns)
-        residual = _normal(self.layer.rows, one.features) if one.residual else None
-        expected = reference_linear(
-            x, weights.matrix[name], weights.bias[name], residual=residual, activation=one.activation,
-            norm="layer" if one.norm else "none",
-        )  # fmt: skip
-
-        def launch(plan: Plan, out: torch.Tensor) -> None:
-            self._launch_product(name, 0, plan, x, out, residual)
-
-        return Case(launch, expected, relative_error, TOLERANCE)
-
-    def _attention_case(self) -> Case:
-        b = self._batch
-        scale = self.layer.head_dim**-0.5
-        expected = reference_attention(
-            b.q, b.k, b.v, b.k_cache, b.v_cache, b.page_table, b.kv_length, scale=scale
-        )
-
-        def launch(plan: DecodePlan, out: torch.Tensor) -> None:
-            self._launch_attention(0, plan, (b.q, b.k, b.v), out)
-
-        return Case(launch, expected, row_error, ATTENTION_TOLERANCE[torch.float16])
-
-
-def _normal(*shape: int, std: float = 1.0) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.float16, device="cuda").normal_(std=std)
 
 
 @dataclass(frozen=True)
@@ -256,17 +89,18 @@ class Search:
         self._end = time.monotonic() + seconds
 
     def run(self) -> Found:
-        moves = [(name, move) for name in NAMES for move in MOVES.get(type(self._chosen[name]), ())]
         improving = True
         while improving:
             improving = False
-            for name, move in moves:
-                improving |= self._improve(name, move)
+            for name in NAMES:
+                for move in MOVES[type(self._best[name])]:
+                    improving |= self._improve(name, candidates(self._best[name], move, self._gpu))
+            for name in NAMES:
+                improving |= self._improve(name, by_other_kernels(self._best[name], self._gpu))
         return self._found()
 
-    def _improve(self, name: str, move: Sequence[str]) -> bool:
-        """Whether a change of that kernel's plan made a layer faster, twice."""
-        plans = candidates(self._best[name], move, self._gpu)
+    def _improve(self, name: str, plans: Sequence[Any]) -> bool:
+        """Whether one of `plans` for that kernel made a layer faster, twice."""
         rivals = [self._best.changed(name, plan) for plan in plans]
         rivals = [rival for rival in rivals if rival not in self._tried]
         gains: dict[LayerPlans, float] = {}
@@ -278,6 +112,7 @@ class Search:
         winner = max(gains, key=gains.__getitem__)
         if gains[winner] < LEAST_GAIN_US or self._gains([winner], REPLAYS)[winner] < LEAST_GAIN_US:
             return False
+        self._chain.check(winner)
         self._best = winner
         return True
 
@@ -285,7 +120,7 @@ class Search:
         """What each of `rivals` takes less than the best plans so far, in microseconds a layer; each is checked first."""
         compile_side_by_side(self._chain.library, (source for plans in rivals for source in plans.sources()))
         for plans in rivals:
-            self._chain.check(plans)
+            self._chain.check_kernels(plans)
         self._tried.update(rivals)
         best, *others = map(statistics.median, self._chain.time([self._best, *rivals], replays))
         return {plans: best - us for plans, us in zip(rivals, others, strict=True)}
@@ -293,6 +128,8 @@ class Search:
     def _found(self) -> Found:
         chosen, best = self._chosen, self._best
         undone = {name: best.changed(name, chosen[name]) for name in NAMES if best[name] != chosen[name]}
+        for plans in (chosen, best, *undone.values()):
+            self._chain.check(plans)
         samples = self._chain.time([chosen, best, *undone.values()], REPLAYS)
         chosen_us, best_us, *undone_us = map(statistics.median, samples)
         worth = {name: us - best_us for name, us in zip(undone, undone_us, strict=True)}

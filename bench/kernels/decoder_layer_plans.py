@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ...kernels.linear import MAX_STREAM_ROWS, Plan, choose_plan
-from ...kernels.linear.multicast_plan import MulticastPlan, columns_per_block, plan_multicast
+from ...kernels.linear.multicast_plan import MulticastPlan, columns_per_block, even_width, plan_multicast
 from ...kernels.linear.plan import (
     BLOCK_BYTES,
     RESERVED_BYTES,
+    WARPGROUP_CAPABILITY,
     StreamPlan,
+    TilePlan,
+    WarpgroupPlan,
     ceil_div,
     plan_stream,
+    plan_tile,
+    plan_warpgroup,
     stage_bytes,
 )
 from ...kernels.nvrtc import KernelSource
@@ -158,65 +163,115 @@ def choose_plans(layer: Layer, gpu: Gpu) -> LayerPlans:
 MOVES: Mapping[type, tuple[tuple[str, ...], ...]] = {
     StreamPlan: (("ring_kib", "alone"), ("blocks", "warps", "alone"), ("held",)),
     MulticastPlan: (("width", "split"), ("copies", "row_stages")),
+    WarpgroupPlan: (("blocks", "cluster", "feature_tiles"), ("ring_kib",)),
+    TilePlan: (("blocks", "cluster", "warps_down"), ("feature_tiles", "stages")),
     DecodePlan: (("warps", "stages"), ("splits",)),
 }
-"""What a search changes at a time: choices that depend on each other together. Plans of other kernels stay as they are."""
+"""What a search changes at a time: choices that depend on each other together."""
+
+BLOCK_QUARTERS = (2, 3, 4, 6, 8)
+"""Grids to try, in quarters of the multiprocessors."""
 
 
 def candidates(plan: Plan | DecodePlan, move: Sequence[str], gpu: Gpu) -> list[Any]:
     """`plan` with all other values of the choices that `move` names, without plans that do not fit, of the type of `plan`."""
-    made: Iterator[Plan | DecodePlan | None]
-    if isinstance(plan, StreamPlan):
-        choices = {
-            "blocks": plan.blocks, "warps": plan.warps, "ring_kib": weight_ring_bytes(plan) // KIB,
-            "held": plan.held_x, "alone": plan.least_bytes > 0,
-        }  # fmt: skip
-        made = (stream(plan, gpu, **one) for one in _vary(choices, _stream_values(plan, gpu), move))
-    elif isinstance(plan, MulticastPlan):
-        choices = {
-            "width": plan.features_per_block, "split": plan.split, "copies": plan.copies,
-            "row_stages": plan.row_stages,
-        }  # fmt: skip
-        made = (multicast(plan, gpu, **one) for one in _vary(choices, MULTICAST_VALUES, move))
-    elif isinstance(plan, DecodePlan):
-        choices = {"warps": plan.warps, "stages": plan.stages, "splits": plan.splits}
-        made = (attention(plan, gpu, **one) for one in _vary(choices, ATTENTION_VALUES, move))
-    else:
-        made = iter(())
+    choices, values = _choices(plan), _values(plan, gpu)
+    make: Any = MAKERS[type(plan)]
+    combinations = itertools.product(*(values[name] for name in move))
+    varied = ({**choices, **dict(zip(move, combination, strict=True))} for combination in combinations)
+    return _others_than(plan, (make(plan, gpu, **one) for one in varied))
+
+
+def by_other_kernels(plan: Plan | DecodePlan, gpu: Gpu) -> list[Any]:
+    """What `plan` does, by each other kernel that can: none where it norms, stream.cu for few rows, wgmma on Hopper."""
+    if isinstance(plan, DecodePlan) or getattr(plan, "norm", "none") != "none":
+        return []
+    made: list[Plan | None] = []
+    for blocks in (gpu.multiprocessors * quarters // 4 for quarters in BLOCK_QUARTERS):
+        if plan.rows <= MAX_STREAM_ROWS:
+            for warps, alone in itertools.product((8, 16), (True, False)):
+                made.append(
+                    stream(plan, gpu, blocks=blocks, warps=warps, ring_kib=144, held=False, alone=alone)
+                )
+        for parts in (1, 2, 4, 8):
+            for down in (4, 8):
+                made.append(
+                    tile(plan, gpu, blocks=blocks, cluster=parts, warps_down=down, feature_tiles=2, stages=4)
+                )
+            if gpu.capability == WARPGROUP_CAPABILITY:
+                for tiles in (1, 2, 4):
+                    made.append(
+                        warpgroup(plan, gpu, blocks=blocks, cluster=parts, feature_tiles=tiles, ring_kib=108)
+                    )
+                width = even_width(plan.features, blocks // parts)
+                made.append(multicast(plan, gpu, width=width, split=parts, copies=1, row_stages=6))
+    return [one for one in _others_than(plan, made) if type(one) is not type(plan)]
+
+
+def _others_than(plan: Plan | DecodePlan, made: Iterable[Plan | DecodePlan | None]) -> list[Any]:
     return [one for one in dict.fromkeys(made) if one is not None and one != plan]
 
 
-def _vary(
-    choices: Mapping[str, Any], values: Mapping[str, Sequence[Any]], move: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    for combination in itertools.product(*(values[name] for name in move)):
-        yield {**choices, **dict(zip(move, combination, strict=True))}
+def _choices(plan: Plan | DecodePlan) -> dict[str, Any]:
+    """What a plan was made with, by the names of its maker."""
+    if isinstance(plan, StreamPlan):
+        return {
+            "blocks": plan.blocks, "warps": plan.warps, "ring_kib": weight_ring_bytes(plan) // KIB,
+            "held": plan.held_x, "alone": plan.least_bytes > 0,
+        }  # fmt: skip
+    if isinstance(plan, MulticastPlan):
+        return {
+            "width": plan.features_per_block, "split": plan.split, "copies": plan.copies,
+            "row_stages": plan.row_stages,
+        }  # fmt: skip
+    if isinstance(plan, DecodePlan):
+        return {"warps": plan.warps, "stages": plan.stages, "splits": plan.splits}
+    (blocks,) = plan.launch_shape(dependent=True).grid
+    grid = {"blocks": blocks, "cluster": plan.cluster, "feature_tiles": plan.feature_tiles}
+    if isinstance(plan, WarpgroupPlan):
+        return {**grid, "ring_kib": ceil_div(plan.shared_bytes, KIB)}
+    return {**grid, "warps_down": plan.warps_down, "stages": plan.stages}
 
 
-def _stream_values(plan: StreamPlan, gpu: Gpu) -> dict[str, Sequence[Any]]:
-    """Grids of whole and half waves, and those whose blocks have a tile of features, or one and a half."""
-    waves = (gpu.multiprocessors * quarters // 4 for quarters in (2, 3, 4, 6, 8))
-    tiles = (ceil_div(plan.features, width) for width in (8, 12, 16, 20, 24, 32))
-    least, most = gpu.multiprocessors // 4, 2 * gpu.multiprocessors
-    return {
-        "blocks": sorted({blocks for blocks in (*waves, *tiles) if least <= blocks <= most}),
+def _values(plan: Plan | DecodePlan, gpu: Gpu) -> Mapping[str, Sequence[Any]]:
+    """What each choice may be. Grids are of whole and half waves, and, of stream.cu, of blocks of whole tiles of features."""
+    blocks = {gpu.multiprocessors * quarters // 4 for quarters in BLOCK_QUARTERS}
+    if isinstance(plan, StreamPlan):
+        blocks |= {ceil_div(plan.features, width) for width in (8, 12, 16, 20, 24, 32)}
+        least, most = gpu.multiprocessors // 4, 2 * gpu.multiprocessors
+        blocks = {one for one in blocks if least <= one <= most}
+    return {**VALUES[type(plan)], "blocks": sorted(blocks)}
+
+
+VALUES: Mapping[type, Mapping[str, Sequence[Any]]] = {
+    StreamPlan: {
         "warps": (4, 6, 8, 10, 12, 16),
         "ring_kib": (24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192),
         "held": (True, False),
         "alone": (True, False),
-    }
-
-
-MULTICAST_VALUES = {
-    "width": (*range(16, 129, 8), *range(144, 193, 16)),
-    "split": (1, 2, 4, 8),
-    "copies": (1, 2, 4, 8),
-    "row_stages": (4, 6, 8),
-}
-ATTENTION_VALUES = {
-    "warps": (2, 4, 8),
-    "stages": (2, 3, 4, 6, 8),
-    "splits": (1, 2, 3, 4, 5, 6, 8, 12, 16),
+    },
+    MulticastPlan: {
+        "width": (*range(16, 129, 8), *range(144, 193, 16)),
+        "split": (1, 2, 4, 8),
+        "copies": (1, 2, 4, 8),
+        "row_stages": (4, 6, 8),
+    },
+    WarpgroupPlan: {
+        "cluster": (1, 2, 3, 4, 6, 8),
+        "feature_tiles": (1, 2, 4),
+        "ring_kib": (64, 80, 96, 108, 144, 180, 220),
+    },
+    TilePlan: {
+        "cluster": (1, 2, 4, 8),
+        "warps_down": (4, 8),
+        "feature_tiles": (1, 2),
+        "stages": (3, 4, 5, 6),
+    },
+    DecodePlan: {
+        "warps": (2, 4, 8),
+        "stages": (2, 3, 4, 6, 8),
+        "splits": (1, 2, 3, 4, 5, 6, 8, 12, 16),
+    },
 }
 
 
@@ -226,7 +281,7 @@ def weight_ring_bytes(plan: StreamPlan) -> int:
 
 
 def stream(
-    plan: StreamPlan, gpu: Gpu, *, blocks: int, warps: int, ring_kib: int, held: bool, alone: bool
+    plan: Plan, gpu: Gpu, *, blocks: int, warps: int, ring_kib: int, held: bool, alone: bool
 ) -> StreamPlan | None:
     """`plan` with these choices and as much of W in flight as fits, up to `ring_kib`.
 
@@ -237,8 +292,8 @@ def stream(
         return None
     no_limit = 1 << 30
     whole = plan_stream(
-        plan.rows, plan.features, plan.columns, norm=plan.norm, blocks=blocks, warps=warps, held=held,
-        block_bytes=no_limit, ring_bytes=no_limit,
+        plan.rows, plan.features, plan.columns, norm=getattr(plan, "norm", "none"), blocks=blocks, warps=warps,
+        held=held, block_bytes=no_limit, ring_bytes=no_limit,
     )  # fmt: skip
     limit = gpu.shared_limit - moments_bytes(whole) if alone else BLOCK_BYTES
     in_ring = ring_kib * KIB * whole.stages // weight_ring_bytes(whole)
@@ -262,7 +317,7 @@ def moments_bytes(plan: StreamPlan) -> int:
 
 
 def multicast(
-    plan: MulticastPlan, gpu: Gpu, *, width: int, split: int, copies: int, row_stages: int
+    plan: Plan, gpu: Gpu, *, width: int, split: int, copies: int, row_stages: int
 ) -> MulticastPlan | None:
     """`plan` with these choices: `width` features a block, and as many of `copies` as a cluster of `split` parts has room for.
 
@@ -279,8 +334,43 @@ def multicast(
     )  # fmt: skip
 
 
+def warpgroup(
+    plan: Plan, gpu: Gpu, *, blocks: int, cluster: int, feature_tiles: int, ring_kib: int
+) -> WarpgroupPlan | None:
+    """The work of `plan` in whole waves of `blocks` blocks. None for parts without columns and for too much shared memory."""
+    made = plan_warpgroup(
+        plan.rows, plan.features, plan.columns, cluster=cluster, feature_tiles=feature_tiles,
+        ring_bytes=ring_kib * KIB, blocks=blocks,
+    )  # fmt: skip
+    return made if _has_room(made, gpu) else None
+
+
+def tile(
+    plan: Plan, gpu: Gpu, *, blocks: int, cluster: int, warps_down: int, feature_tiles: int, stages: int
+) -> TilePlan | None:
+    """As `warpgroup`; without clusters before sm_90."""
+    made = plan_tile(
+        plan.rows, plan.features, plan.columns, cluster=cluster, feature_tiles=feature_tiles,
+        warps_down=warps_down, stages=stages, blocks=blocks,
+    )  # fmt: skip
+    return made if _has_room(made, gpu) and (cluster == 1 or gpu.capability >= 90) else None
+
+
+def _has_room(made: WarpgroupPlan | TilePlan, gpu: Gpu) -> bool:
+    """Whether each part has columns and a block, with up to 1 KiB of barriers, has the shared memory it needs."""
+    parts_have_columns = (made.cluster - 1) * made.columns_per_block < made.columns
+    return parts_have_columns and made.shared_bytes + KIB <= gpu.shared_limit
+
+
 def attention(plan: DecodePlan, gpu: Gpu, *, warps: int, stages: int, splits: int) -> DecodePlan | None:
     """`plan` with these choices, combined in a cluster where that can be; None where it needs too much shared memory."""
     cluster = gpu.capability >= 90 and splits <= MAX_CLUSTER
     made = replace(plan, warps=warps, stages=stages, splits=splits, cluster=cluster)
     return made if made.shared_bytes + RESERVED_BYTES <= gpu.shared_limit else None
+
+
+MAKERS = {
+    StreamPlan: stream, MulticastPlan: multicast, WarpgroupPlan: warpgroup, TilePlan: tile,
+    DecodePlan: attention,
+}  # fmt: skip
+"""Kind of plan -> the function that makes one from choices."""

@@ -19,12 +19,13 @@ from trtc.bench.kernels.decoder_layer_plans import (
     Gpu,
     Layer,
     LayerPlans,
+    by_other_kernels,
     candidates,
     choose_plans,
     weight_ring_bytes,
 )
 from trtc.kernels.linear.multicast_plan import MulticastPlan
-from trtc.kernels.linear.plan import StreamPlan
+from trtc.kernels.linear.plan import StreamPlan, TilePlan, WarpgroupPlan
 from trtc.kernels.paged_decode_attention.plan import DecodePlan
 
 from ..kernels.test_linear import check_multicast
@@ -58,20 +59,41 @@ def test_plans_of_a_layer(rows: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rows", [1, 4, 8, 16, 24, 64])
 def test_candidates_are_plans_of_the_same_work_and_fit(size: str, rows: int) -> None:
-    """Oracle: the sizes of the work, the hardware's limits, what multicast.cu states."""
+    """Oracle: the sizes of the work, the hardware's limits, what multicast.cu states. Also of what a product may change to."""
     plans = choose_plans(Layer(size, rows, 576), GPU)
     for name in NAMES:
         plan = plans[name]
-        found = [one for move in MOVES.get(type(plan), ()) for one in candidates(plan, move, GPU)]
-        assert plan not in found
-        for one in found:
-            CHECKS[type(one)](one, plan)
+        others = by_other_kernels(plan, GPU)
+        for start in (plan, *{type(one): one for one in others}.values()):
+            found = [one for move in MOVES[type(start)] for one in candidates(start, move, GPU)]
+            assert start not in found and {type(one) for one in found} == {type(start)}
+            for one in (*found, *others):
+                CHECKS[type(one)](one, plan)
 
 
-def check_stream(one: StreamPlan, chosen: StreamPlan) -> None:
-    assert (one.rows, one.features, one.columns, one.norm) == (
-        chosen.rows, chosen.features, chosen.columns, chosen.norm,
-    )  # fmt: skip
+@pytest.mark.parametrize(("rows", "capability"), [(8, 90), (24, 90), (64, 90), (8, 80), (64, 80)])
+def test_products_are_tried_on_the_other_kernels(rows: int, capability: int) -> None:
+    """Oracle: what the kernels state: norms and few rows are for stream.cu, tensor copies and wgmma for Hopper."""
+    gpu = Gpu(capability)
+    plans = choose_plans(Layer("1.3B", rows, 576), gpu)
+    able = {TilePlan} | ({StreamPlan} if rows <= 16 else set())
+    able |= {WarpgroupPlan, MulticastPlan} if capability == 90 else set()
+    for name in NAMES:
+        plan = plans[name]
+        others = {type(one) for one in by_other_kernels(plan, gpu)}
+        if name == "attention" or (rows <= 16 and name in ("qkv", "fc1")):
+            assert not others
+        else:
+            assert others == able - {type(plan)}
+
+
+def check_work(one: Any, chosen: Any) -> None:
+    assert (one.rows, one.features, one.columns) == (chosen.rows, chosen.features, chosen.columns)
+    assert getattr(one, "norm", "none") == getattr(chosen, "norm", "none")
+
+
+def check_stream(one: StreamPlan, chosen: Any) -> None:
+    check_work(one, chosen)
     assert one.blocks <= one.features and 1 <= one.octets <= 4 and one.stages >= 2
     assert 8 * one.token_tiles >= one.rows and 32 * one.warps <= 512
     moments = 8 * one.warps * 8 * one.token_tiles
@@ -81,10 +103,27 @@ def check_stream(one: StreamPlan, chosen: StreamPlan) -> None:
         assert one.blocks <= 132 and 2 * (one.shared_bytes + 1024) > MULTIPROCESSOR_BYTES
 
 
-def check_cluster(one: MulticastPlan, chosen: MulticastPlan) -> None:
+def check_cluster(one: MulticastPlan, chosen: Any) -> None:
+    check_work(one, chosen)
     check_multicast(one, chosen.rows, chosen.features, chosen.columns)
     assert (one.split - 1) * one.columns_per_block < one.columns
     assert 2 * (one.shared_bytes + 2048) <= MULTIPROCESSOR_BYTES
+
+
+def check_tiles(one: WarpgroupPlan | TilePlan, chosen: Any) -> None:
+    check_work(one, chosen)
+    shape = one.launch_shape(dependent=True)
+    assert one.cluster <= 8 and shape.grid[0] % one.cluster == 0
+    assert shape.grid[0] // one.cluster * one.features_per_block >= one.features
+    assert (one.cluster - 1) * one.columns_per_block < one.columns <= one.cluster * one.columns_per_block
+    assert 2 <= one.stages <= 16 and one.shared_bytes + 1024 <= GPU.shared_limit
+    if isinstance(one, WarpgroupPlan):
+        assert one.features_per_block <= 64 * one.feature_tiles and one.features_per_block % 8 == 0
+        assert one.tokens >= one.rows and one.columns_per_block % 64 == 0
+    else:
+        assert one.features_per_block <= 16 * one.feature_tiles * one.warps_down
+        assert one.features_per_block % 4 == 0 and 8 * one.token_tiles >= one.rows
+        assert one.columns_per_block % one.stage_columns == 0
 
 
 def check_attention(one: DecodePlan, chosen: DecodePlan) -> None:
@@ -96,25 +135,31 @@ def check_attention(one: DecodePlan, chosen: DecodePlan) -> None:
 
 CHECKS: dict[type, Callable[[Any, Any], None]] = {
     StreamPlan: check_stream, MulticastPlan: check_cluster, DecodePlan: check_attention,
+    WarpgroupPlan: check_tiles, TilePlan: check_tiles,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("rows", [1, 8, 24, 64])
 def test_candidates_differ_in_what_the_move_names(rows: int) -> None:
     """Oracle: the choices of a search, each of which some candidate changes."""
     plans = choose_plans(Layer("1.3B", rows, 576), GPU)
+    grid = ("features_per_block", "cluster", "feature_tiles", "stages")
     fields = {
         StreamPlan: ("blocks", "warps", "stages", "held_x", "least_bytes"),
         MulticastPlan: ("features_per_block", "split", "copies", "row_stages"),
+        WarpgroupPlan: grid,
+        TilePlan: (*grid, "warps_down"),
         DecodePlan: ("warps", "stages", "splits"),
     }
     seen: dict[type, set[str]] = {}
-    for name in NAMES:
-        plan = plans[name]
-        for one in itertools.chain(*(candidates(plan, move, GPU) for move in MOVES[type(plan)])):
-            changed = (field for field in fields[type(plan)] if getattr(one, field) != getattr(plan, field))
-            seen.setdefault(type(plan), set()).update(changed)
-    assert seen == {kind: set(fields[kind]) for kind in seen}
+    for start in itertools.chain(
+        *((plans[name], *by_other_kernels(plans[name], GPU)[::16]) for name in NAMES)
+    ):
+        kind = type(start)
+        for one in itertools.chain(*(candidates(start, move, GPU) for move in MOVES[kind])):
+            changed = (field for field in fields[kind] if getattr(one, field) != getattr(start, field))
+            seen.setdefault(kind, set()).update(changed)
+    assert seen == {kind: set(fields[kind]) for kind in seen} and {TilePlan, WarpgroupPlan} < set(seen)
 
 
 class CountedChain:
@@ -123,16 +168,21 @@ class CountedChain:
     def __init__(self, layer: Layer) -> None:
         self.layer, self.library = layer, None
         self.checked: list[LayerPlans] = []
+        self.whole: list[LayerPlans] = []
 
     def us(self, plans: LayerPlans) -> float:
-        warps: dict[str, int] = {name: plans[name].warps for name in ("qkv", "fc1", "fc2")}  # type: ignore[union-attr]
+        warps = {name: getattr(plans[name], "warps", 0) for name in ("qkv", "fc1", "fc2")}
         late = 0.5 if warps["fc1"] != 12 or warps["qkv"] != 10 else 0
         return (
             40 + 0.25 * abs(plans.attention.stages - 6) + late + sum(warps[n] != 12 for n in ("fc1", "fc2"))
         )
 
-    def check(self, plans: LayerPlans) -> float:
+    def check_kernels(self, plans: LayerPlans) -> float:
         self.checked.append(plans)
+        return 0.0
+
+    def check(self, plans: LayerPlans) -> float:
+        self.whole.append(plans)
         return 0.0
 
     def time(self, contenders: Sequence[LayerPlans], replays: int) -> list[list[float]]:
@@ -154,8 +204,28 @@ def test_search_finds_the_best_plan_of_each_kernel(chain: CountedChain) -> None:
     for name, worth in found.worth_us.items():
         undone = found.best.changed(name, chosen[name])
         assert worth == pytest.approx(chain.us(undone) - 40) and worth > 0
+        assert undone in chain.whole
+    assert {chosen, found.best} < set(chain.whole)
     assert found.tried == len({chosen, *chain.checked})
     assert "2.7B rows 8" in str(found) and "attention: warps" in str(found)
+
+
+def test_search_takes_another_kernel_and_its_best_plan(
+    chain: CountedChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the times of the stand-in, which likes a width of multicast.cu for fc2 that only its own moves lead to."""
+
+    def us(plans: LayerPlans) -> float:
+        return (
+            39 + abs(plans.fc2.features_per_block - 72) / 100 if isinstance(plans.fc2, MulticastPlan) else 40
+        )
+
+    monkeypatch.setattr(chain, "us", us)
+    chosen = choose_plans(chain.layer, GPU)
+    assert 72 not in {getattr(one, "features_per_block", 0) for one in by_other_kernels(chosen.fc2, GPU)}
+    found = Search(chain, GPU, chosen, 60).run()  # type: ignore[arg-type]
+    assert isinstance(found.best.fc2, MulticastPlan) and found.best.fc2.features_per_block == 72
+    assert found.worth_us.keys() == {"fc2"} and "fc2: stream" in str(found) and "-> multicast" in str(found)
 
 
 def test_search_ends_in_time_and_checks_what_it_times(chain: CountedChain) -> None:
