@@ -343,6 +343,9 @@ class EngineCore:
                     if sequence.detokenizer is not None:
                         sequence.detokenizer.finish()
                     ended.append(sequence.request)
+            if group.params.prompt_logprobs is not None:
+                unscored = group.first.num_prompt_tokens - len(group.first.prompt_logprobs)
+                group.first.prompt_logprobs += [None] * unscored
         return ended
 
     def prepare(self) -> bool:

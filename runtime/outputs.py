@@ -54,7 +54,8 @@ class RequestOutput:
     """All completions of one prompt, as far as they have got.
 
     prompt:          the text given; None when token ids were given
-    prompt_logprobs: per prompt token, None for the first; None unless `prompt_logprobs` was asked for
+    prompt_logprobs: per prompt token, None for the first and for those that a timeout left unscored; None unless
+                     `prompt_logprobs` was asked for
     finished:        True when every completion has a finish_reason
     num_cached_tokens: prompt tokens that were not computed, because an earlier request had left them in the KV cache
     """

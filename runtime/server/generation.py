@@ -181,7 +181,7 @@ async def _without_output(
                     text="",
                     token_ids=[],
                     logprobs=None if each.logprobs is None else [],
-                    finish_reason=each.finish_reason and "length",
+                    finish_reason="length" if each.finish_reason == "stop" else each.finish_reason,
                 )
                 for each in output.outputs
             ]

@@ -19,7 +19,8 @@ class Position:
     """One token of an answer.
 
     text:     of the token alone; length: how many characters of the answer's text it stands for
-    logprobs: None when none were asked for, and for the first token of a prompt, which nothing predicts
+    logprobs: None when none were asked for, for the first token of a prompt, which nothing predicts, and for those that a
+              timeout left unscored
     """
 
     token_id: int
@@ -131,12 +132,16 @@ class CompletionFormat:
         shown = output.prompt_logprobs
         if shown is not None:  # there may be more of them for the field prompt_logprobs
             shown = _limited(output.prompt_token_ids, shown, self.num_top)
-        first, *others = _positions(output.prompt_token_ids, shown)
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode([first.token_id], skip_special_tokens=False)
-            # a token that the tokenizer puts before the text is no part of it
-            first = replace(first, text=text, length=len(text) if prompt_text.startswith(text) else 0)
-        return [first, *others]
+        positions = _positions(output.prompt_token_ids, shown)
+        if self.tokenizer is None or shown is None:
+            return positions
+        for index, position in enumerate(positions):
+            if position.logprobs is None:  # of the first, and of those that a timeout left unscored
+                text = self.tokenizer.decode([position.token_id], skip_special_tokens=False)
+                # a token that the tokenizer puts before the text is no part of it
+                length = len(text) if index or prompt_text.startswith(text) else 0
+                positions[index] = replace(position, text=text, length=length)
+        return positions
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,30 @@ def test_a_client_that_goes_away_frees_its_pages(server: RunningServer, stream: 
     assert entry.get("client_gone") if stream else entry["status"] == 499
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 1000])
+def test_a_prompt_that_a_timeout_leaves_unscored_comes_back(
+    server: RunningServer, stream: bool, max_tokens: int
+) -> None:
+    """A time in which no engine computes a prompt. Oracle: text and tokens of the answer, which has all of the prompt."""
+    prompt = "A text of words"
+    body = completion(prompt=prompt, max_tokens=max_tokens, echo=True, logprobs=1, timeout_s=1e-6)
+    answer = server.request("POST", "/v1/completions", json=body | {"stream": stream}).raise_for_status()
+    data = json.loads(answer.text.split("\n")[0].removeprefix("data: ")) if stream else answer.json()
+    (choice,) = data["choices"]
+    assert choice["finish_reason"] == "timeout" and choice["text"] == prompt
+    logprobs = choice["logprobs"]
+    assert set(logprobs["token_logprobs"]) == {None} and "".join(logprobs["tokens"][1:]) == prompt
+    for token, offset in zip(logprobs["tokens"][1:], logprobs["text_offset"][1:], strict=True):
+        assert choice["text"][offset : offset + len(token)] == token
+
+
+def test_prompt_logprobs_that_a_timeout_leaves_out_are_null(server: RunningServer) -> None:
+    body = completion(prompt="A text", prompt_logprobs=1, timeout_s=1e-6)
+    answer = server.request("POST", "/v1/completions", json=body).raise_for_status().json()
+    assert answer["choices"][0]["prompt_logprobs"] == [None] * answer["usage"]["prompt_tokens"]
+
+
 def test_a_request_ends_in_its_time_with_what_it_has(server: RunningServer) -> None:
     """A time in which no engine chooses so many tokens."""
     body = completion(prompt=LONG_PROMPTS, n=8, max_tokens=1000, ignore_eos=True, timeout_s=0.5)
