@@ -141,7 +141,7 @@ def main(args: argparse.Namespace) -> int:
                 f"{args.engine_dir}: the engine has no tokenizer files; use --input-ids and --stop-token-ids"
             )
         start = time.perf_counter()
-        printer = _StreamPrinter() if args.stream else None
+        printer = _StreamPrinter(has_text=llm.tokenizer is not None) if args.stream else None
         outputs = llm.generate(prompts, params, on_output=printer)
         seconds = time.perf_counter() - start
     if printer is None:
@@ -158,14 +158,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 class _StreamPrinter:
-    """Prints what is new of the one output."""
+    """Prints what is new of the one output: its text, or its token ids where the engine makes no text."""
 
-    def __init__(self) -> None:
-        self._printed = 0
+    def __init__(self, *, has_text: bool) -> None:
+        self._has_text, self._printed = has_text, 0
 
     def __call__(self, output: RequestOutput) -> None:
         completion = output.outputs[0]
-        shown: Any = completion.text or list(completion.token_ids)
+        shown: Any = completion.text if self._has_text else completion.token_ids
         new = shown[self._printed :]
         text = new if isinstance(new, str) else "".join(f"{token} " for token in new)
         print(text, end="\n" if output.finished else "", flush=True)

@@ -150,8 +150,13 @@ def test_stream_prints_the_same_text(engine: Path, capsys: pytest.CaptureFixture
     assert main(command) == 0
     whole = capsys.readouterr().out
     assert main([*command, "--stream"]) == 0
-    streamed = capsys.readouterr().out.rstrip("\n")
-    assert len(streamed) > 20 and f"Output [0]: {streamed!r}" in whole
+    streamed = capsys.readouterr().out
+    text = streamed.rstrip("\n")
+    assert len(text) > 20 and f"Output [0]: {text!r}" in whole
+    # The first token, however long, is held back: it begins what may become a stop string.
+    stops = [f"{text[:length]}no such end" for length in range(1, 12)]
+    assert main([*command, "--stream", "--stop", *stops]) == 0
+    assert capsys.readouterr().out == streamed
 
 
 def test_prompt_lookup_writes_the_same_text(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
