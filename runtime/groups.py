@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 
 from .beam_search import BeamSearch, Hypothesis
 from .detokenizer import Detokenizer
@@ -109,8 +110,10 @@ def _text(group: Group, hypothesis: Hypothesis, tokenizer: Tokenizer) -> str:
 
 
 def _mean_logprob(completion: CompletionOutput) -> float:
+    """Of its tokens; a completion that ended before it had one is the worst."""
     assert completion.cumulative_logprob is not None, "nothing tells how good the completions are"
-    return completion.cumulative_logprob / max(1, len(completion.token_ids))
+    count = len(completion.token_ids)
+    return completion.cumulative_logprob / count if count else -inf
 
 
 def _completion(index: int, sequence: Completion) -> CompletionOutput:

@@ -327,6 +327,32 @@ def test_a_request_past_its_deadline_ends_with_what_it_has() -> None:
     assert core.scheduler.pool.num_used == 0
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_prompt_tokens_that_a_timeout_leaves_unscored_have_no_logprobs(steps: int) -> None:
+    now = [0.0]
+    core = EngineCore(ToyExecutor(max_num_tokens=5), clock=lambda: now[0])
+    prompt = PROMPTS[2]
+    core.add_request("a", prompt, greedy(prompt_logprobs=0), deadline=1.0)
+    for _ in range(steps):
+        core.step()
+    now[0] = 1.0
+    (output,) = core.step()
+    scored = [entry is not None for entry in output.prompt_logprobs or ()]
+    assert len(prompt) > 6 and scored == [False, *[True] * 5 * steps, *[False] * (len(prompt) - 1 - 5 * steps)]
+
+
+def test_the_best_of_several_that_a_timeout_ended_have_tokens() -> None:
+    """Oracle: with two places, two of the four completions have begun."""
+    now = [0.0]
+    core = EngineCore(ToyExecutor(max_batch_size=2), clock=lambda: now[0])
+    core.add_request("a", [5], SamplingParams(n=2, best_of=4, ignore_eos=True, seed=1), deadline=1.0)
+    for _ in range(3):
+        core.step()
+    now[0] = 1.0
+    (output,) = core.step()
+    assert [len(completion.token_ids) for completion in output.outputs] == [3, 3]
+
+
 def test_text_that_was_held_back_comes_with_the_timeout(byte_level: Tokenizer) -> None:
     """A stop string might have begun; nothing more comes, so the text is complete."""
     now = [0.0]
