@@ -102,7 +102,11 @@ class DecodeAhead:
         if self._left and self._may_go_on():
             self._enqueue()
         flight = self._flights.popleft()
-        tokens = self._loop.loop_collect(flight.ticket)
+        try:
+            tokens = self._loop.loop_collect(flight.ticket)
+        except BaseException:  # what is behind them would be taken for them
+            self.drop()
+            raise
         self._measure(flight.count)
         for row in tokens.tolist():
             self._rest()

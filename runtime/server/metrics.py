@@ -23,7 +23,9 @@ class Metrics:
         self.num_refused = 0
         """HTTP answers with an error, of the client or the server."""
         self._requests = self._counter(
-            "trtc_requests", "Ended engine requests: stop, length, timeout, abort (cancelled), error", "outcome"
+            "trtc_requests",
+            "Ended engine requests: stop, length, timeout, abort (cancelled), error",
+            "outcome",
         )
         self._responses = self._counter("trtc_http_responses", "HTTP answers", "path", "status")
         self._ttft = self._histogram(

@@ -338,7 +338,11 @@ def test_prompt_tokens_that_a_timeout_leaves_unscored_have_no_logprobs(steps: in
     now[0] = 1.0
     (output,) = core.step()
     scored = [entry is not None for entry in output.prompt_logprobs or ()]
-    assert len(prompt) > 6 and scored == [False, *[True] * 5 * steps, *[False] * (len(prompt) - 1 - 5 * steps)]
+    assert len(prompt) > 6 and scored == [
+        False,
+        *[True] * 5 * steps,
+        *[False] * (len(prompt) - 1 - 5 * steps),
+    ]
 
 
 def test_the_best_of_several_that_a_timeout_ended_have_tokens() -> None:

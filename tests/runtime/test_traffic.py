@@ -144,7 +144,7 @@ class Traffic(RuleBasedStateMachine):
         for _ in range(count):
             self.step()
 
-    @precondition(lambda self: self.unfinished and not isinstance(self.executor, LoopToy))
+    @precondition(lambda self: self.unfinished)
     @rule()
     def fail_a_step(self) -> None:
         self.executor.fail_next = True
