@@ -65,8 +65,10 @@ class EngineKernels(KernelLibrary):
         first = engine.ranks[stage * engine.build.tp_size]  # what all ranks of the stage run
         code: Mapping[str, Any] = first.artifacts["code"]
         if arch not in code:
+            other = "--target tensorrt, if that has this GPU, or --target cpu"
+            advice = f"--cuda-arch {arch}" if arch in MULTIPROCESSORS else other
             raise TargetError(
-                f"{engine.path}: built for {', '.join(code)}, this GPU is {arch}; build it with --cuda-arch {arch}"
+                f"{engine.path}: built for {', '.join(code)}, this GPU is {arch}; build with {advice}"
             )
         super().__init__(device, precompiled=read_code(code[arch], arch, engine.path, stage))
         # Launch plans are those the engine was built with, whatever size of GPU this is.

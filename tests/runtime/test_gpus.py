@@ -1,11 +1,19 @@
-"""The GPU of a rank, and what is set for NCCL. Oracle: the order of the ranks of a host, and the user's own settings."""
+"""The GPU of a rank, what is set for NCCL, and GPUs that an engine is not for.
+
+Oracles: the order of the ranks of a host, the user's own settings, and what `trtc build` takes.
+"""
 
 from __future__ import annotations
 
 import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from trtc.core.errors import TargetError
+from trtc.core.targets.cuda.code import ARCHITECTURES
+from trtc.runtime import cuda_executor
 from trtc.runtime.gpus import DEFAULTS, choose_device, set_defaults
 
 
@@ -36,3 +44,18 @@ def test_multicast_stays_off_unless_the_user_says_otherwise() -> None:
     set_defaults(environ)
     assert environ == {**DEFAULTS, "NCCL_NVLS_ENABLE": "1"}
     assert DEFAULTS["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1" and DEFAULTS["NCCL_NVLS_ENABLE"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "advised"), [("sm_90", "--cuda-arch"), ("sm_86", "--target"), ("sm_100", "--target")]
+)
+def test_a_gpu_that_an_engine_is_not_for(gpu: str, advised: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is advised is what a build accepts: an architecture that target cuda has, or another target."""
+    monkeypatch.setattr(cuda_executor, "architecture", lambda device: gpu)
+    rank = SimpleNamespace(artifacts={"code": {"sm_80": "kernels.sm_80.cubins"}})
+    engine: Any = SimpleNamespace(path=Path("engine"), ranks=[rank], build=SimpleNamespace(tp_size=1))
+    with pytest.raises(
+        TargetError, match=f"built for sm_80, this GPU is {gpu}; build with {advised}"
+    ) as error:
+        cuda_executor.EngineKernels(engine, 0)
+    assert (f"--cuda-arch {gpu}" in str(error.value)) == (gpu in ARCHITECTURES)
