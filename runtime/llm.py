@@ -70,8 +70,6 @@ class LLM:
         Raises RequestError, before anything runs, naming the prompt's index and what the engine accepts; EngineError
         after `close`.
         """
-        if self._closed:
-            raise EngineError("this LLM is closed; load the engine again to generate")
         texts_and_ids = [self._tokenize(index, prompt) for index, prompt in enumerate(_prompt_list(prompts))]
         params = _params_list(sampling_params, len(texts_and_ids))
         priorities = _priorities(priority, len(texts_and_ids))
@@ -100,6 +98,7 @@ class LLM:
         if len(set(priorities)) == 1:  # else somebody at the end may have to go first
             enough = self._enough_for_a_step([len(token_ids) for _, token_ids in texts_and_ids])
         try:
+            self._refuse_if_closed()
             for index in range(enough):
                 add(index)
             for index in range(enough, len(rows)):
@@ -113,12 +112,24 @@ class LLM:
             for request_id in request_ids:
                 self.core.cancel(request_id)
             self._busy.release()
+            if self._closed:
+                self._release()
         return [finished[request_id] for request_id in request_ids]
 
     def close(self) -> None:
-        """Releases the engine. The LLM cannot generate afterwards."""
+        """Releases the engine. The LLM cannot generate afterwards; what does in another thread ends with an EngineError."""
         self._closed = True
-        self.core.executor.close()
+        self._release()
+
+    def _release(self) -> None:
+        """Releases the engine of a closed LLM, unless it runs: whoever ends its last step then does."""
+        if self._busy.acquire(blocking=False):
+            self.core.executor.close()
+            self._busy.release()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise EngineError("this LLM is closed; load the engine again to generate")
 
     def __enter__(self) -> Self:
         return self
@@ -131,6 +142,7 @@ class LLM:
     def _run(self, on_output: Callable[[RequestOutput], None] | None) -> dict[str, RequestOutput]:
         finished = {}
         while self.core.has_unfinished:
+            self._refuse_if_closed()
             for output in self.core.step():
                 if output.finished:
                     finished[output.request_id] = output

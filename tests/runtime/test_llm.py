@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -178,6 +181,30 @@ def test_close_releases_the_engine() -> None:
     model.close()  # harmless
     with pytest.raises(EngineError, match="this LLM is closed"):
         model.generate([3], GREEDY)
+
+
+def test_close_waits_for_the_step_of_another_thread() -> None:
+    """Oracle: the order of events. The engine is released once, after the step under way, by the thread that ran it."""
+    stepping, closed = threading.Event(), threading.Event()
+
+    @dataclass
+    class WaitingToy(ToyExecutor):
+        def execute(self, step: Any) -> torch.Tensor:
+            assert not self.closed, "a step on a closed executor"
+            stepping.set()
+            assert closed.wait(10)
+            assert not self.closed, "closed under a step"
+            return super().execute(step)
+
+    executor = WaitingToy()
+    with ThreadPoolExecutor() as pool:
+        with LLM.from_executor(executor) as model:
+            outputs = pool.submit(model.generate, [3], GREEDY)
+            assert stepping.wait(10)
+        closed.set()
+        with pytest.raises(EngineError, match="this LLM is closed"):
+            outputs.result(10)
+    assert executor.closed and len(executor.steps) == 1 and idle(model)
 
 
 def test_priority_decides_who_runs_first() -> None:
