@@ -58,13 +58,11 @@ def main(args: argparse.Namespace) -> int:
     engine_dir = begin_loading(args.engine_dir)
     from ..core.dtypes import parse_model_dtype
     from ..core.engine import Engine
-    from ..core.plugin_registry import plugins
     from ..runtime.evaluation import perplexity
     from ..runtime.evaluation.hf import HFModel
     from ..runtime.load import load_executor
     from ..runtime.tokenizer import Tokenizer, required_tokenizer
 
-    plugins()  # the graph may hold ops that a plugin registers
     engine = Engine.open(args.engine_dir, verify=False)
     tokenizer = required_tokenizer(Tokenizer.from_dir(args.engine_dir), args.engine_dir)
     token_ids = tokenizer.encode(_read_text(args.text))

@@ -36,10 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from ..core.engine import Engine
-    from ..core.plugin_registry import plugins
 
     check_output_file(args.output, "--output")
-    plugins()  # the graph may hold ops that a plugin registers
     engine = Engine.open(args.engine_dir)
     if args.format:
         return _draw(engine, args)

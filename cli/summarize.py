@@ -86,7 +86,6 @@ def main(args: argparse.Namespace) -> int:
     if code is not None:
         return code
     from ..core.engine import Engine
-    from ..core.plugin_registry import plugins
     from ..runtime.evaluation import summarize
     from ..runtime.evaluation.dataset import load_pairs
     from ..runtime.tokenizer import Tokenizer, required_tokenizer
@@ -97,7 +96,6 @@ def main(args: argparse.Namespace) -> int:
         config=args.dataset_config,
         split=args.dataset_split,
     )
-    plugins()  # the graph may hold ops that a plugin registers
     engine = Engine.open(args.engine_dir, verify=False)
     tokenizer = required_tokenizer(Tokenizer.from_dir(args.engine_dir), args.engine_dir)
     limit = summarize.input_limit(engine.build, args.output_len)

@@ -24,8 +24,10 @@ import torch
 from .. import __version__
 from .config import TARGETS, BuildConfig, ModelConfig
 from .engine_files import DESCRIPTION, FORMAT, FORMAT_VERSION, EngineFiles, sha256
-from .errors import CheckpointError, EngineError, TrtcError
+from .errors import CheckpointError, EngineError, PluginError, TrtcError
 from .graph import Graph
+from .ops import op_names
+from .plugin_registry import plugins
 from .safetensors_io import SafetensorsFile
 from .spec import TensorSpec
 
@@ -68,7 +70,7 @@ class Engine:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True, rank: int | None = None) -> Engine:
-        """Reads and checks an engine directory.
+        """Reads and checks an engine directory. Loads the plugins, which may have registered ops that its graphs hold.
 
         path:   also `EngineFiles`, whose comparison it then waits for: `verify` and `rank` have been said to them.
         verify: also compare the sha256 of every file (sizes are always compared).
@@ -88,8 +90,11 @@ class Engine:
                 files=data["files"],
                 trtc_version=data["trtc_version"],
             )
+            _require_ops(engine, where)
             for part in engine.ranks:
                 part.graph.verify(where)
+        except EngineError:
+            raise
         except (TrtcError, KeyError, TypeError, AttributeError) as error:
             raise EngineError(f"{where}: not an engine of this format: {error}") from None
         if engine.build.target not in TARGETS:
@@ -123,6 +128,23 @@ class Engine:
         """The weights of `rank`, memory-mapped (read-only). Raises EngineError when they do not fit its graph."""
         with self.weight_files(rank) as files:
             return _map_all(files)
+
+
+def _require_ops(engine: Engine, where: str) -> None:
+    """Loads the plugins. Raises EngineError, saying which is missing, for ops that neither the core nor a plugin has."""
+    registry = plugins()
+    unknown = {node.op for part in engine.ranks for node in part.graph.nodes} - op_names()
+    if not unknown:
+        return
+    try:
+        registry.family(engine.model.family)
+        reason = "`trtc plugins` lists those that there are"
+    except PluginError as error:
+        reason = str(error)
+    names = ", ".join(sorted(unknown))
+    raise EngineError(
+        f"{where}: neither trtc {__version__} nor a plugin that it loaded has the op {names}: {reason}"
+    )
 
 
 @contextmanager

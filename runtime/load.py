@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ..core.engine import Engine
 from ..core.errors import TargetError
-from ..core.plugin_registry import plugins
 from .cache_size import ENOUGH, CacheBudget
 from .early_start import BegunEngine
 from .executor import Executor
@@ -38,7 +37,6 @@ def load_executor(
     its steps in here until it is closed there, and leave with SystemExit(0).
     Raises EngineError for a directory that is not a sound engine, TargetError when its target cannot run here.
     """
-    plugins()  # the graph may hold ops that a plugin registers
     budget = CacheBudget(num_pages=num_pages, memory_bytes=kv_cache_memory_bytes)
     place = placement()
     if place.size > 1:

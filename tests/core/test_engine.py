@@ -23,7 +23,9 @@ from trtc.core.engine_files import DESCRIPTION, FORMAT_VERSION, is_engine, sha25
 from trtc.core.errors import BuildError, ConfigError, EngineError
 from trtc.core.graph import Graph
 from trtc.core.interpreter import interpret
+from trtc.core.ops import registry
 from trtc.core.passes import optimize
+from trtc.core.plugin_registry import PluginRegistry
 from trtc.core.safetensors_io import SafetensorsFile, write_file
 from trtc.core.sharding import ShardingOptions
 from trtc.core.targets.cpu import TARGET, CpuProgram
@@ -390,7 +392,7 @@ def test_an_edited_description_is_refused(change: Callable[[dict[str, Any]], Non
         (lambda data: data["ranks"][0].pop("graph"), "'graph'"),
         (
             lambda data: data["ranks"][0]["graph"]["nodes"][-1].update(op="frobnicate"),
-            "'frobnicate' is not registered",
+            "nor a plugin that it loaded has the op frobnicate",
         ),
         (lambda data: data["ranks"][0]["graph"]["nodes"].pop(0), "is not defined before it is used"),
         (lambda data: data["ranks"].clear(), "holds 0 ranks for tp_size 1"),
@@ -407,6 +409,49 @@ def test_a_signed_description_that_makes_no_sense_is_refused(
         Engine.open(engine_dir).map_weights(0)
     assert str(engine_dir) in str(error.value)
     assert reason in str(error.value)
+
+
+def renamed_op(data: dict[str, Any]) -> None:
+    """The first layer norm becomes an op of a plugin."""
+    next(node for node in data["ranks"][0]["graph"]["nodes"] if node["op"] == "layer_norm")["op"] = (
+        "their_norm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("opt", "`trtc plugins` lists those that there are"),
+        ("gone", "no plugin provides model family 'gone'"),
+    ],
+)
+def test_an_engine_without_the_plugin_of_its_ops_says_which(
+    family: str, reason: str, engine_dir: Path
+) -> None:
+    def change(data: dict[str, Any]) -> None:
+        renamed_op(data)
+        data["model"]["family"] = family
+
+    change_description(engine_dir, change, signed=True)
+    refused(
+        engine_dir,
+        DESCRIPTION,
+        f"neither trtc {__version__} nor a plugin that it loaded has the op their_norm",
+    )
+    refused(engine_dir, DESCRIPTION, reason)
+
+
+def test_opening_an_engine_loads_the_plugins(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no command has to think of it: a plugin registers an op when it is loaded."""
+    change_description(engine_dir, renamed_op, signed=True)
+
+    def load() -> PluginRegistry:
+        op = dataclasses.replace(registry.get_op("layer_norm"), name="their_norm")
+        monkeypatch.setitem(registry._OPS, "their_norm", op)
+        return PluginRegistry(())
+
+    monkeypatch.setattr("trtc.core.engine.plugins", load)
+    assert "their_norm" in {node.op for node in Engine.open(engine_dir).ranks[0].graph.nodes}
 
 
 def test_weights_that_do_not_fit_the_graph_are_refused(engine_dir: Path) -> None:
