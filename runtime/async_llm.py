@@ -9,6 +9,7 @@ from os import PathLike
 from types import TracebackType
 from typing import Self, Unpack
 
+from ..core.errors import RequestError
 from .engine_core import EngineCore
 from .engine_process import EngineProcess
 from .engine_thread import EngineStats, EngineThread, OnFinished, Submission
@@ -115,6 +116,10 @@ class AsyncLLM:
         fails or is shut down.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"sampling_params is a {type(params).__name__}; accepted: SamplingParams, or None"
+            )
         check_line(priority, timeout_s)
         if is_text(prompt):
             text, token_ids = await asyncio.to_thread(self.tokenize, prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.errors import RequestError
+from ..core.errors import ConfigError, EngineError, RequestError
 from .bad_words import bad_words
 from .batch import Batch, ScheduledRequest
 from .beam_search import BeamSearch, candidates
@@ -61,6 +62,12 @@ class EngineCore:
         prompt_lookup: PromptLookup | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """Raises ConfigError for an option of another kind."""
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise ConfigError(f"seed is {seed!r}; accepted: an integer of at least 0")
+        if not isinstance(prompt_lookup, PromptLookup | None):
+            raise ConfigError(f"prompt_lookup is {prompt_lookup!r}; accepted: PromptLookup(N, K), or None")
+        self._process = os.getpid()
         self.executor = executor
         self.tokenizer = tokenizer
         self.scheduler = Scheduler(
@@ -95,7 +102,12 @@ class EngineCore:
         return bool(self._groups)
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises RequestError, naming value and limit, when this engine cannot serve the request."""
+        """Raises RequestError, naming value and limit, when this engine cannot serve the request; EngineError in a process
+        that was forked after the engine was loaded: its threads, and a GPU, stayed behind."""
+        if os.getpid() != self._process:
+            raise EngineError(
+                "this engine was loaded before the process forked; load it in the process that generates"
+            )
         self.scheduler.check_lengths(len(prompt_token_ids), params.max_tokens, params.beam_width)
         if params.beam_width > 1 and not isinstance(self.executor, PageCopier):
             raise RequestError(

@@ -46,14 +46,18 @@ def load_core(
     enable_prefix_cache: bool = True,
     prompt_lookup: PromptLookup | None = None,
 ) -> EngineCore:
-    """What runs requests on an engine directory, with its tokenizer. Raises what `load_executor` raises."""
+    """What runs requests on an engine directory, with its tokenizer. Raises what `load_executor` and `EngineCore` raise."""
     executor = load_executor(
         engine_dir, num_pages=num_pages, kv_cache_memory_bytes=kv_cache_memory_bytes, verify=verify
     )
-    return EngineCore(
-        executor,
-        Tokenizer.from_dir(engine_dir),
-        seed=seed,
-        enable_prefix_cache=enable_prefix_cache,
-        prompt_lookup=prompt_lookup,
-    )
+    try:
+        return EngineCore(
+            executor,
+            Tokenizer.from_dir(engine_dir),
+            seed=seed,
+            enable_prefix_cache=enable_prefix_cache,
+            prompt_lookup=prompt_lookup,
+        )
+    except BaseException:
+        executor.close()
+        raise

@@ -310,6 +310,18 @@ def test_what_the_engine_cannot_do_is_refused_before_it_runs(
     run(main())
 
 
+def test_params_of_another_kind_are_refused() -> None:
+    async def main() -> None:
+        async with AsyncLLM.from_executor(ToyExecutor()) as llm:
+            params: Any = {"max_tokens": 3}
+            with pytest.raises(
+                RequestError, match="sampling_params is a dict; accepted: SamplingParams, or None"
+            ):
+                await read(llm, [3], params)
+
+    run(main())
+
+
 def test_the_statistics_of_ended_requests() -> None:
     """Oracle: counts by hand; times must stand in their order."""
     ended: list[RequestStats] = []

@@ -3,11 +3,13 @@ batches, pages or chunks; for random tokens, the same request alone on a large c
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any
 
 import pytest
 import torch
-from trtc.core.errors import RequestError
+from trtc.core.errors import ConfigError, EngineError, RequestError
 from trtc.runtime.engine_core import EngineCore
 from trtc.runtime.outputs import CompletionOutput, RequestOutput
 from trtc.runtime.sampling_params import SamplingParams
@@ -292,6 +294,41 @@ def test_a_request_id_in_use_is_refused() -> None:
         core.add_request("r", [1], greedy())
     run(core)
     core.add_request("r", [1], greedy())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("seed", "x", "an integer of at least 0"),
+        ("seed", -1, "an integer of at least 0"),
+        ("seed", 1.5, "an integer of at least 0"),
+        ("prompt_lookup", "2:8", "PromptLookup(N, K), or None"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(option: str, value: Any, accepted: str) -> None:
+    options: Any = {option: value}
+    with pytest.raises(ConfigError, match=re.escape(f"{option} is {value!r}; accepted: {accepted}")):
+        EngineCore(ToyExecutor(), **options)
+
+
+def test_a_forked_process_is_refused() -> None:
+    """Its threads are gone, and a step would wait for them forever."""
+    core = engine()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            core.add_request("x", [3], greedy())
+        except EngineError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader) as said:
+        assert "before the process forked; load it in the process that generates" in said.read()
+    core.add_request("x", [3], greedy())
+    assert run(core)["x"].finished
 
 
 def test_an_executor_that_returns_the_wrong_rows_is_an_assertion(monkeypatch: pytest.MonkeyPatch) -> None:

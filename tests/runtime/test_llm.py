@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from trtc.core.errors import EngineError, RequestError
+from trtc.core.errors import ConfigError, EngineError, RequestError
+from trtc.runtime import load_core
 from trtc.runtime.llm import LLM
 from trtc.runtime.outputs import RequestOutput
 from trtc.runtime.sampling_params import SamplingParams
@@ -181,6 +182,17 @@ def test_close_releases_the_engine() -> None:
     model.close()  # harmless
     with pytest.raises(EngineError, match="this LLM is closed"):
         model.generate([3], GREEDY)
+
+
+def test_an_option_that_is_refused_releases_the_engine(
+    monkeypatch: pytest.MonkeyPatch, byte_level: Tokenizer
+) -> None:
+    executor = ToyExecutor()
+    monkeypatch.setattr(load_core, "load_executor", lambda *given, **options: executor)
+    monkeypatch.setattr(load_core.Tokenizer, "from_dir", lambda engine_dir: byte_level)
+    with pytest.raises(ConfigError, match="seed is -1"):
+        LLM("engine", seed=-1)
+    assert executor.closed
 
 
 def test_close_waits_for_the_step_of_another_thread() -> None:
