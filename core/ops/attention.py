@@ -131,7 +131,7 @@ def _rotary_reference(
 ) -> torch.Tensor:
     half = x.shape[-1] // 2
     wide = widen(x)
-    frequency = attrs["theta"] ** (-torch.arange(half, dtype=wide.dtype) / half)
+    frequency = attrs["theta"] ** (-torch.arange(half, dtype=wide.dtype, device=x.device) / half)
     angle = positions.to(wide.dtype).unsqueeze(-1) * frequency
     cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
     first, second = wide.chunk(2, -1)

@@ -24,6 +24,12 @@ _VIEWS = frozenset({"reshape", "cast", "select_rows"})
 """Ops that change nothing in a step with logits for each of its tokens, computed in float32."""
 
 
+_BY_ROWS = frozenset(
+    {"linear", "quantized_linear", "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "split"}
+)
+"""Ops that look at a row of their first input as a whole: a token's, not one of its heads'."""
+
+
 class Unsupported(Exception):
     """A graph has something that these kernels do not do; another way must run it."""
 
@@ -161,6 +167,8 @@ class _Compiler:
 
     def _compile(self, node: Node) -> None:
         method = getattr(self, f"_{node.op}", None)
+        if node.op in _BY_ROWS and self._graph.specs[node.used[0]].rank != 2:
+            raise Unsupported(f"{node.op} '{node.name}': by heads")
         if node.op in _VIEWS:
             self._view(node)
         elif method is None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from trtc.core.ops import Cost, ReferenceContext
+from trtc.core.ops import Cost, ReferenceContext, get_op
 
 from .op_calls import Array, close, cost, f32, i32, infer, run, values
 
@@ -37,6 +37,13 @@ def test_rotary() -> None:
     x, positions = values(5, 3, 8), np.array([0, 1, 2, 50, 7], np.int32)
     assert infer("rotary", f32("T", 3, 8), i32("T"), theta=1e4) == (f32("T", 3, 8),)
     assert close(run("rotary", x, positions, theta=1e4), np_rotary(x, positions, 1e4))
+
+
+def test_rotary_computes_where_its_inputs_are() -> None:
+    """Target cuda runs the reference, on the GPU. Oracle: torch's device meta, which refuses a tensor of the CPU beside it."""
+    x, positions = torch.empty(5, 3, 8, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")
+    result = get_op("rotary").reference(ReferenceContext(), {"theta": 1e4}, x, positions)
+    assert result.device.type == "meta" and result.shape == x.shape
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

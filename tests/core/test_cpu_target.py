@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from trtc.core import layers
 from trtc.core.config import BuildConfig
 from trtc.core.dtypes import DType, to_torch
 from trtc.core.errors import ConfigError
-from trtc.core.graph import Graph, Node
+from trtc.core.graph import Graph, GraphBuilder, Node
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext
 from trtc.core.passes.cache import cache_type
@@ -26,7 +27,15 @@ from trtc.core.targets.cpu_step import DecodeLimits
 from trtc.kernels import cpu_step
 from trtc.tests.packed_steps import PagedSequences, filled_cache
 from trtc.tests.tolerances import logits_tolerance, max_error
-from trtc.tests.toy_decoder import HEAD_DIM, KV_HEADS, LAYERS, VOCAB, random_weights, toy_decoder
+from trtc.tests.toy_decoder import (
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    VOCAB,
+    random_weights,
+    toy_decoder,
+    weight_rows,
+)
 
 NUM_PAGES = 24
 Step = Mapping[str, Sequence[int]]
@@ -183,6 +192,37 @@ def test_compiled_steps_verify_several_tokens_of_a_sequence(dtype: DType, thread
         assert torch.equal(
             together._program.next_tokens(inputs).long(), chosen
         )  # which writes the same again
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "split"])
+def test_steps_with_ops_on_heads_are_not_taken_for_ones_on_rows(op: str) -> None:
+    """Norms of q and k are over each head, and heads can be split: the compiled kernels know rows of a token only. Oracle: the
+    interpreter."""
+    width = 16 if op == "split" else 24
+    rows = weight_rows(embed__weight=(VOCAB, 24), norm__weight=(8,), lm_head__weight=(VOCAB, width))
+    g = GraphBuilder(DType.FLOAT32, rows)
+    q = k = g.add("reshape", layers.embedding(g, "token_ids", "embed"), name="heads", shape=("T", 3, 8))
+    if op == "split":
+        q, k = g.add_many("split", q, name="parts", axis=1, sizes=(2, 1))
+        g.weight("norm.weight")
+    else:
+        q = g.add(op, q, g.weight("norm.weight"), name="normed", eps=1e-5)
+    starts = ("query_start", "kv_length", "page_table")
+    context = g.add("attention", q, k, k, *starts, name="attention", layer=0, scale=1.0)
+    graph = g.finish(layers.lm_head(g, g.add("reshape", context, name="context", shape=("T", width))))
+    weights, sequences = random_weights(graph), PagedSequences(16, 4)
+    program = CpuProgram(
+        graph,
+        {name: value.float() for name, value in weights.items()},
+        filled_cache(graph, 16, 4, torch.float32),
+        decode_limits=DecodeLimits(max_tokens=8, max_len=32),
+    )
+    context_of_oracle = ReferenceContext(filled_cache(graph, 16, 4, torch.float64))
+    for work in ({"a": tokens(5)}, {"a": tokens(1, 2)}, {"a": tokens(1, 3)}):
+        inputs = sequences.step(work)
+        expected = interpret(graph, {**weights, **inputs}, context_of_oracle)
+        assert max_error(program.run(inputs), expected) <= logits_tolerance(DType.FLOAT32, expected)
 
 
 @needs_kernels

@@ -198,10 +198,11 @@ class CudaProgram:
         def run(
             x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
         ) -> torch.Tensor:
-            out = torch.empty_like(x)
+            rows = _rows(x)
+            out = torch.empty_like(rows)
             if x.shape[0]:
-                self._norm(x, scale, shift, out=out, kind=kind, epsilon=epsilon)
-            return out
+                self._norm(rows, scale, shift, out=out, kind=kind, epsilon=epsilon)
+            return out.view(x.shape)
 
         return run
 
@@ -214,12 +215,13 @@ class CudaProgram:
             scale: torch.Tensor | None = None,
             shift: torch.Tensor | None = None,
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            total, out = torch.empty_like(x), torch.empty_like(x)
+            rows, added = _rows(x), _rows(residual)
+            total, out = torch.empty_like(rows), torch.empty_like(rows)
             if x.shape[0]:
                 self._norm(
-                    x, scale, shift, out=out, residual=residual, total=total, kind=kind, epsilon=epsilon
+                    rows, scale, shift, out=out, residual=added, total=total, kind=kind, epsilon=epsilon
                 )
-            return total, out
+            return total.view(x.shape), out.view(x.shape)
 
         return run
 
@@ -354,6 +356,11 @@ class CudaProgram:
         self._context_attention(
             q, k, v, keys, values, *starts, out=out, scale=scale, accumulation=self._accumulation
         )
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x, where it is [rows, columns] as it lies in memory; heads and parts of a split are copied into one."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _quantized_for_kernels(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

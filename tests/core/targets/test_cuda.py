@@ -40,6 +40,7 @@ from trtc.core.targets.cuda.program import (
 )
 from trtc.core.targets.cuda.variants import decode_graph, prefill_graph
 from trtc.kernels.append_kv.reference import append_kv
+from trtc.kernels.layer_norm import check_norm
 from trtc.kernels.library import KernelLibrary
 from trtc.kernels.paged_decode_attention.reference import paged_decode_attention
 from trtc.runtime.load import executor_of, load_executor
@@ -209,6 +210,36 @@ def test_rows_of_one_sequence_attend_as_a_chunk_does() -> None:
         out = torch.empty_like(q)
         program._decode(0, 0.125, q, k, v, out, rows)
         assert max_error(out[:count], chunks) <= FLOAT64_ABS
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norms_of_heads_and_of_parts_of_a_split(kind: str) -> None:
+    """The kernel takes [rows, columns] as it lies in memory, and norms of q and k are over each head of a part of a fused
+    product. The kernel is replaced by its contract and its reference; oracle: the op's reference."""
+    x = torch.randn(5, 3 * 32, generator=torch.Generator().manual_seed(1)).half()
+    heads, part = x.split(32, -1)[1].reshape(5, 4, 8), x.split(32, -1)[2]
+    launched = []
+
+    def norm(rows: torch.Tensor, scale: Any, shift: Any, *, out: torch.Tensor, **how: Any) -> None:
+        check_norm("layer_norm", rows, scale, shift, how.get("residual"), how.get("total"), out, kind)
+        launched.append(rows.shape)
+        if "total" in how:
+            rows = how["total"].copy_(rows + how["residual"])
+        out.copy_(get_op(f"{kind}_norm").reference(ReferenceContext(), {"eps": 1e-5}, rows, scale, shift))
+
+    program: Any = object.__new__(CudaProgram)
+    program._norm = norm
+    node = SimpleNamespace(attrs={"eps": 1e-5})
+    for value in (heads, part):
+        weight = torch.rand(value.shape[-1]).half()
+        expected = get_op(f"{kind}_norm").reference(ReferenceContext(), node.attrs, value, weight)
+        assert torch.equal(program._norm_kernel(kind, node)(value, weight), expected)
+        added = get_op(f"add_{kind}_norm").reference(ReferenceContext(), node.attrs, value, value, weight)
+        for found, wanted in zip(
+            program._add_norm_kernel(kind, node)(value, value, weight), added, strict=True
+        ):
+            assert torch.equal(found, wanted)
+    assert launched == [(20, 8), (20, 8), (5, 32), (5, 32)]
 
 
 @pytest.mark.parametrize("cached", [torch.float64, torch.float8_e4m3fn], ids=str)
