@@ -4,7 +4,7 @@
                           of a quantized checkpoint, how and which weights (`core.quantize.scheme.Quantization`)
     rank{r}.safetensors   the weights of rank r of tp_size, by our names, of all layers; a quantized one as integers
                           and `.scale`
-    tokenizer files       copied along
+    tokenizer files       copied along, with a tokenizer.json
 
 `convert` writes one from a Hugging Face checkpoint; `TrtcCheckpoint` reads it.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -33,6 +32,7 @@ from .quantize.source import Quantizer
 from .safetensors_io import SafetensorsFile, SafetensorsWriter, TensorEntry
 from .sharding import ShardingOptions
 from .strict_json import read_object
+from .text_files import copy_text_files
 from .weight_source import Convertible, DummyWeights, HFWeights, WeightSource, cut_block
 from .weights import Shape, WeightTable
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from .config import ModelConfig
 
 __all__ = [
-    "TOKENIZER_FILES",
     "DummyWeights",
     "HFWeights",
     "TrtcCheckpoint",
@@ -51,20 +50,6 @@ __all__ = [
 
 FORMAT = "trtc-checkpoint"
 FORMAT_VERSION = 1
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "tokenizer.model",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files of a Hugging Face folder that belong to text, not to weights; copied where they exist."""
 
 Progress = Callable[[int, int, str], None]
 """Called with (weights done, weights in all, name of the one just done)."""
@@ -95,8 +80,8 @@ def convert(
         whole tensor where the table transforms it.
     progress: called from this thread after every weight.
     quantize: what makes quantized weights of float ones; see `core.quantize.source.nearest`.
-    Raises CheckpointError when tensors do not fit, ConfigError when they cannot be split over the ranks or quantized, when
-    `workers` is not positive, or when `output_dir` is a folder that trtc did not write.
+    Raises CheckpointError when tensors do not fit or tokenizer files cannot be read, ConfigError when tensors cannot be split
+    over the ranks or quantized, when `workers` is not positive, or when `output_dir` is a folder that trtc did not write.
     """
     if workers < 1:
         raise ConfigError(f"workers is {workers}; accepted: a whole number >= 1")
@@ -104,11 +89,9 @@ def convert(
     floats = HFWeights(source, table, config, dtype=dtype, sharding=sharding)
     weights = floats if quantize is None else quantize(floats)
     with atomic_directory(output_dir, is_checkpoint, seal="config.json") as folder:
+        copy_text_files(source.path, folder)  # first: files that cannot be read cost no time
         _write_ranks(weights, folder, workers, progress)
         description = _describe(dataclasses.replace(config, dtype=dtype), source.config, weights, folder)
-        for name in TOKENIZER_FILES:
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, folder / name)
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 

@@ -6,8 +6,21 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .checkpoint import TOKENIZER_FILES
 from .errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer.model",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a Hugging Face folder that belong to text, not to weights; copied where they exist."""
 
 TOKENIZER_JSON = "tokenizer.json"
 _SLOW_FILES = ("vocab.json", "merges.txt", "tokenizer.model")

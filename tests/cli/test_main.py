@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from trtc import __version__
 from trtc.cli.main import main, with_dashes
+from trtc.runtime.tokenizer import Tokenizer
 from trtc.tests.tiny_opt import NEWS, TINY_OPT
 
 ARTICLES = [json.loads(line)["article"] + " TL;DR:" for line in NEWS.read_text().splitlines()[:3]]
@@ -26,6 +28,22 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert main(command.split()) == 0
     return folder
+
+
+@pytest.mark.parametrize("converts", [False, True])
+def test_an_older_tokenizer_gets_its_new_form(tmp_path: Path, converts: bool) -> None:
+    """Which class it is of follows from the Hugging Face config.json alone. Oracle: the ids that tokenizer.json gives."""
+    model, checkpoint, engine = (str(tmp_path / name) for name in ("hf", "checkpoint", "engine"))
+    shutil.copytree(TINY_OPT, model, ignore=lambda _, names: {"tokenizer.json", "tokenizer_config.json"})
+    source = ["--model-dir", model]
+    if converts:
+        assert main(["convert", *source, "--output-dir", checkpoint]) == 0
+        source = ["--checkpoint-dir", checkpoint]
+    assert main(["build", *source, "--output-dir", engine]) == 0
+    made, expected = Tokenizer.from_dir(engine), Tokenizer.from_dir(TINY_OPT)
+    assert made is not None and expected is not None
+    ids = expected.encode(ARTICLES[0], special_tokens=False)
+    assert made.encode(ARTICLES[0], special_tokens=False) == ids
 
 
 def test_underscores() -> None:
