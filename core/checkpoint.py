@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,6 +24,7 @@ import torch
 from .. import __version__
 from .atomic import atomic_directory
 from .dtypes import DType
+from .engine_files import sha256
 from .errors import CheckpointError, ConfigError
 from .hf import HFCheckpoint
 from .quantize.scheme import Quantization
@@ -141,7 +141,7 @@ def _describe(
         "sharding": weights.sharding.to_json(),
         "aliases": dict(weights.aliases),
         "files": {
-            name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+            name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
             for name in map(_rank_file, range(weights.sharding.tp_size))
         },
     }
@@ -152,11 +152,6 @@ def _describe(
 
 def _rank_file(rank: int) -> str:
     return f"rank{rank}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -229,7 +224,7 @@ class TrtcCheckpoint:
         one.
         """
         for name, record in self.config["files"].items():
-            if _sha256(self.path / name) != record["sha256"]:
+            if sha256(self.path / name) != record["sha256"]:
                 raise CheckpointError(
                     f"{self.path / name}: damaged: sha256 differs from config.json; convert again"
                 )
