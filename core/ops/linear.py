@@ -10,11 +10,8 @@ import torch.nn.functional as F
 from ..dtypes import DType
 from ..spec import TensorSpec
 from .elementwise import ACTIVATIONS
-from .norm import Norm, layer_norm, rms_norm
+from .norm import NORMS
 from .registry import Attrs, Op, ReferenceContext, Signature, no_flops, register
-
-NORMS: dict[str, Norm] = {"layer": layer_norm, "rms": rms_norm}
-"""Norms that a linear layer can apply to its input, by name."""
 
 
 def _linear(sig: Signature) -> tuple[TensorSpec, ...]:
@@ -114,8 +111,8 @@ def _embedding_bytes(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Map
 
 
 LINEAR = register(Op("linear", _linear, _linear_reference, _linear_flops))
-"""`linear(x[..., in], weight[out, in], bias[out]?, residual[..., out]?, norm_weight[in]?, norm_bias[in]?;
-activation?, norm?, eps?)` -> [..., out]: activation(norm(x) weight^T + bias) + residual.
+"""`linear(x[..., in], weight[out, in], bias[out]?, residual[..., out]?; activation?, norm?, eps?)` -> [..., out]:
+activation(norm(x) weight^T + bias) + residual, with a norm that has no weights.
 
 Families write the first three inputs; passes fuse the rest in for targets that run it as one kernel.
 """

@@ -10,8 +10,8 @@ from ..dtypes import DType
 from ..quantize.integers import dequantize
 from ..spec import TensorSpec
 from .attention import FP8_MAX
-from .linear import NORMS, check_linear, linear
-from .norm import check_affine
+from .linear import check_linear, linear
+from .norm import NORMS, check_affine
 from .registry import Attrs, Op, ReferenceContext, Signature, register, widen
 
 ACTIVATIONS = "activations"
@@ -106,6 +106,5 @@ zero: int8 of the shape of the scales. Never evaluated by the build: that would 
 QUANTIZED_LINEAR = register(Op("quantized_linear", _infer_linear, _linear_reference, _linear_flops))
 """`quantized_linear(x[..., in], integers, scale, zero?, bias[out]?, residual[..., out]?, norm_scale[in]?, norm_shift[in]?;
 activation?, norm?, eps?, activations?)` -> [..., out]: `linear` with the weight that `dequantize` gives, and a norm that may
-have weights. A pass makes it for targets that read integers
-in the product. With activations fp8, the rows that are multiplied are rounded to e4m3 numbers with a scale each; a target may
-leave them as they are in steps where that is no slower."""
+have weights. A pass makes it for targets that read integers in the product. With activations fp8, the rows that are multiplied
+are rounded to e4m3 numbers with a scale each; a target may leave them as they are in steps where that is no slower."""
