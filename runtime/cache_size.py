@@ -42,7 +42,7 @@ class CacheBudget:
                 f"a KV cache of {pages} pages ({pages * shape.bytes_per_page} bytes) cannot hold one sequence of "
                 f"max_seq_len {engine.build.max_seq_len}: at least {one} pages ({one * shape.bytes_per_page} bytes) are needed"
             )
-        return pages
+        return int(pages)  # not one of numpy's
 
 
 ENOUGH = CacheBudget()

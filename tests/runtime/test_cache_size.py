@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from trtc.core.dtypes import DType
 from trtc.core.errors import ConfigError
@@ -31,6 +32,6 @@ def test_an_engine_for_more_sequences_than_pages(tmp_path: Path) -> None:
     for number in (4, 10**9):
         folder = tmp_path / str(number)
         source.build(folder, dtype=DType.FLOAT32, max_batch_size=number, max_num_tokens=number + 64)
-        with LLM(folder, num_pages=8) as llm:
+        with LLM(folder, num_pages=np.int64(8)) as llm:  # any whole number will do
             found.append([out.outputs[0].token_ids for out in llm.generate([[5, 6, 7], [8, 9]], GREEDY)])
     assert found[0] == found[1]
