@@ -46,7 +46,7 @@ class AsyncLLM:
     ) -> None:
         """Loads an engine directory.
 
-        on_finished: called for every request that has ended, in a thread of the engine's
+        on_finished: called for every request that has ended, in a thread of the engine's; what it raises is logged
         own_process: the engine runs in a process of its own, where steps do not wait for what this one does with their tokens;
                      not for an engine of several ranks
         options:     those of `LLM`

@@ -19,7 +19,7 @@ import torch
 from ..core.errors import EngineError
 from .desk import Desk
 from .engine_core import EngineCore
-from .engine_thread import EngineStats, OnFinished, RequestStats, Streams, Submission
+from .engine_thread import EngineStats, OnFinished, RequestStats, Streams, Submission, report
 from .executor import Executor, PageCopier
 from .output_stream import Update
 from .sampling_params import SamplingParams
@@ -178,8 +178,7 @@ class EngineProcess:
         if news.failure is not None:  # before anybody hears of it: from here on `submit` raises
             self.desk.fail(news.failure)
         for stats in news.ended:
-            if self._on_finished is not None:
-                self._on_finished(stats)
+            report(self._on_finished, stats)
         if news.stats is not None:
             self._stats = news.stats
         self.desk.remove(ended)
@@ -192,9 +191,8 @@ class EngineProcess:
     def _fail(self, reason: str) -> None:
         """Ends what is left, of which the process has not told anything."""
         left = self.desk.fail(reason)
-        if self._on_finished is not None:
-            for submission in left:
-                self._on_finished(submission.stats("error"))
+        for submission in left:
+            report(self._on_finished, submission.stats("error"))
         self.desk.remove(left)
         self._streams.fail(left, reason)
 

@@ -79,6 +79,16 @@ class RequestStats:
 OnFinished: TypeAlias = Callable[[RequestStats], None]
 
 
+def report(on_finished: OnFinished | None, stats: RequestStats) -> None:
+    """Tells of a request that has ended. What `on_finished` raises is logged: nobody may wait for ever because of it."""
+    if on_finished is None:
+        return
+    try:
+        on_finished(stats)
+    except Exception:  # noqa: BLE001 - it is not ours
+        _log.exception("on_finished failed for request %s", stats.request_id)
+
+
 @dataclass(eq=False)
 class Submission:
     """A request on its way through the engine thread, which alone fills the lower half.
@@ -305,8 +315,7 @@ class EngineThread:
 
     def _end(self, submission: Submission, outcome: Outcome, update: Update | None = None) -> None:
         self._awaiting_first_token.discard(submission)
-        if self._on_finished is not None:
-            self._on_finished(submission.stats(outcome, update))
+        report(self._on_finished, submission.stats(outcome, update))
         prompt, chosen = submission.token_counts()
         with self._counting:
             self._ended_tokens = (self._ended_tokens[0] + prompt, self._ended_tokens[1] + chosen)

@@ -355,6 +355,24 @@ def test_the_statistics_of_ended_requests() -> None:
     assert left.num_output_tokens in (3, 4) and left.ttft_s is not None
 
 
+def test_who_is_told_of_ended_requests_may_fail(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither that request nor another one suffers."""
+
+    def broken(stats: RequestStats) -> None:
+        raise ValueError(f"no place for {stats.request_id}")
+
+    async def main() -> None:
+        async with AsyncLLM.from_executor(ToyExecutor(), on_finished=broken) as llm:
+            for name in ("a", "b"):
+                outputs = await read(llm, [5, 6], greedy(3), request_id=name)
+                assert outputs[-1].outputs[0].token_ids == greedy_tokens([5, 6], 3, ignore_eos=True)
+            assert llm.failure is None
+            assert_idle(llm)
+
+    run(main())
+    assert "on_finished failed" in caplog.text and "ValueError: no place for b" in caplog.text
+
+
 def test_a_request_that_takes_too_long_ends_and_says_so() -> None:
     async def main() -> None:
         ended: list[RequestStats] = []

@@ -109,6 +109,22 @@ def test_a_reader_that_leaves_frees_its_pages(llm: AsyncLLM) -> None:
     assert llm._engine.desk.wait_idle(LIMIT_S)
 
 
+def test_who_is_told_of_ended_requests_may_fail(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(stats: RequestStats) -> None:
+        raise ValueError(f"no place for {stats.request_id}")
+
+    async def main() -> list[str | None]:
+        async with asyncio.timeout(LIMIT_S):
+            ended = [await last(llm, [5, 6], greedy(3), request_id=name) for name in ("a", "b")]
+        return [output.outputs[0].finish_reason for output in ended]
+
+    monkeypatch.setattr(llm._engine, "_on_finished", broken)
+    assert asyncio.run(main()) == ["length", "length"]
+    assert "on_finished failed" in caplog.text and "ValueError: no place for b" in caplog.text
+
+
 def test_errors_of_loading_are_those_of_an_llm(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError) as expected:
         LLM(tmp_path)
