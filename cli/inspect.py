@@ -30,13 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--json", action="store_true", help="print configuration and files as JSON")
     form.add_argument("--format", choices=FORMATS,
                       help="a picture of the graph: Graphviz text, one HTML page, or an ONNX model for viewers")  # fmt: skip
-    parser.add_argument("--rank", type=int, default=0, metavar="N", help="of --format (default: %(default)s)")
+    parser.add_argument("--rank", type=int, metavar="N", help="of --format (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="of --format (default: standard output)")
 
 
 def main(args: argparse.Namespace) -> int:
     from ..core.engine import Engine
 
+    for option in ("rank", "output"):
+        if getattr(args, option) is not None and not args.format:
+            raise ConfigError(f"--{option} goes with --format")
     check_output_file(args.output, "--output")
     engine = Engine.open(args.engine_dir)
     if args.format:
@@ -103,10 +106,11 @@ def _plan_facts(engine: Engine) -> Iterator[tuple[str, str]]:
 def _draw(engine: Engine, args: argparse.Namespace) -> int:
     from ..core.picture import FORMATS as DRAW
 
-    if not 0 <= args.rank < len(engine.ranks):
-        raise ConfigError(f"--rank {args.rank}: the engine has ranks 0 to {len(engine.ranks) - 1}")
-    title = f"{engine.path.resolve().name}, rank {args.rank}"
-    content = DRAW[args.format](engine.ranks[args.rank].graph, title, facts(engine))
+    rank = args.rank or 0
+    if not 0 <= rank < len(engine.ranks):
+        raise ConfigError(f"--rank {rank}: the engine has ranks 0 to {len(engine.ranks) - 1}")
+    title = f"{engine.path.resolve().name}, rank {rank}"
+    content = DRAW[args.format](engine.ranks[rank].graph, title, facts(engine))
     if args.output is None:
         sys.stdout.buffer.write(content)
         sys.stdout.flush()

@@ -46,6 +46,14 @@ def test_an_older_tokenizer_gets_its_new_form(tmp_path: Path, converts: bool) ->
     assert made.encode(ARTICLES[0], special_tokens=False) == ids
 
 
+@pytest.mark.parametrize("option", [["--output", "picture"], ["--rank", "0"]])
+def test_options_of_a_picture_are_refused_without_one(
+    engine: Path, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(engine), *option]) == 1
+    assert capsys.readouterr().err == f"trtc inspect: error: {option[0]} goes with --format\n"
+
+
 def test_underscores() -> None:
     words = ["--max_batch_size", "8", "--max_seq_len=1_000", "--x", "a_b", "--", "--y_z"]
     assert with_dashes(words) == ["--max-batch-size", "8", "--max-seq-len=1_000", "--x", "a_b", "--", "--y_z"]
