@@ -7,6 +7,7 @@ later nodes read, one weight, and one Hessian; a layer sees what the quantized l
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,14 +95,12 @@ class Calibration:
             raise ConfigError(
                 f"--calibrate: {odd[0]} is not the weight of a linear layer; quantize without calibration"
             )
-        vocabulary = max(max(ids) for ids in self.texts)
         tables = [
             self.graph.specs[n.inputs[1] or ""].shape[0] for n in self.graph.nodes if "token_ids" in n.inputs
         ]
-        if min(min(ids) for ids in self.texts) < 0 or any(
-            isinstance(t, int) and vocabulary >= t for t in tables
-        ):
-            raise ConfigError(f"--calibrate: token id {vocabulary} is not in the model's vocabulary")
+        size = min((rows for rows in tables if isinstance(rows, int)), default=math.inf)
+        for token_id in (one for ids in self.texts for one in ids if not 0 <= one < size):
+            raise ConfigError(f"--calibrate: token id {token_id} is not in the model's vocabulary")
 
     @torch.inference_mode()
     def quantized(self) -> Iterator[tuple[str, Quantized]]:

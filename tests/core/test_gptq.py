@@ -187,8 +187,9 @@ def test_what_calibration_cannot_work_with_is_refused(opt_checkpoint: Callable[[
     source, graph = checkpoint.weights(), checkpoint.family.compose(checkpoint.config)
     with pytest.raises(ConfigError, match=r"embed.positions.weight is not the weight of a linear layer"):
         Calibration(graph, source.whole, texts(), INT8, ("embed.positions.weight",))
-    with pytest.raises(ConfigError, match="token id 96 is not in the model's vocabulary"):
-        Calibration(graph, source.whole, [[5, 96]], INT8, ("layers.0.mlp.fc1.weight",))
+    for odd in (96, -1):
+        with pytest.raises(ConfigError, match=f"token id {odd} is not in the model's vocabulary"):
+            Calibration(graph, source.whole, [[5, odd]], INT8, ("layers.0.mlp.fc1.weight",))
 
 
 def test_texts_of_a_file(tmp_path: Path) -> None:
