@@ -52,7 +52,7 @@ def launch(command: Sequence[str], count: int, *, drain_s: float | None = None) 
             if drain_s is None:
                 raise
             _end(processes, drain_s)
-            return max(abs(int(process.returncode)) for process in processes)
+            return max((abs(int(process.returncode)) for process in processes), default=0)
         finally:
             _end(processes)
 

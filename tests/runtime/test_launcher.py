@@ -89,6 +89,14 @@ def launched(
     return launcher
 
 
+def test_a_signal_before_the_first_rank_has_started_ends_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def signalled(*_: object, **__: object) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(subprocess, "Popen", signalled)
+    assert launch(ranks(""), 2, drain_s=1.0) == 0
+
+
 def test_a_bad_number_of_ranks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--engine-dir", "engine", "--input-ids", "5", "--nproc", "0"]) == 1
     assert capsys.readouterr().err == "trtc run: error: --nproc is 0; accepted: 1 or more\n"
