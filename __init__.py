@@ -47,3 +47,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    """With the public names that are not imported yet, for whoever completes what they type."""
+    return sorted({*globals(), *_HOMES})

@@ -17,7 +17,7 @@ from .engine_core import EngineCore
 from .executor import Executor
 from .load_core import CoreOptions, EngineOptions, load_core
 from .outputs import RequestOutput
-from .prompt import ACCEPTED, Prompt, tokenized
+from .prompt import ACCEPTED, Prompt, Prompts, tokenized
 from .request import check_line
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
@@ -29,10 +29,14 @@ class LLM:
     def __init__(self, engine_dir: str | PathLike[str], **options: Unpack[EngineOptions]) -> None:
         """Loads an engine directory.
 
-        options: `num_pages`, `kv_cache_memory_bytes`, `verify`: see `load_executor`; `seed`, `enable_prefix_cache`,
-                 `prompt_lookup`: see `CoreOptions`
+        num_pages:             of the KV cache; None: as many as kv_cache_memory_bytes holds
+        kv_cache_memory_bytes: None: enough for the engine's max_batch_size sequences of max_seq_len tokens
+        verify:                True: compare the sha256 of every file first
+        seed:                  0; of the stream from which requests without a seed draw theirs
+        enable_prefix_cache:   True: a prompt starts behind what an earlier one with the same beginning left in the cache
+        prompt_lookup:         None, or a PromptLookup for greedy requests that ask for nothing else
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
-        machine cannot run it.
+        machine cannot run it, ConfigError for an option of another kind.
         """
         self._start(load_core(engine_dir, **options))
 
@@ -53,7 +57,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_output: Callable[[RequestOutput], None] | None = None,

@@ -13,6 +13,9 @@ from .tokenizer import Tokenizer
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 
+Prompts: TypeAlias = str | Mapping[str, Any] | Sequence[int | Prompt]
+"""One of these or a list of them. One kind of sequence, so that type checkers take lists of several kinds as they stand."""
+
 ACCEPTED = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+import trtc
 from trtc.core.errors import ConfigError, EngineError, RequestError
 from trtc.runtime import load_core
 from trtc.runtime.llm import LLM
 from trtc.runtime.outputs import RequestOutput
+from trtc.runtime.prompt import Prompt
 from trtc.runtime.sampling_params import SamplingParams
 from trtc.runtime.tokenizer import Tokenizer
 
@@ -64,6 +67,18 @@ def test_prompts_of_token_ids(prompts: Any, expected: list[list[int]]) -> None:
     assert [output.prompt_token_ids for output in outputs] == expected
     assert token_ids(outputs) == [greedy_tokens(prompt, 6) for prompt in expected]
     assert all(output.prompt is None and output.outputs[0].text == "" for output in outputs)
+
+
+def test_public_names_can_be_completed() -> None:
+    assert set(trtc.__all__) <= set(dir(trtc))
+
+
+def test_type_checkers_take_a_list_of_several_kinds_of_prompts() -> None:
+    """mypy refuses README's `["text", [2, 100, 7]]` where the parameter is a union of two kinds of sequences."""
+    kinds = [
+        kind for kind in get_args(get_type_hints(LLM.generate)["prompts"]) if get_origin(kind) is Sequence
+    ]
+    assert len(kinds) == 1 and set(get_args(Prompt)) < set(get_args(get_args(kinds[0])[0]))
 
 
 def test_prompts_of_text(byte_level: Tokenizer) -> None:
