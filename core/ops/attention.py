@@ -148,5 +148,5 @@ its last tokens; kv_length[b] counts all its tokens, these included. With cache_
 they are appended, so that a token sees the same whatever steps the others came in. Source: arXiv:1706.03762, pages:
 arXiv:2309.06180.
 """
-ROTARY = register(Op("rotary", _rotary, _rotary_reference))
+ROTARY = register(Op("rotary", _rotary, _rotary_reference, column_wise=True))
 """`rotary(x[T, heads, head_dim], positions[T]; theta)`: halves rotated against each other. Source: arXiv:2104.09864."""

@@ -105,6 +105,10 @@ class Op:
     """Bytes moved; None: every input is read once and every output written once."""
     folds: bool = True
     """Whether the build evaluates the op where all of its inputs are weights."""
+    column_wise: bool = False
+    """Whether place j of axis 1 of every output (a head of [T, heads, head_dim], a column of [T, columns]) depends on place j
+    of that axis of the inputs only, whatever the size of the axis: then ranks that share the axis each run the op on their
+    part. Inputs that are not shared (positions) are whole on every rank."""
 
     def cost(self, signature: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> Cost:
         """Cost with the symbols valued by `sizes` (`C`: mean context length that attention sees, in tokens)."""

@@ -13,8 +13,9 @@ from typing import Any
 
 from ..errors import BuildError
 from ..graph import Graph, Node, make_node
+from ..ops import get_op
 from ..sharding import Shard, ShardingOptions, local_shape, split_axis
-from ..spec import Dim, TensorSpec
+from ..spec import Dim, TensorSpec, normal_axis
 
 Axis = int | None
 
@@ -39,12 +40,17 @@ class _Sharder:
 
     def run(self) -> Graph:
         for node in self.graph.nodes:
-            result, axis = _RULES.get(node.op, _replicated)(self, node)
+            rule = _RULES.get(node.op) or (_column_wise if get_op(node.op).column_wise else _replicated)
+            result, axis = rule(self, node)
             for old, new in zip(node.tensors, result, strict=True):
                 self.renamed[old] = new
                 self.axes[new] = axis
         for name in self.graph.outputs:
-            assert self.axes[self.renamed[name]] is None, f"output %{name} is split"
+            if self.axes[self.renamed[name]] is not None:
+                raise BuildError(
+                    f"tp_size {self.options.tp_size}: output %{name} is split over the ranks, and nothing gathers it; in the "
+                    f"weight table the rule for the head is {Shard.VOCAB_HEAD}"
+                )
         return Graph(tuple(self.nodes), tuple(self.renamed[name] for name in self.graph.outputs))
 
     def add(self, op: str, *inputs: str | None, name: str, **attrs: Any) -> tuple[str, ...]:
@@ -78,8 +84,13 @@ class _Sharder:
     def require(self, condition: bool, node: Node) -> None:
         if not condition:
             split = ", ".join(f"%{name}: {self.axes[self.renamed[name]]}" for name in node.used)
+            hint = (
+                ""
+                if node.op in _RULES
+                else "; an op that may run on some of the heads or columns says column_wise=True"
+            )
             raise BuildError(
-                f"tp_size {self.options.tp_size}: {node.op} '{node.name}' cannot work with inputs split along ({split})"
+                f"tp_size {self.options.tp_size}: {node.op} '{node.name}' cannot work with inputs split along ({split}){hint}"
             )
 
 
@@ -172,9 +183,26 @@ def _attention(s: _Sharder, node: Node) -> Result:
     return s.add(node.op, *inputs, name=node.name, **node.attrs), s.axis(inputs[0])
 
 
-def _rotary(s: _Sharder, node: Node) -> Result:
+def _column_wise(s: _Sharder, node: Node) -> Result:
+    """Each rank computes the heads or columns that it has."""
     inputs = s.inputs(node)
-    return s.add(node.op, *inputs, name=node.name, **node.attrs), s.axis(inputs[0])
+    axes = {s.axis(name) for name in inputs}
+    s.require(axes <= {None, 1}, node)
+    return s.add(node.op, *inputs, name=node.name, **node.attrs), 1 if 1 in axes else None
+
+
+def _structure(s: _Sharder, node: Node) -> Result:
+    """Parts along an axis, of tensors that are split alike along another."""
+    inputs = s.inputs(node)
+    first = s.axis(inputs[0])
+    along = normal_axis(node.attrs["axis"], node.outputs[0].rank)
+    s.require(first is None or (first != along and {s.axis(name) for name in inputs} == {first}), node)
+    return _column_wise(s, node) if first == 1 else _replicated(s, node)
+
+
+def _norm(s: _Sharder, node: Node) -> Result:
+    """Of whole rows, or of the heads that a rank has."""
+    return _column_wise(s, node) if node.outputs[0].rank == 3 else _replicated(s, node)
 
 
 _RULES: dict[str, Callable[[_Sharder, Node], Result]] = {
@@ -187,5 +215,9 @@ _RULES: dict[str, Callable[[_Sharder, Node], Result]] = {
     "cast": _elementwise,
     "reshape": _reshape,
     "attention": _attention,
-    "rotary": _rotary,
+    "split": _structure,
+    "slice": _structure,
+    "concat": _structure,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
 }

@@ -5,19 +5,21 @@ Oracle: the graph as composed, on one rank, run by the interpreter in float64.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from trtc.core.dtypes import DType
 from trtc.core.errors import BuildError, ConfigError, GraphError
-from trtc.core.graph import Graph, GraphBuilder
+from trtc.core.graph import Graph, GraphBuilder, Node
 from trtc.core.interpreter import interpret
-from trtc.core.ops import op_names
+from trtc.core.ops import Op, op_names, registry
 from trtc.core.passes import Partition, fuse, optimize
 from trtc.core.passes.shard import shard
-from trtc.core.sharding import Shard, ShardingOptions
+from trtc.core.sharding import Shard, ShardingOptions, narrow_or_pad, slice_bounds
 from trtc.core.weights import IDENTITY, ResolvedWeight
 from trtc.tests.opt_models import VARIANTS, OptCheckpoint
 from trtc.tests.thread_group import RankCommunicator, run_ranks
@@ -164,6 +166,86 @@ def sharded(shard_rule: Shard, **shapes: tuple[int, ...]) -> tuple[GraphBuilder,
     return g, g.add("embedding", "token_ids", g.weight("table"), name="x", offset=0)
 
 
+SQUARE = Op(
+    "their_square", lambda sig: (sig[0],), lambda context, attrs, x: attrs["by"] * x * x, column_wise=True
+)
+"""An op of a plugin."""
+
+
+def unusual_decoder() -> Graph:
+    """One layer with what is done to heads before they attend (a norm, rotary of a part of them) and an activation of a
+    plugin's own; attention and MLP read the same sum. Two heads of 4."""
+    names = {"q": Shard.HEADS, "k": Shard.HEADS, "v": Shard.HEADS, "out": Shard.HEADS_ROW}
+    names |= {"fc1": Shard.COLUMN, "fc2": Shard.ROW}
+    rows = [ResolvedWeight(name, (), (8, 8), rule, IDENTITY, unit=4) for name, rule in names.items()]
+    rows += weight_rows(table=(11, 8), norm=(4,))
+    g = GraphBuilder(DType.FLOAT32, [*rows, ResolvedWeight("head", (), (11, 8), Shard.VOCAB_HEAD, IDENTITY)])
+
+    def linear(x: str, name: str) -> str:
+        return g.add("linear", x, g.weight(name), name=f"{name}.product")
+
+    x = g.add("embedding", "token_ids", g.weight("table"), name="x", offset=0)
+    q, k, v = (
+        g.add("reshape", linear(x, part), name=f"{part}.heads", shape=("T", 2, 4)) for part in ("q", "k", "v")
+    )
+    q = g.add("rms_norm", q, g.weight("norm"), name="q.norm", eps=1e-5)
+    k = g.add("layer_norm", k, name="k.norm", eps=1e-5)
+    turn, keep = g.add_many("split", q, name="q.parts", axis=2, sizes=(2, 2))
+    turned = g.add("rotary", turn, "positions", name="q.turned", theta=100.0)
+    q = g.add("concat", turned, keep, name="q.whole", axis=-1)
+    v = g.add(
+        "concat",
+        *(g.add("slice", v, name=f"v.{i}", axis=-1, start=i, stop=i + 2) for i in (2, 0)),
+        name="v.turned",
+        axis=2,
+    )
+    starts = ("query_start", "kv_length", "page_table")
+    context = g.add("attention", q, k, v, *starts, name="attention", layer=0, scale=0.5)
+    attended = linear(g.add("reshape", context, name="context", shape=("T", 8)), "out")
+    hidden = linear(g.add(SQUARE.name, linear(x, "fc1"), name="square", by=0.5), "fc2")
+    x = g.add("add", g.add("add", x, attended, name="sum"), hidden, name="both")
+    return g.finish(linear(x, "head"))
+
+
+def test_ranks_share_what_is_done_to_heads_and_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the composed graph on one rank."""
+    monkeypatch.setitem(registry._OPS, SQUARE.name, SQUARE)
+    composed, inputs, sharding = unusual_decoder(), three_rows(11), ShardingOptions(tp_size=2)
+    weights = random_weights(composed)
+
+    def part(node: Node, rank: int) -> torch.Tensor:
+        how = {"unit": node.attrs["unit"], "name": node.name}
+        rule = Shard(node.attrs["shard"])
+        bounds = slice_bounds(node.attrs["shape"], rule, sharding, rank, **how)
+        whole = weights[node.name]
+        return whole if bounds is None else narrow_or_pad(whole, bounds)
+
+    def run(rank: int, communicator: RankCommunicator) -> torch.Tensor:
+        parts = optimized(composed, sharding=sharding, rank=rank)
+        mine = {node.name: part(node, rank) for node in composed.weights}
+        return evaluate(parts.graph, stored_weights(parts, mine), inputs, communicator)
+
+    for logits in run_ranks(2, run):
+        assert max_error(logits, evaluate(composed, weights, inputs)) <= FLOAT64_ABS
+
+
+def test_an_op_of_a_plugin_that_does_not_say_so_is_whole_on_every_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(registry._OPS, SQUARE.name, dataclasses.replace(SQUARE, column_wise=False))
+    with pytest.raises(BuildError, match=r"their_square 'square' cannot .* says column_wise=True"):
+        shard(unusual_decoder(), ShardingOptions(tp_size=2), 0)
+
+
+@pytest.mark.parametrize(("op", "attrs"), [("slice", {"start": 0, "stop": 2}), ("split", {"sizes": (4, 4)})])
+def test_parts_of_a_split_axis_are_refused(op: str, attrs: dict[str, Any]) -> None:
+    g, x = sharded(Shard.COLUMN, w=(8, 8))
+    y = g.add("linear", x, g.weight("w"), name="y")
+    (part, *_) = g.add_many(op, y, name="part", axis=1, **attrs)
+    with pytest.raises(BuildError, match=f"{op} 'part' cannot work with inputs split"):
+        shard(g.finish(part), ShardingOptions(tp_size=2), 0)
+
+
 def test_one_rank_is_left_as_it_is() -> None:
     graph = toy_decoder()
     assert shard(graph, ShardingOptions(), 0) is graph
@@ -204,9 +286,7 @@ def test_a_split_sum_takes_a_split_vector_only() -> None:
     g, x = sharded(Shard.COLUMN, w=(8, 8), b=(8,))
     y = g.add("linear", x, g.weight("w"), name="y")
     graph = g.finish(g.add("add", y, g.weight("b"), name="sum"))
-    with pytest.raises(
-        AssertionError, match="output %sum is split"
-    ):  # nothing gathers it: a family's mistake
+    with pytest.raises(BuildError, match=r"output %sum is split .* the head is vocab_head"):
         shard(graph, ShardingOptions(tp_size=2), 0)
     g = GraphBuilder(DType.FLOAT32, [*weight_rows(table=(11, 8), b=(8,)),
                                      ResolvedWeight("w", (), (8, 8), Shard.COLUMN, IDENTITY)])  # fmt: skip
