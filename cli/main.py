@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from ..core.errors import ConfigError, TrtcError
+from ..core.errors import ConfigError, TrtcError, one_line
 from . import (
     bench,
     build,
@@ -51,7 +51,7 @@ COMMANDS = (
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, and where to read more."""
-        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}; see `{self.prog} --help`\n")
 
 
 def parser() -> argparse.ArgumentParser:

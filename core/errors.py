@@ -6,12 +6,28 @@ prints it without a traceback. A broken invariant of our own is an `AssertionErr
 
 from __future__ import annotations
 
+MAX_MESSAGE = 20_000
+"""Characters: room for the names of a model's tensors; a value that a message quotes may be as long as its file."""
+
+
+def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
+    """`text` without line breaks, and with escapes for what else is not printable: a message quotes names and values of
+    files, whose escape sequences a terminal would obey. Of more than `limit` characters, both ends: what it is about stands
+    at the beginning, what is accepted at the end.
+    """
+    text = " ".join(text.split())
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-(limit // 2) :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class TrtcError(Exception):
     """Base of all errors caused by an input, a file, a request or the machine."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 class ConfigError(TrtcError):

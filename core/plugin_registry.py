@@ -15,7 +15,7 @@ import pluggy
 
 from . import hookspecs
 from .config import BuildConfig, ModelConfig
-from .errors import ConfigError, PluginError, TrtcError
+from .errors import ConfigError, PluginError, TrtcError, one_line
 from .graph import Graph, GraphBuilder
 from .ops import Op, register
 from .weights import WeightTable
@@ -246,8 +246,7 @@ def _check_hook_names(plugin: str, module: Any) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    text = str(error) if isinstance(error, TrtcError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())
+    return str(error) if isinstance(error, TrtcError) else one_line(f"{type(error).__name__}: {error}")
 
 
 @cache

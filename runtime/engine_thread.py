@@ -16,6 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Literal, Protocol, TypeAlias
 
+from ..core.errors import one_line
 from .desk import Desk
 from .engine_core import EngineCore
 from .output_stream import Cutter, OutputStream, Update
@@ -258,7 +259,7 @@ class EngineThread:
                 self._step()
         except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
             _log.exception("the engine thread ends")
-            reason = " ".join(f"the engine failed: {type(error).__name__}: {error}".split())
+            reason = one_line(f"the engine failed: {type(error).__name__}: {error}")
         self._fail_all(reason)
 
     def _take_commands(self) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from ...core.errors import one_line
+
 CLIENT_GONE = 499
 """The status in the log when nobody was left to answer."""
 
@@ -35,7 +37,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = _shortened(" ".join(message.split()))
+        self.message = one_line(message, _MAX_MESSAGE)
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
@@ -57,10 +59,3 @@ def bad_field(name: str, message: str, *, code: str = "invalid_value") -> ApiErr
 def not_accepted(name: str, value: object, accepted: str) -> ApiError:
     """`value` of field `name` is of no use; `accepted` says what is."""
     return bad_field(name, f"{name} is {value!r}; accepted: {accepted}")
-
-
-def _shortened(message: str) -> str:
-    """Keeps both ends: the field's name stands at the beginning, what is accepted at the end."""
-    if len(message) <= _MAX_MESSAGE:
-        return message
-    return f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"

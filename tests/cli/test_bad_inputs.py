@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from trtc.cli.main import main
+from trtc.core.errors import MAX_MESSAGE
 from trtc.tests.tiny_opt import TINY_OPT
 
 
@@ -164,6 +165,8 @@ ROWS = [
     Row("tokenizer's names are no object",
         convert(lambda r: damaged(r.hf(), lambda path: path.write_text("[]"), "tokenizer_config.json")),
         ("tokenizer_config.json", "must be a JSON object")),
+    Row("folder named by escape sequences", convert(lambda r: r.tmp / "\x1b[31m\x07"), ("\\x1b[31m\\x07: no such folder",)),
+    Row("folder of half a character", convert(lambda r: r.tmp / "\ud800"), ("\\ud800: no such folder",)),
     # config.json
     Row("unknown architecture", build(lambda r: r.hf_config(architectures=["MambaForCausalLM"])),
         ("MambaForCausalLM", "OPTForCausalLM")),
@@ -173,6 +176,8 @@ ROWS = [
     Row("unknown family", build(Room.hf, "--model", "bloom"), ("bloom", "opt")),
     Row("field missing", build(lambda r: r.hf_config(ffn_dim=...)), ("ffn_dim", "missing")),
     Row("field of the wrong type", build(lambda r: r.hf_config(hidden_size="128")), ("hidden_size", "positive integer")),
+    Row("field of a million characters", build(lambda r: r.hf_config(hidden_size="x" * 10**6)),
+        ("hidden_size", "xx ... xx", "positive integer")),
     Row("negative size", build(lambda r: r.hf_config(num_hidden_layers=-1)), ("num_hidden_layers", "-1")),
     Row("more layers than can be listed", build(lambda r: r.hf_config(num_hidden_layers=10**7), "--dummy-weights"),
         ("num_layers 10000000", "1 to 10000")),
@@ -204,6 +209,7 @@ ROWS = [
     Row("tp of zero", convert(Room.hf, "--tp-size", "0"), ("tp_size", "0")),
     Row("no workers", convert(Room.hf, "--workers", "0"), ("workers", "0")),
     Row("unknown option", convert(Room.hf, "--output-dri", "x"), ("--output-dri", "--output-dir?"), code=2),
+    Row("unknown option of two lines", convert(Room.hf, "--out\nput\x1b[1m"), ("--out put\\x1b[1m",), code=2),
     Row("unknown target", build(Room.hf, "--target", "tpu"), ("tpu", "cpu"), code=2),
     Row("sequence beyond the model", build(Room.hf, "--max-seq-len", "100000"), ("max_seq_len 100000", "positions")),
     Row("prompt leaves no room", build(Room.hf, "--max-seq-len", "64", "--max-input-len", "64"), ("max_input_len 64",)),
@@ -396,7 +402,8 @@ def test_bad_input(
     out, err = capsys.readouterr()
     assert code == row.code, err
     assert out == ""
-    assert err.count("\n") == 1, f"not one line: {err}"
+    assert err[-1:] == "\n" and err[:-1].isprintable(), f"not one line: {err}"
+    assert len(err) < MAX_MESSAGE + 100
     assert err.startswith(f"trtc {command[0]}: error: ")
     for text in row.says:
         assert text in err
