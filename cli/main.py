@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import io
 import os
 import sys
@@ -46,6 +47,9 @@ COMMANDS = (
     new_plugin_command,
 )
 """Modules with NAME, HELP, `add_arguments(parser)` and `main(args) -> int`."""
+
+_OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Of writing; those of files, which have names, are told by who writes them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,9 +120,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrtcError as error:
         print(f"trtc {args.command}: error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (
+        OSError
+    ) as error:  # what no command says more about: a folder that may not be entered, a full disk behind `>`
+        where = error.filename
+        if where is None and error.errno in _OUTPUT_ERRORS:
+            where = "standard output"
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # Python would try again at its end
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `head` does
+            return 0
+        reason = one_line(f"{where or type(error).__name__}: {error.strerror or error}")
+        print(f"trtc {args.command}: error: {reason}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"trtc {args.command}: interrupted", file=sys.stderr)
         return 130

@@ -18,7 +18,7 @@ def check_output_file(path: Path | None, flag: str) -> None:
         raise ConfigError(f"{flag}: {path} is a folder; expected a file to write")
     if _is_device(path):
         return
-    whole = path.resolve()
+    whole = Path(os.path.realpath(path))
     if not whole.parent.is_dir():
         raise ConfigError(f"{flag}: {whole.parent} is not a folder")
     if not os.access(whole.parent, os.W_OK):
@@ -37,7 +37,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes `content` to `path`: whole or not at all, unless that is a device. Raises ConfigError where it fails."""
-    whole = path.resolve()
+    whole = Path(os.path.realpath(path))
     scratch = whole.with_name(f".{whole.name}.tmp-{os.getpid()}")
     try:
         if _is_device(path):

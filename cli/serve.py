@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
 
     lookup = None if args.prompt_lookup is None else PromptLookup.parse(args.prompt_lookup)
     config = ServerConfig(
-        model_name=args.served_model_name or args.engine_dir.resolve().name,
+        model_name=args.served_model_name or os.path.basename(os.path.realpath(args.engine_dir)),
         host=args.host,
         port=args.port,
         api_key=args.api_key if args.api_key is not None else os.environ.get(_KEY_VARIABLE),

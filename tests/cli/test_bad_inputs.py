@@ -166,6 +166,7 @@ ROWS = [
         convert(lambda r: damaged(r.hf(), lambda path: path.write_text("[]"), "tokenizer_config.json")),
         ("tokenizer_config.json", "must be a JSON object")),
     Row("folder named by escape sequences", convert(lambda r: r.tmp / "\x1b[31m\x07"), ("\\x1b[31m\\x07: no such folder",)),
+    Row("folder whose name no disk takes", convert(lambda r: r.tmp / ("x" * 300)), ("xxx", "File name too long")),
     Row("folder of half a character", convert(lambda r: r.tmp / "\ud800"), ("\\ud800: no such folder",)),
     # config.json
     Row("unknown architecture", build(lambda r: r.hf_config(architectures=["MambaForCausalLM"])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -171,6 +172,15 @@ def test_a_device_is_written_to_and_not_replaced(engine: Path, tmp_path: Path) -
     assert link.is_char_device() and [path.name for path in tmp_path.iterdir()] == ["null"]
 
 
+def test_a_link_to_itself_is_replaced(engine: Path, tmp_path: Path) -> None:
+    """It leads to no file that could be meant."""
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop.name)
+    arguments = ["--input-text", "x", "--max-output-len", "4", "--output-json", str(loop)]
+    assert main(["run", "--engine-dir", str(engine), *arguments]) == 0
+    assert not loop.is_symlink() and json.loads(loop.read_text())
+
+
 def test_stream_prints_the_same_text(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["run", "--engine-dir", str(engine), "--max-output-len", "24", "--input-text", ARTICLES[0]]
     assert main(command) == 0
@@ -291,3 +301,38 @@ sys.exit(run())
         preexec_fn=lambda: signal.signal(signal.SIGINT, disposition),
     )  # fmt: skip
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == says
+
+
+def test_interrupted_while_it_ends() -> None:
+    """Ctrl-C while Python cleans up behind a command that is done: no traceback of what happens to run then."""
+    probe = """
+import atexit, os, signal, sys
+from trtc.cli.__main__ import run
+
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.exit(run())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", probe, "--version"], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+
+
+def test_a_full_disk_behind_the_output() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "trtc.cli", "plugins"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    says = "trtc plugins: error: standard output: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (1, says)
+
+
+def test_streams_that_are_closed(tmp_path: Path) -> None:
+    """As `0<&- 1>&- 2>&-`: what is written to them is lost, and in no file that gets their number. Oracle: another build."""
+    words = ["build", "--model-dir", str(TINY_OPT), "--output-dir"]
+    command = [sys.executable, "-m", "trtc.cli", *words, str(tmp_path / "engine")]
+    assert subprocess.run(command, check=False, preexec_fn=lambda: os.closerange(0, 3)).returncode == 0
+    assert main([*words, str(tmp_path / "other")]) == 0
+    for path in (tmp_path / "other").iterdir():
+        assert (tmp_path / "engine" / path.name).read_bytes() == path.read_bytes()
