@@ -32,12 +32,14 @@ class Detokenizer:
         self._keeps_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
+        self._held = 0
+        """Characters at the end of `_text` that begin a stop string, the longest such end."""
         self._finished = False
 
     @property
     def text(self) -> str:
         """What may be shown: while unfinished, without a tail that may still become part of a stop string."""
-        held = 0 if self._finished else self._num_held_chars()
+        held = 0 if self._finished or self._keeps_stop else self._held
         return self._text[: len(self._text) - held]
 
     def append(self, token_id: int) -> str | None:
@@ -45,8 +47,9 @@ class Detokenizer:
         assert not self._finished, "the text is finished"
         self._ids.append(token_id)
         self._num_tokens += 1
-        checked = len(self._text)
-        self._text += self._new_text()
+        checked, new = len(self._text), self._new_text()
+        self._text += new
+        self._held = self._longest_begun(self._held + len(new))
         if self._num_tokens <= self._min_tokens:
             return None
         return self._cut_at_stop(checked)
@@ -85,11 +88,10 @@ class Detokenizer:
         self._finished = True
         return found[1]
 
-    def _num_held_chars(self) -> int:
-        """Length of the longest end of the text that begins a stop string, unless that is shown in any case."""
-        if self._keeps_stop:
-            return 0
-        for length in range(min(self._max_stop_len - 1, len(self._text)), 0, -1):
+    def _longest_begun(self, limit: int) -> int:
+        """Length of the longest end of the text that begins a stop string. limit: what was begun before the new characters, and
+        these; more cannot be."""
+        for length in range(min(self._max_stop_len - 1, limit), 0, -1):
             tail = self._text[-length:]
             if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):
                 return length
