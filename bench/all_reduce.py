@@ -34,7 +34,7 @@ from ..kernels.all_reduce.two_shot import memory_bytes as line_bytes
 from ..kernels.library import KernelLibrary
 from ..runtime.distributed import RankGroup, join
 from ..runtime.gpus import choose_device
-from ..runtime.launcher import launch
+from ..runtime.launcher import launch_ranks
 from ..runtime.peer_memory import are_linked, lend_memory
 from ..runtime.placement import placement
 from .kernels.harness import environment, time_launches
@@ -328,7 +328,7 @@ def main() -> int:
     if placement().size > 1:
         run_rank(args.json, args.commit, args.check)
         return 0
-    return launch([sys.executable, "-m", "trtc.bench.all_reduce", *sys.argv[1:]], args.nproc)
+    return launch_ranks([sys.executable, "-m", "trtc.bench.all_reduce", *sys.argv[1:]], args.nproc)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 
 from ..core.engine import Engine
 from ..runtime.cuda_executor import CudaExecutor
-from ..runtime.launcher import launch
+from ..runtime.launcher import launch_ranks
 from ..runtime.llm import LLM
 from ..runtime.placement import placement
 from ..runtime.sampling_params import SamplingParams
@@ -113,7 +113,7 @@ def main() -> int:
             str(folder),
             *map(str, engines),
         ]
-        if code := launch(command, args.tp_size):
+        if code := launch_ranks(command, args.tp_size):
             return code
         ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(args.tp_size)]
     data = {

@@ -63,10 +63,10 @@ def build(model: str, tp_size: int, embedding: str, folder: Path) -> Path:
 
 def measure(engine: Path, tp_size: int, folder: Path) -> list[dict[str, int]]:
     """What every rank wrote down about itself."""
-    from ..runtime.launcher import launch
+    from ..runtime.launcher import launch_ranks
 
     command = [sys.executable, "-m", "trtc.bench.rank_memory", "--rank", str(engine), str(folder)]
-    assert launch(command, tp_size) == 0
+    assert launch_ranks(command, tp_size) == 0
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(tp_size)]
 
 

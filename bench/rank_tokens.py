@@ -26,7 +26,7 @@ import torch
 from ..core.engine import Engine
 from ..runtime.executor import Executor
 from ..runtime.kv_cache import pages_for
-from ..runtime.launcher import launch
+from ..runtime.launcher import launch_ranks
 from ..runtime.llm import LLM
 from ..runtime.load import executor_of
 from ..runtime.placement import placement
@@ -173,7 +173,7 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
             "--rank",
             *map(str, (engine, given, result)),
         ]
-        if code := launch(command, tp_size):
+        if code := launch_ranks(command, tp_size):
             raise SystemExit(f"{tp_size} ranks ended with {code}")
         found.append(torch.load(result))
         given.write_text(json.dumps(found[0]["tokens"]))

@@ -38,14 +38,14 @@ def enter_job(
             raise ConfigError(f"--nproc is {args.nproc}; accepted: 1 or more")
         if place.size == 1 and args.nproc > 1:
             from ..core.engine_files import EngineFiles
-            from ..runtime.launcher import launch
+            from ..runtime.launcher import launch_ranks
 
             # Here, before there are ranks of which each would find it out for itself.
             engine = EngineFiles(args.engine_dir, verify=False)
             require_interface()
             require_runnable(engine.folder, engine.num_ranks, args.nproc)
             command = [sys.executable, "-P", "-m", "trtc.cli", *args.words]
-            return launch(command, args.nproc, drain_s=drain_s)
+            return launch_ranks(command, args.nproc, drain_s=drain_s)
         if place.size != args.nproc:
             raise ConfigError(
                 f"--nproc {args.nproc} in a job of {place.size} ranks; leave it out under mpirun"

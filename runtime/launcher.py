@@ -23,7 +23,7 @@ GRACE_S = 1.0
 """From SIGTERM to SIGKILL."""
 
 
-def launch(command: Sequence[str], count: int, *, drain_s: float | None = None) -> int:
+def launch_ranks(command: Sequence[str], count: int, *, drain_s: float | None = None) -> int:
     """Runs `command` as `count` ranks and returns their exit code: 0, or that of the first rank to fail.
 
     A rank that fails takes the others with it, and so does a SIGINT, SIGTERM or SIGHUP to this process, unless it was started

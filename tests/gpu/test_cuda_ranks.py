@@ -199,9 +199,9 @@ with LLM(sys.argv[1]) as llm:
 """
 LAUNCH = """
 import sys
-from trtc.runtime.launcher import launch
+from trtc.runtime.launcher import launch_ranks
 
-sys.exit(launch([sys.executable, "-c", *sys.argv[1:]], 2))
+sys.exit(launch_ranks([sys.executable, "-c", *sys.argv[1:]], 2))
 """
 
 

@@ -18,7 +18,7 @@ import pytest
 from trtc.cli.main import main
 from trtc.core.errors import ConfigError
 from trtc.runtime.follower import HEADER, STOP, length, pack, pack_copies, unpack
-from trtc.runtime.launcher import launch
+from trtc.runtime.launcher import launch_ranks
 from trtc.runtime.placement import Placement, environment, placement
 from trtc.runtime.step_input import StepInput
 from trtc.tests.rank_jobs import finish, mpirun
@@ -144,7 +144,7 @@ group.close()
 @pytest.mark.slow
 def test_exchanges(tmp_path: Path) -> None:
     """Oracle: numpy's order of rows and columns, written down."""
-    assert launch([sys.executable, "-c", EXCHANGES, str(tmp_path)], 2) == 0
+    assert launch_ranks([sys.executable, "-c", EXCHANGES, str(tmp_path)], 2) == 0
     columns = [[1, 2, 10, 20], [3, 4, 30, 40]]
     expected = {"sum": [[11, 22], [33, 44]], "rows": [[1, 2], [3, 4], [10, 20], [30, 40]], "columns": columns}
     for rank in range(2):

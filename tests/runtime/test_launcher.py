@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from trtc.cli.main import main
 from trtc.core.errors import TargetError
-from trtc.runtime.launcher import launch
+from trtc.runtime.launcher import launch_ranks
 
 RANK = "import os, signal, sys, time; rank = int(os.environ['TRTC_RANK']); "
-LAUNCH = "import sys; from trtc.runtime.launcher import launch; sys.exit(launch(sys.argv[1:], 2))"
+LAUNCH = "import sys; from trtc.runtime.launcher import launch_ranks; sys.exit(launch_ranks(sys.argv[1:], 2))"
 
 LIMIT_S = 60
 """For what takes a second where the machine is not busy."""
@@ -27,26 +27,26 @@ def ranks(code: str) -> list[str]:
 
 
 def test_every_rank_runs_with_its_number(tmp_path: Path) -> None:
-    assert launch([*ranks("open(sys.argv[1] + str(rank), 'w').close()"), f"{tmp_path}/"], 3) == 0
+    assert launch_ranks([*ranks("open(sys.argv[1] + str(rank), 'w').close()"), f"{tmp_path}/"], 3) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
 
 
 def test_the_first_rank_to_fail_ends_the_job_with_its_code() -> None:
     start = time.monotonic()
-    assert launch(ranks("time.sleep(60) if rank == 0 else sys.exit(7)"), 2) == 7
+    assert launch_ranks(ranks("time.sleep(60) if rank == 0 else sys.exit(7)"), 2) == 7
     assert time.monotonic() - start < 10
 
 
 def test_a_rank_that_ignores_the_end_is_killed() -> None:
     start = time.monotonic()
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    assert launch(ranks(f"sys.exit(5) if rank else exec({deaf!r})"), 2) == 5
+    assert launch_ranks(ranks(f"sys.exit(5) if rank else exec({deaf!r})"), 2) == 5
     assert time.monotonic() - start < 10
 
 
 def test_a_killed_rank_is_named() -> None:
     with pytest.raises(TargetError, match=r"rank 1 on host .* \(process \d+\) was killed by SIGSEGV"):
-        launch(ranks("os.kill(os.getpid(), signal.SIGSEGV) if rank else time.sleep(60)"), 2)
+        launch_ranks(ranks("os.kill(os.getpid(), signal.SIGSEGV) if rank else time.sleep(60)"), 2)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_signal_before_the_first_rank_has_started_ends_well(monkeypatch: pytes
         raise SystemExit(143)
 
     monkeypatch.setattr(subprocess, "Popen", signalled)
-    assert launch(ranks(""), 2, drain_s=1.0) == 0
+    assert launch_ranks(ranks(""), 2, drain_s=1.0) == 0
 
 
 def test_a_bad_number_of_ranks_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from trtc.runtime.launcher import launch
+from trtc.runtime.launcher import launch_ranks
 from trtc.tests.rank_jobs import lose, mpirun
 
 from .rank_engines import SCRIPT, Case, RanksEngine
@@ -106,7 +106,7 @@ with group.failing_together():
 
 @pytest.mark.slow
 def test_a_rank_that_lives_and_does_not_come_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch([sys.executable, "-c", LATE], 2) == 1
+    assert launch_ranks([sys.executable, "-c", LATE], 2) == 1
     err = capfd.readouterr().err  # gloo may add lines of its own, before or after
     host = socket.gethostname()
     named = rf"TargetError: rank 0 on {host} .*: an exchange failed; furthest behind is rank 1 on {host} .*Timed out"
@@ -131,7 +131,7 @@ threading.Event().wait(60)
 @pytest.mark.slow
 def test_a_device_that_waits_for_a_rank_ends_the_job(capfd: pytest.CaptureFixture[str]) -> None:
     """Rank 1 lives, and does not come to what rank 0's device waits for; neither can be interrupted."""
-    assert launch([sys.executable, "-c", STUCK], 2) == 1
+    assert launch_ranks([sys.executable, "-c", STUCK], 2) == 1
     host = socket.gethostname()
     named = rf"trtc: error: rank 0 on {host} .*: a step does not end; furthest behind is rank 1 on {host} "
     assert re.search(named, capfd.readouterr().err)

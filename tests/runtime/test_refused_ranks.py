@@ -12,7 +12,7 @@ import pytest
 from trtc.cli.main import main
 from trtc.core.engine import Engine
 from trtc.core.errors import EngineError, TargetError
-from trtc.runtime.launcher import launch
+from trtc.runtime.launcher import launch_ranks
 from trtc.runtime.load import load_executor
 from trtc.runtime.placement import require_runnable
 from trtc.tests.rank_jobs import finish, mpirun
@@ -111,7 +111,7 @@ def test_what_is_wrong_for_all_ranks_is_said_before_there_are_any(
     def launched(*_: object, **__: object) -> int:
         raise AssertionError("ranks were started")
 
-    monkeypatch.setattr("trtc.runtime.launcher.launch", launched)
+    monkeypatch.setattr("trtc.runtime.launcher.launch_ranks", launched)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
     folder = shutil.copytree(ranks_engine(Case("pre_norm", 2)), tmp_path / "engine")
     if gone is not None:
@@ -141,7 +141,7 @@ def test_what_all_ranks_find_wrong_is_said_once(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does
-    assert launch([sys.executable, "-c", ALL_WRONG], 2) == 1
+    assert launch_ranks([sys.executable, "-c", ALL_WRONG], 2) == 1
     assert capfd.readouterr().err == "found by 0\n"
 
 
