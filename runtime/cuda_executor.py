@@ -32,9 +32,10 @@ from .distributed import RankGroup
 from .engine_limits import EngineLimits
 from .gpu_communicator import GpuCommunicator
 from .graph_loop import GraphLoop, TakenOver, Ticket
+from .graph_pool import GraphPool
 from .kv_cache import pages_for
 from .prompt_graphs import PromptGraphs, StepTimes, prompt_buckets
-from .prompt_rows import PromptRows, launch, send
+from .prompt_rows import PromptRows, launch_prompts, send
 from .step_input import Int32Array, StepInput
 from .weight_loading import EarlyWeights, weights_on_gpu
 
@@ -162,14 +163,15 @@ class CudaExecutor(EngineLimits):
             gives_logits=self._gives_logits,
         )
         most = pages_for(engine.build.max_seq_len, engine.build.page_size)
+        self._pool = GraphPool(self._device)
         self._loop = self._make_loop(Sampling(library), engine.build.max_batch_size, most)
         if self._program.captures_prefill:
             buckets = prompt_buckets(engine.build.max_num_tokens, engine.build.max_batch_size)
             times = StepTimes.of(part.graph, shape, self._program.prefill_instructions)
-            self._prompts = PromptGraphs(self._program, self._loop.pool, self._device, buckets, times, most)
+            self._prompts = PromptGraphs(self._program, self._pool, buckets, times, most)
 
     def _make_loop(self, sampling: Sampling, max_batch_size: int, pages: int) -> GraphLoop:
-        return GraphLoop(self._program, sampling, self._device, max_batch_size, pages)
+        return GraphLoop(self._program, sampling, self._pool, max_batch_size, pages)
 
     def _allocate(self, shape: CacheShape) -> list[Pages]:
         size = (self.num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
@@ -221,10 +223,7 @@ class CudaExecutor(EngineLimits):
             logits = self._prompts.run(rows, before)
             if logits is not None:
                 return logits
-        return launch(self._program, self._send(*rows), before, received)
-
-    def _send(self, *arrays: Int32Array) -> list[torch.Tensor]:
-        return send(arrays, self._device)
+        return launch_prompts(self._program, send(rows, self._device), before, received)
 
     def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
         """See `PageCopier.copy_pages`; in the order of the device's work."""
@@ -321,11 +320,11 @@ class CudaExecutor(EngineLimits):
 
     def close(self) -> None:
         """Releases the GPU memory, and what holds on to the ranks' communicator."""
-        if "_loop" in self.__dict__:
-            self._loop.close()
+        if "_pool" in self.__dict__:
+            self._pool.close()
         if "_program" in self.__dict__:
             self._program.close()
-        for name in ("_program", "_loop", "_prompts", "_cache"):
+        for name in ("_program", "_pool", "_loop", "_prompts", "_cache"):
             self.__dict__.pop(name, None)
         torch.cuda.empty_cache()
 

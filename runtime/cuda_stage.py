@@ -151,7 +151,7 @@ class CudaStageExecutor(CudaExecutor):
         super().__init__(engine, budget, device=device, group=group)
 
     def _make_loop(self, sampling: Sampling, max_batch_size: int, pages: int) -> GraphLoop:
-        return StageLoop(self._stage, self._program, sampling, self._device, max_batch_size, pages)
+        return StageLoop(self._stage, self._program, sampling, self._pool, max_batch_size, pages)
 
     def execute(self, step: StepInput) -> torch.Tensor:
         """The logits of a step on rank 0, as `Executor.execute` gives them; nothing of use elsewhere."""

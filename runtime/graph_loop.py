@@ -51,21 +51,21 @@ class GraphLoop:
     """Tokens of each row that the host may leave unread."""
 
     def __init__(
-        self, program: CudaProgram, sampling: Sampling, device: torch.device, max_batch_size: int, pages: int
+        self, program: CudaProgram, sampling: Sampling, pool: GraphPool, max_batch_size: int, pages: int
     ) -> None:
-        self._program, self._sampling, self._device = program, sampling, device
+        """pool: closed by its owner."""
+        self._program, self._sampling, self._pool, self._device = program, sampling, pool, pool.device
         self._buckets = {False: decode_buckets(max_batch_size), True: verify_buckets(max_batch_size)}
         size = self._buckets[True][-1]
 
         def state(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
+            return torch.zeros(shape, dtype=torch.int32, device=pool.device)
 
         self._token_ids, self._positions, self._kv_length = state(size), state(size), state(size)
         self._next_token, self._page_table, self._row_start = state(size), state(size, pages), state(size + 1)
         self._histories: dict[int, torch.Tensor] = {}
         """One for each bucket: the tokens of steps in another may still be unread."""
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self.pool = GraphPool(device)
         self._verify, self._num_loaded = False, 0
         self._loaded: npt.NDArray[np.int64] = np.arange(0)
         """Of each row of the device; see `Ticket`."""
@@ -168,11 +168,6 @@ class GraphLoop:
         tokens[:, ticket.loaded[rows]] = ticket.history[rows[None, :], slots]
         return tokens
 
-    def close(self) -> None:
-        """Frees the graphs, all that the pool has captured."""
-        self.pool.close()
-        self._graphs.clear()
-
     def _bucket(self, rows: int) -> int:
         return next(size for size in self._buckets[self._verify] if size >= rows)
 
@@ -207,7 +202,7 @@ class GraphLoop:
             self._choose(logits, state)
             return logits
 
-        return self.pool.capture(step)
+        return self._pool.capture(step)
 
     def _inputs(self, bucket: int) -> dict[str, torch.Tensor]:
         return {"token_ids": self._token_ids[:bucket], "positions": self._positions[:bucket]}

@@ -12,7 +12,7 @@ class GraphPool:
     """Captures the graphs of one GPU: never do two run at a time, and of none is anything but its result wanted afterwards."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._memory: Any = None
 
@@ -22,7 +22,7 @@ class GraphPool:
         `run` has run before with the same sizes: modules are loaded, launches bound and workspaces allocated by now, which
         capturing must not. Raises torch.OutOfMemoryError where there is too little memory for what it allocates or for itself.
         """
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         # Other threads, NCCL's among them, may call CUDA meanwhile: what they do is not in the graph and does not spoil it.
         try:
@@ -38,7 +38,7 @@ class GraphPool:
 
     def close(self) -> None:
         """Frees the graphs: NCCL ends a communicator only when no captured graph uses it any more."""
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()

@@ -18,7 +18,7 @@ from ..core.targets.base import CacheShape
 from ..core.targets.cuda.program import CudaProgram
 from .graph_loop import TakenOver
 from .graph_pool import GraphPool
-from .prompt_rows import Bucket, PromptRows, flat_starts, launch, send
+from .prompt_rows import Bucket, PromptRows, flat_starts, launch_prompts, send
 
 _log = logging.getLogger(__name__)
 
@@ -92,12 +92,11 @@ class PromptGraphs:
         self,
         program: CudaProgram,
         pool: GraphPool,
-        device: torch.device,
         buckets: tuple[Bucket, ...],
         times: StepTimes,
         pages: int,
     ) -> None:
-        self._program, self._pool, self._device = program, pool, device
+        self._program, self._pool, self._device = program, pool, pool.device
         self._buckets = tuple(bucket for bucket in buckets if times.wait_for_host(bucket.rows, 0))
         self._times, self._pages = times, pages
         self._met: set[Bucket] = set()
@@ -147,10 +146,10 @@ class PromptGraphs:
         nothing = PromptRows.none().padded(bucket, self._pages)
         room = torch.empty(flat_starts(nothing)[-1], dtype=torch.int32, device=self._device)
         sent = send(nothing, self._device, room)
-        logits = launch(self._program, sent)  # what `GraphPool.capture` wants to have run
+        logits = launch_prompts(self._program, sent)  # what `GraphPool.capture` wants to have run
         if self._logits is None:
             most = max(bucket.logits for bucket in self._buckets)
             self._logits = torch.empty(most, logits.shape[1], dtype=logits.dtype, device=self._device)
         result = self._logits[: bucket.logits]
-        graph, _ = self._pool.capture(lambda: result.copy_(launch(self._program, sent)))
+        graph, _ = self._pool.capture(lambda: result.copy_(launch_prompts(self._program, sent)))
         return _Captured(graph, room)

@@ -147,7 +147,7 @@ def send(
     ]
 
 
-def launch(
+def launch_prompts(
     program: CudaProgram,
     sent: Sequence[torch.Tensor],
     before: TakenOver | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from trtc.runtime.load import load_executor
-from trtc.runtime.prompt_rows import PromptRows, launch
+from trtc.runtime.prompt_rows import PromptRows, launch_prompts, send
 
 from .engine_steps import TOKENS, step_input
 from .packed_steps import Inputs, PagedSequences
@@ -49,7 +49,7 @@ def check_prompt_graphs(
                 logits = executor._prompts.run(rows)
                 assert logits is not None, "launched"
             else:
-                logits = launch(executor._program, executor._send(*rows))
+                logits = launch_prompts(executor._program, send(rows, executor._device))
             expected = expect(inputs)
             error = max_error(logits.cpu(), expected)
             assert error <= tolerance(expected), f"replayed: {replays}, step {work}: {error}"

@@ -24,6 +24,7 @@ from trtc.kernels.sampling import LoopState, Sampling
 from trtc.runtime import cuda_stage
 from trtc.runtime.cuda_stage import CudaStageExecutor, Stage, StageLoop
 from trtc.runtime.distributed import RankGroup
+from trtc.runtime.graph_pool import GraphPool
 from trtc.runtime.step_input import Int32Array, StepInput
 
 VOCAB, BATCH, PAGES = 50, 4, 2
@@ -172,10 +173,9 @@ class Executor(CudaStageExecutor):
         self._stage = Stage(cast(Engine, engine), self._group, self._device)
         self._most_parts = 4
         self._program = cast(CudaProgram, Layers(self._stage))
-        self._loop = Loop(self._stage, self._program, cast(Sampling, Chooser()), self._device, BATCH, PAGES)
-
-    def _send(self, *arrays: Int32Array) -> list[torch.Tensor]:
-        return [torch.from_numpy(array.copy()) for array in arrays]
+        self._loop = Loop(
+            self._stage, self._program, cast(Sampling, Chooser()), GraphPool(self._device), BATCH, PAGES
+        )
 
     def _wait(self) -> None:
         pass

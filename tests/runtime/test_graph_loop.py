@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from trtc.core.targets.cuda.program import CudaProgram, DecodeRows
 from trtc.kernels.sampling import LoopState, Sampling
 from trtc.runtime.graph_loop import GraphLoop
+from trtc.runtime.graph_pool import GraphPool
 
 VOCAB, PAGES = 97, 3
 
@@ -72,7 +73,7 @@ def run(lengths: list[int], actions: list[int | set[int]], unread: int) -> tuple
     """Bursts, and rows that come to rest, in turn; tokens are read so many bursts late. Returns those of each row until it
     rested, and the buckets of the steps."""
     rule = Rule()
-    loop = Loop(cast(CudaProgram, rule), cast(Sampling, rule), torch.device("cpu"), 40, PAGES)
+    loop = Loop(cast(CudaProgram, rule), cast(Sampling, rule), GraphPool(torch.device("cpu")), 40, PAGES)
     rows = len(lengths)
     tokens = np.arange(rows, dtype=np.int32) % VOCAB
     pages = np.arange(rows * PAGES, dtype=np.int32).reshape(rows, PAGES)
@@ -128,7 +129,7 @@ def test_rows_that_are_left_go_on_in_the_bucket_that_holds_them() -> None:
 @pytest.mark.usefixtures("no_gpu")
 def test_graphs_are_prepared_one_by_one() -> None:
     rule = Rule()
-    loop = Loop(cast(CudaProgram, rule), cast(Sampling, rule), torch.device("cpu"), 9, PAGES)
+    loop = Loop(cast(CudaProgram, rule), cast(Sampling, rule), GraphPool(torch.device("cpu")), 9, PAGES)
     loop.load(
         np.array([3, 4], np.int32),
         np.array([5, 6], np.int32),

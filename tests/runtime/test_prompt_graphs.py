@@ -40,7 +40,7 @@ from trtc.runtime.prompt_graphs import (
     StepTimes,
     prompt_buckets,
 )
-from trtc.runtime.prompt_rows import Bucket, PromptRows, launch, send
+from trtc.runtime.prompt_rows import Bucket, PromptRows, launch_prompts, send
 from trtc.runtime.step_input import StepInput
 from trtc.tests.engine_steps import step_input
 from trtc.tests.opt_models import hf_config_fields
@@ -117,6 +117,8 @@ class Model:
 class Pool:
     """`GraphPool`: what is captured runs when it is replayed."""
 
+    device = CPU
+
     def __init__(self) -> None:
         self.captured = 0
         self.is_full = False
@@ -137,7 +139,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def graphs_of(
     model: Model, pool: Pool, buckets: tuple[Bucket, ...] = SMALL, times: StepTimes = SLOW_HOST
 ) -> PromptGraphs:
-    return PromptGraphs(cast(CudaProgram, model), cast(GraphPool, pool), CPU, buckets, times, PAGES)
+    return PromptGraphs(cast(CudaProgram, model), cast(GraphPool, pool), buckets, times, PAGES)
 
 
 def some_tokens(count: int, seed: int) -> list[int]:
@@ -172,7 +174,7 @@ def test_a_padded_step_does_what_the_step_does(new: list[list[int]], chunks: int
         expected = model.expected(step)
         if logits is None:
             assert not any(bucket.holds(rows) for bucket in SMALL)
-            logits = launch(cast(CudaProgram, model), send(rows, CPU))
+            logits = launch_prompts(cast(CudaProgram, model), send(rows, CPU))
         assert max_error(logits, expected) <= FLOAT64_ABS
         model.check_cache()
     assert pool.captured == len(SMALL)
@@ -187,7 +189,7 @@ def test_steps_of_exact_sizes_are_launched_as_they_are() -> None:
         {"b": [1], "a": some_tokens(7, 3), "c": [5]},
     ):
         step = step_input(sequences.step(work, last_rows_only=True))
-        found = launch(cast(CudaProgram, model), send(PromptRows.of(step), CPU))
+        found = launch_prompts(cast(CudaProgram, model), send(PromptRows.of(step), CPU))
         assert max_error(found, model.expected(step)) <= FLOAT64_ABS
         model.check_cache()
 
