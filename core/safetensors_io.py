@@ -56,18 +56,11 @@ class TensorEntry(NamedTuple):
     nbytes: int
 
 
-class Header(NamedTuple):
-    """A checked header: tensors in file order, and the file's own metadata."""
-
-    tensors: dict[str, TensorEntry]
-    metadata: dict[str, str]
-
-
 # ---- header --------------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> Header:
-    """The header of the safetensors file `path`.
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of the safetensors file `path`, by name, in file order.
 
     Raises CheckpointError, naming the file and the reason, unless the header is well-formed and the tensors
     fill the rest of the file without holes or overlaps.
@@ -80,7 +73,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _parse_header(file: Any, file_size: int, where: str) -> Header:
+def _parse_header(file: Any, file_size: int, where: str) -> dict[str, TensorEntry]:
     prefix = file.read(8)
     if len(prefix) < 8:
         raise CheckpointError(f"{where}: not a safetensors file: {file_size} bytes are too few for a header")
@@ -90,18 +83,17 @@ def _parse_header(file: Any, file_size: int, where: str) -> Header:
             f"{where}: not a safetensors file, or truncated: header of {length} bytes, file of {file_size}"
         )
     fields = parse_object(file.read(length), f"{where}: header", CheckpointError)
-    metadata = _check_metadata(fields.pop("__metadata__", {}), where)
+    _check_metadata(fields.pop("__metadata__", {}), where)
     start = 8 + length
     tensors = {name: _check_entry(name, value, start, where) for name, value in fields.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
     _check_layout(tensors, start, file_size, where)
-    return Header(tensors, metadata)
+    return tensors
 
 
-def _check_metadata(value: object, where: str) -> dict[str, str]:
+def _check_metadata(value: object, where: str) -> None:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise CheckpointError(f"{where}: header: __metadata__ must map strings to strings")
-    return value
 
 
 def _check_entry(name: str, value: object, start: int, where: str) -> TensorEntry:
@@ -183,13 +175,12 @@ class SafetensorsFile:
     """An open safetensors file; safe to read from many threads.
 
     tensors: name -> (dtype, shape, offset, nbytes), in file order.
-    metadata: the strings the writer left.
     Raises CheckpointError as `read_header` does.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors, self.metadata = read_header(path)
+        self.tensors = read_header(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._close = weakref.finalize(self, os.close, self._fd)
         self._lock = threading.Lock()
@@ -260,20 +251,14 @@ class SafetensorsWriter:
     thread.
 
     specs: name -> (dtype, shape).
-    metadata: strings for the header.
     Raises CheckpointError when the file cannot be created or written.
 
     Tensors lie by falling element size, then in the order of `specs`: this keeps each of them aligned.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        specs: Mapping[str, tuple[DType, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, tuple[DType, tuple[int, ...]]]) -> None:
         self.path = path
-        header, self.tensors, size = _lay_out(specs, metadata or {})
+        header, self.tensors, size = _lay_out(specs)
         self._lock = threading.Lock()
         self._missing = {name: entry.nbytes for name, entry in self.tensors.items()}
         try:
@@ -332,22 +317,20 @@ class SafetensorsWriter:
             self._close()
 
 
-def write_file(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes tensors that are at hand to a safetensors file."""
     specs = {name: (from_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with SafetensorsWriter(path, specs, metadata) as writer:
+    with SafetensorsWriter(path, specs) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
 
 
 def _lay_out(
-    specs: Mapping[str, tuple[DType, tuple[int, ...]]], metadata: Mapping[str, str]
+    specs: Mapping[str, tuple[DType, tuple[int, ...]]],
 ) -> tuple[bytes, dict[str, TensorEntry], int]:
     """(header with its length prefix, tensors, size of the file)."""
     ordered = sorted(specs.items(), key=lambda item: -item[1][0].itemsize)
-    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    fields: dict[str, Any] = {}
     relative: dict[str, TensorEntry] = {}
     end = 0
     for name, (dtype, shape) in ordered:
