@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from ..core.plugin_registry import Family
 
 NAME = "build"
-HELP = "build an engine from a Hugging Face folder or a trtc checkpoint; needs no GPU, whatever the target"
+HELP = (
+    "build an engine from a Hugging Face folder or a trtc checkpoint; needs no GPU, but for flavour tensorrt"
+)
 
 _SOURCE_OPTIONS = {
     "dtype": "auto",
@@ -153,7 +155,7 @@ def main(args: argparse.Namespace) -> int:
 def build_config(args: argparse.Namespace, source: Source) -> BuildConfig:
     return BuildConfig.for_model(
         source.model,
-        max_seq_len=args.max_seq_len,
+        max_seq_len=tensorrt_llm_flags.max_seq_len(args),
         max_input_len=args.max_input_len,
         target=args.target,
         max_batch_size=args.max_batch_size,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import ConfigError, RequestError
 from ..runtime.early_start import begin_loading
 from ..runtime.heap import keep_heap, without_collection
+from . import tensorrt_llm_flags
 from .common import add_kv_cache
 from .output_files import check_output_file, write_json
 from .ranks import add_nproc, enter_job
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same of each prompt token")
     add_nproc(parser)
     add_kv_cache(parser)
+    tensorrt_llm_flags.add_tokenizer_dir(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -91,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
     code = enter_job(args, **load_options)
     if code is not None:
         return code
+    tensorrt_llm_flags.note_tokenizer_dir(args)
     engine_dir = begin_loading(args.engine_dir)
     with without_collection():
         from ..runtime.llm import LLM

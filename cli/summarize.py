@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import ConfigError
+from . import tensorrt_llm_flags
 from .ranks import add_nproc, enter_job
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-type", choices=DATA_TYPES, help="what transformers computes in (default: as the engine)"
     )
     add_nproc(parser)
+    tensorrt_llm_flags.add_tokenizer_dir(parser)
     data = parser.add_argument_group("articles")
     data.add_argument("--dataset", metavar="PATH|NAME",
                       help="jsonl with fields article and highlights; folder written by Dataset.save_to_disk; name on the "
@@ -85,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
     code = _enter_job(args)
     if code is not None:
         return code
+    tensorrt_llm_flags.note_tokenizer_dir(args)
     from ..core.engine import Engine
     from ..runtime.evaluation import summarize
     from ..runtime.evaluation.dataset import load_pairs

@@ -1,4 +1,4 @@
-"""Flags of `trtllm-build` that have no option of their own in `trtc build`.
+"""Flags of TensorRT-LLM's programs, most of them of `trtllm-build`, that have no option of their own in trtc.
 
 Scripts written for TensorRT-LLM pass them. Each either sets an option of trtc, or changes nothing and says why on stderr,
 or is refused with the reason; docs/migrating-from-tensorrt-llm.md has the whole list.
@@ -61,6 +61,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context-fmha-fp32-acc", choices=("enable", "disable"),
                        help="enable: as --context-fmha fp32_acc")  # fmt: skip
     group.add_argument("--fp8-kv-cache", action="store_true", help="as --kv-cache-dtype fp8")
+    group.add_argument("--max-output-len", type=int, metavar="N",
+                       help="as --max-seq-len of --max-input-len and N together")  # fmt: skip
+
+
+def add_tokenizer_dir(parser: argparse.ArgumentParser) -> None:
+    """The flag that every command line of run.py has."""
+    parser.add_argument(
+        "--tokenizer-dir", metavar="DIR", help="changes nothing: the tokenizer is in the engine"
+    )
+
+
+def note_tokenizer_dir(args: argparse.Namespace) -> None:
+    """Notes on stderr that `--tokenizer-dir` changes nothing."""
+    if args.tokenizer_dir is not None:
+        given = f"--tokenizer-dir {args.tokenizer_dir}"
+        print(
+            f"trtc {args.command}: note: {given} changes nothing: the tokenizer is in the engine",
+            file=sys.stderr,
+        )
 
 
 def handle_plugins(args: argparse.Namespace) -> None:
@@ -135,6 +154,21 @@ def context_fmha(args: argparse.Namespace) -> str | None:
     if len(values) > 1:
         raise ConfigError(f"{' and '.join(given)} contradict each other; give one of them")
     return values.pop() if values else None
+
+
+def max_seq_len(args: argparse.Namespace) -> int | None:
+    """The value of `--max-seq-len`, or the sum that stands for it in scripts for TensorRT-LLM 0.10 and before.
+
+    Raises ConfigError for `--max-output-len` beside `--max-seq-len` or without `--max-input-len`.
+    """
+    given: int | None = args.max_seq_len
+    if args.max_output_len is None:
+        return given
+    if given is not None or args.max_input_len is None:
+        raise ConfigError(
+            "--max-output-len goes with --max-input-len and without --max-seq-len, which is both together"
+        )
+    return int(args.max_input_len + args.max_output_len)
 
 
 def kv_cache_dtype(args: argparse.Namespace) -> str:

@@ -22,7 +22,8 @@ dora_plugin moe_plugin mamba_conv1d_plugin nccl_plugin low_latency_gemm_plugin l
 gemm_allreduce_plugin context_fmha context_fmha_fp32_acc bert_context_fmha_fp32_acc remove_input_padding
 use_custom_all_reduce multi_block_mode enable_xqa attention_qk_half_accumulation tokens_per_block use_paged_context_fmha
 use_fp8_context_fmha fuse_fp4_quant multiple_profiles paged_state streamingllm norm_quant_fusion reduce_fusion user_buffer
-use_fused_mlp pp_reduce_scatter
+use_fused_mlp pp_reduce_scatter max_output_len tp_size pp_size weight_only_precision strongly_typed builder_opt
+use_context_fmha_for_generation
 """
 
 RUN = """

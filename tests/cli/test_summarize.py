@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -305,6 +306,43 @@ def test_refused_context_fmha(words: str, says: tuple[str, ...], capsys: pytest.
     assert main(["build", "--model-dir", str(TINY_OPT), "--dry-run", *words.split()]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and all(text in err for text in says), err
+
+
+@pytest.mark.parametrize(
+    ("words", "lengths"),
+    [
+        ("--max_input_len 924 --max_output_len 100", (924, 1024)),  # as README of release 0.10 has it
+        ("--max_input_len 924 --max_seq_len 1000", (924, 1000)),
+    ],
+)
+def test_lengths_of_an_engine(words: str, lengths: tuple[int, int], tmp_path: Path) -> None:
+    build = ["build", "--model-dir", str(TINY_OPT), "--output-dir", str(tmp_path / "engine")]
+    assert main([*build, *words.split()]) == 0
+    described = json.loads((tmp_path / "engine" / "engine.json").read_text())["build"]
+    assert (described["max_input_len"], described["max_seq_len"]) == lengths
+
+
+@pytest.mark.parametrize(
+    "words", ["--max_output_len 100", "--max_output_len 9 --max_input_len 9 --max_seq_len 9"]
+)
+def test_refused_max_output_len(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--model-dir", str(TINY_OPT), "--dry-run", *words.split()]) == 1
+    err = capsys.readouterr().err
+    assert (
+        err.count("\n") == 1 and "--max-output-len goes with --max-input-len and without --max-seq-len" in err
+    )
+
+
+def test_the_tokenizer_dir_of_scripts_changes_nothing(
+    engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", "--engine_dir", str(engine), "--max_output_len", "4", "--input_text", "The news"]
+    assert main(run) == 0
+    text = capsys.readouterr().out
+    assert main([*run, "--tokenizer_dir", "opt-125m"]) == 0
+    out, err = capsys.readouterr()
+    assert out == text
+    assert "trtc run: note: --tokenizer-dir opt-125m changes nothing: the tokenizer is in the engine\n" in err
 
 
 @pytest.mark.parametrize(
