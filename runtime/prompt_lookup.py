@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from ..core.errors import RequestError
 
+_MOST = 1000
+"""Tokens: far more than one step verifies, and than repeat by chance."""
+
 
 @dataclass(frozen=True)
 class PromptLookup:
@@ -22,21 +25,21 @@ class PromptLookup:
 
     def __post_init__(self) -> None:
         for value in (self.ngram, self.num_tokens):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
                 raise _refusal(f"{self.ngram}:{self.num_tokens}")
 
     @classmethod
     def parse(cls, text: str) -> PromptLookup:
         """`3:8` -> the last 3 tokens are looked up, at most 8 are tried. Raises RequestError."""
         ngram, colon, num_tokens = text.partition(":")
-        if not (colon and ngram.isdecimal() and num_tokens.isdecimal()):
+        if not (colon and all(part.isdecimal() and len(part) < 10 for part in (ngram, num_tokens))):
             raise _refusal(text)
         return cls(int(ngram), int(num_tokens))
 
 
 def _refusal(text: str) -> RequestError:
     return RequestError(
-        f"prompt_lookup is {text}; accepted: N:K, the last N tokens are looked up and K are tried, both at least 1"
+        f"prompt_lookup is {text}; accepted: N:K, the last N tokens are looked up and K are tried, both 1 to {_MOST}"
     )
 
 

@@ -20,6 +20,9 @@ MAX_LOGIT_BIAS = 100.0
 MAX_REPETITION_PENALTY = 1000.0
 """And its inverse the least: within them no logit that it divides or multiplies leaves float32."""
 
+MAX_SEQUENCES = 10_000
+"""Of one prompt: more than anyone reads, and little enough to make them all before the first step."""
+
 _MAX_SEED = 2**64 - 1
 
 
@@ -88,9 +91,9 @@ class SamplingParams:
     early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
-        _check_int("n", self.n, 1)
+        _check_int("n", self.n, 1, MAX_SEQUENCES)
         if self.best_of is not None:
-            _check_int("best_of", self.best_of, 1)
+            _check_int("best_of", self.best_of, 1, MAX_SEQUENCES)
             if self.best_of < self.n:
                 raise _refusal("best_of", self.best_of, f"at least n ({self.n})")
         if self.max_tokens is not None:
@@ -190,12 +193,21 @@ def _check_float(
 
 
 def _check_strings(name: str, value: object) -> None:
-    accepted = "a non-empty string or a list of non-empty strings"
+    accepted = "a non-empty string or a list of non-empty strings, that UTF-8 can encode"
     strings = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(strings, list | tuple):
         raise _refusal(name, value, accepted)
-    if not all(isinstance(string, str) and string for string in strings):
+    if not all(isinstance(string, str) and string and _in_utf8(string) for string in strings):
         raise _refusal(name, value, accepted)
+
+
+def _in_utf8(text: str) -> bool:
+    """Half a surrogate pair, as Python makes of bytes that are none, is in no text that a model writes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_token_ids(name: str, value: object) -> None:

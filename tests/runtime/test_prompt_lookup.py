@@ -191,7 +191,11 @@ def test_any_traffic_has_the_tokens_of_plain_decoding(
     assert run(core(), requests) == run(core(), plain)
 
 
-@pytest.mark.parametrize("text", ["3", "3:", ":8", "0:8", "3:0", "-1:8", "a:b", "3:8:1", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["3", "3:", ":8", "0:8", "3:0", "-1:8", "a:b", "3:8:1", "", "3:1001", f"{10**20}:8", f"3:{'1' * 5000}"],
+    ids=lambda text: text[:9],
+)
 def test_what_is_no_lookup(text: str) -> None:
     with pytest.raises(RequestError, match=r"prompt_lookup is .*accepted: N:K"):
         PromptLookup.parse(text)

@@ -59,7 +59,7 @@ MALFORMED: list[tuple[Any, int, str | None, str]] = [
     (completion(prompt=[5] * 1024), 400, "prompt", "1024 tokens"),
     (completion(prompt="word " * 2000), 400, "prompt", "takes max_input_len = 1023"),
     (completion(prompt=["x"] * 65), 400, "prompt", "accepted: at most 64"),
-    (completion(n=0), 400, "n", "n is 0; accepted: an integer of at least 1"),
+    (completion(n=0), 400, "n", "n is 0; accepted: an integer from 1 to 10000"),
     (completion(n=17), 400, "n", "accepted: an integer from 1 to 16"),
     (completion(n=2.0), 400, "n", "n is 2.0"),
     (completion(n=True), 400, "n", "n is True"),
