@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ConfigError
@@ -48,10 +48,19 @@ def atomic_directory(
         _check_replaceable(target, is_ours)
         _move_into_place(temporary, target, seal)
     except OSError as error:
-        raise ConfigError(f"{error.filename or path}: cannot be written: {error.strerror}") from error
+        raise ConfigError(_what_failed(error, path, temporary)) from error
     finally:
         _remove(temporary, seal)
         os.close(lock)
+
+
+def _what_failed(error: OSError, path: Path | str, temporary: Path) -> str:
+    """Of an error while `temporary` was filled to become `path`: which file, and whether it was to be written or only read."""
+    if error.filename2 is not None:  # a copy that broke off
+        return f"{error.filename2}: cannot be written: {error.strerror}"
+    where = Path(str(error.filename or path))
+    read = error.filename and where != temporary.parent and not where.is_relative_to(temporary)
+    return f"{where}: cannot be {'read' if read else 'written'}: {error.strerror}"
 
 
 def _check_replaceable(target: Path, is_ours: Callable[[Path], bool]) -> None:
@@ -95,8 +104,10 @@ def _make_temporary(target: Path) -> tuple[Path, int]:
 
 
 def _remove(folder: Path, seal: str | None) -> None:
+    """As far as this process may: what stands at the target is whole, whatever is left of the old folder beside it."""
     if seal is not None:
-        (folder / seal).unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / seal).unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,33 @@ def test_a_full_disk_is_a_config_error_that_names_the_folder(tmp_path):
     with pytest.raises(ConfigError, match="out: cannot be written: No space left on device"):
         fill_the_disk()
     assert names(tmp_path) == []
+
+
+def test_what_could_not_be_read_is_not_said_to_be_written(tmp_path: Path) -> None:
+    """Text files are copied within the block. Where a copy breaks off, shutil names the source first."""
+
+    def fail(work: Callable[[Path], object]) -> None:
+        with atomic_directory(tmp_path / "out", is_ours) as folder:
+            work(folder)
+
+    def break_off(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/source", None, folder / "copy")
+
+    with pytest.raises(ConfigError, match=r"^/nowhere: cannot be read: No such file or directory$"):
+        fail(lambda folder: shutil.copyfile("/nowhere", folder / "copy"))
+    with pytest.raises(ConfigError, match=r"/\.out\.tmp.*/copy: cannot be written: No space left on device$"):
+        fail(break_off)
+    with pytest.raises(ConfigError, match=r"/none/copy: cannot be written: No such file or directory$"):
+        fail(lambda folder: shutil.copyfile(__file__, folder / "none" / "copy"))
+
+
+def test_an_old_folder_that_cannot_be_removed_is_replaced_all_the_same(tmp_path: Path, swap: None) -> None:
+    """As another user's. Here it is a folder in the place of the seal; what is left is no reason to refuse the next write."""
+    (tmp_path / "out" / "seal").mkdir(parents=True)
+    for text in ("new", "newer"):
+        with atomic_directory(tmp_path / "out", lambda _: True, seal="seal") as folder:
+            (folder / "seal").write_text(text)
+        assert (tmp_path / "out" / "seal").read_text() == text
 
 
 def test_a_mount_point_is_refused():
