@@ -78,14 +78,16 @@ def facts(engine: Engine) -> dict[str, str]:
         f"pages of {build.page_size}",
         "tokenizer": "yes" if "tokenizer.json" in engine.files else "no: works with token ids",
         "graph": f"{len(engine.ranks[0].graph.nodes)} nodes, sha256 {engine.ranks[0].graph.hash[:16]}",
-        **dict(_plan_facts(engine)),
+        **dict(_target_facts(engine)),
         "written by": f"trtc {engine.trtc_version}",
     }  # fmt: skip
 
 
-def _plan_facts(engine: Engine) -> Iterator[tuple[str, str]]:
-    """What an engine of target tensorrt says of its plans."""
+def _target_facts(engine: Engine) -> Iterator[tuple[str, str]]:
+    """What an engine of target cuda says of its machine code, and one of target tensorrt of its plans."""
     artifacts = engine.ranks[0].artifacts
+    if "code" in artifacts:
+        yield "for GPUs", ", ".join(artifacts["code"])
     if "plan" not in artifacts:
         return
     bytes_of = [human_bytes(int(engine.files[part.artifacts["plan"]]["bytes"])) for part in engine.ranks]

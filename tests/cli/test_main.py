@@ -9,11 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from trtc import __version__
+from trtc.cli.inspect import facts
 from trtc.cli.main import main, with_dashes
+from trtc.core.engine import Engine
 from trtc.runtime.tokenizer import Tokenizer
 from trtc.tests.tiny_opt import NEWS, TINY_OPT
 
@@ -222,6 +225,14 @@ def test_inspect(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cpu" in capsys.readouterr().out
     assert main(["inspect", "--json", str(engine)]) == 0
     assert json.loads(capsys.readouterr().out)["build"]["max_batch_size"] == 4
+
+
+def test_inspect_names_the_gpus_of_machine_code(engine: Path) -> None:
+    opened = Engine.open(engine)
+    code = {"sm_80": "kernels.sm_80.cubins", "sm_90": "kernels.sm_90.cubins"}
+    ranks = tuple(replace(part, artifacts={"code": code}) for part in opened.ranks)
+    assert facts(replace(opened, ranks=ranks))["for GPUs"] == "sm_80, sm_90"
+    assert "for GPUs" not in facts(opened)
 
 
 def test_convert_then_build_is_build(engine: Path, tmp_path: Path) -> None:
