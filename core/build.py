@@ -67,6 +67,8 @@ def plan(
     graph = family.compose(model)
     if trace is not None:
         trace("compose", graph)
+    _require_ops(graph, can.ops, target.name)
+    _require_one_cache(graph)
     planned = optimize(
         graph,
         sharding=source.sharding,
@@ -80,6 +82,26 @@ def plan(
     )
     target.check(planned.graph, build)
     return planned
+
+
+def _require_ops(graph: Graph, ops: frozenset[str], target: str) -> None:
+    """Raises BuildError for an op that the target does not run: one of a plugin's, as families compose no other."""
+    for node in graph.nodes:
+        if node.op not in ops | {"input", "weight"}:
+            raise BuildError(
+                f"target {target} does not run {node.op} '{node.name}'; the op's plugin brings it there with "
+                f"the hook trtc_tensorrt_plugins"
+            )
+
+
+def _require_one_cache(graph: Graph) -> None:
+    """Raises BuildError unless all attention layers have keys of one type: the KV cache has one shape."""
+    keys = {graph.specs[node.used[1]]: node.name for node in graph.nodes if node.op == "attention"}
+    if len(keys) != 1:
+        found = ", ".join(f"'{name}' has {spec}" for spec, name in keys.items()) or "there is no attention"
+        raise BuildError(
+            f"every attention layer needs keys of the same type, [T, kv_heads, head_dim]: {found}"
+        )
 
 
 def build_engine(

@@ -58,6 +58,18 @@ class ModelConfig:
         )
         for name in sizes:
             require_positive_int(getattr(self, name), f"{self.family} config: {name}")
+        if not isinstance(self.dtype, DType):
+            raise ConfigError(
+                f"{self.family} config: dtype {self.dtype!r} is not a DType; parse_model_dtype makes one"
+            )
+        for name in ("bos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None and not is_token_id(value):
+                raise ConfigError(f"{self.family} config: {name}: {value!r} is not a token id")
+        if not isinstance(self.eos_token_ids, tuple) or not all(map(is_token_id, self.eos_token_ids)):
+            raise ConfigError(
+                f"{self.family} config: eos_token_ids: {self.eos_token_ids!r} is not a tuple of token ids"
+            )
         if self.num_layers > MAX_LAYERS:
             raise ConfigError(
                 f"{self.family} config: num_layers {self.num_layers} is too large; accepted: 1 to {MAX_LAYERS}"
@@ -189,6 +201,10 @@ class BuildConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str = "engine.json") -> Self:
         return cls(**checked_fields(cls, data, where))
+
+
+def is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def require_positive_int(value: object, where: str) -> None:

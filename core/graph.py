@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .dtypes import DType
-from .errors import GraphError
+from .errors import GraphError, TrtcError
 from .ops import Cost, Signature, get_op
 from .spec import Dim, TensorSpec
 from .weights import ResolvedWeight
@@ -106,7 +106,38 @@ def make_node(
     for tensor in draft.used:
         if tensor not in specs:
             raise GraphError(f"{op} '{name}': input %{tensor} is not defined before it is used")
-    return Node(name, op, draft.inputs, draft.attrs, get_op(op).infer(draft.signature(specs)))
+    for key, value in draft.attrs.items():
+        if not _is_json(value):
+            raise GraphError(
+                f"{op} '{name}': attribute {key} is {value!r}; accepted: numbers, texts, true, false, None, and lists of these"
+            )
+    return Node(name, op, draft.inputs, draft.attrs, _infer(draft, specs))
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _infer(draft: Node, specs: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
+    """What the op's shape rule gives, which may be a plugin's. Raises GraphError, naming the node, for what it raises."""
+    op = get_op(draft.op)
+    try:
+        outputs = op.infer(draft.signature(specs))
+    except TrtcError:
+        raise
+    except Exception as error:
+        attrs = ", ".join(f"{key}={value!r}" for key, value in draft.attrs.items())
+        raise GraphError(
+            f"{draft.op} '{draft.name}': the op's shape rule raised {type(error).__name__}: {error}; attributes: "
+            f"{attrs or 'none'}"
+        ) from error
+    if not isinstance(outputs, tuple) or not all(isinstance(spec, TensorSpec) for spec in outputs):
+        raise GraphError(
+            f"{draft.op} '{draft.name}': the op's shape rule gave {outputs!r}, not a tuple of TensorSpec"
+        )
+    return outputs
 
 
 @dataclass(frozen=True)
@@ -266,9 +297,13 @@ class GraphBuilder:
         return self.weight(name) if self.has_weight(name) else None
 
     def add(self, op: str, *inputs: str | None, name: str, **attrs: Any) -> str:
-        """Adds a node with one output and returns its tensor."""
-        (tensor,) = self.add_many(op, *inputs, name=name, **attrs)
-        return tensor
+        """Adds a node with one output and returns its tensor. Raises GraphError, as `add_many`, and for more outputs."""
+        tensors = self.add_many(op, *inputs, name=name, **attrs)
+        if len(tensors) != 1:
+            raise GraphError(
+                f"{op} '{self.full_name(name)}' has {len(tensors)} outputs; add_many returns them all"
+            )
+        return tensors[0]
 
     def add_many(self, op: str, *inputs: str | None, name: str, **attrs: Any) -> tuple[str, ...]:
         """Adds a node and returns its tensors. Raises GraphError, naming the node, when something does not fit."""

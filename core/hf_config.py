@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from .config import is_token_id
 from .errors import ConfigError
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class HFConfigReader:
         """One token id or a list of them, as a tuple."""
         value = self._get(name, default)
         ids = tuple(value) if isinstance(value, list | tuple) else (value,)
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        if not all(map(is_token_id, ids)):
             raise self._refuse(name, value, "a token id or a list of token ids")
         return ids
 

@@ -15,9 +15,11 @@ import pluggy
 
 from . import hookspecs
 from .config import BuildConfig, ModelConfig
-from .errors import ConfigError, PluginError, TrtcError, one_line
+from .dtypes import DType
+from .errors import ConfigError, GraphError, PluginError, TrtcError, one_line
 from .graph import Graph, GraphBuilder
 from .ops import Op, register
+from .spec import TensorSpec
 from .weights import WeightTable
 
 T = TypeVar("T")
@@ -56,13 +58,18 @@ class Family:
     def config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
         """The model's configuration. Raises ConfigError for values that are missing or not supported."""
         try:
-            return self._ask("trtc_model_config", ModelConfig, hf_config=hf_config, family=self.name)
+            config = self._ask("trtc_model_config", ModelConfig, hf_config=hf_config, family=self.name)
         except PluginError as error:
             cause = error.__cause__
             if isinstance(cause, KeyError) and cause.args and cause.args[0] not in hf_config:
                 message = f"config.json: field {cause.args[0]!r} is missing; family {self.name} needs it"
                 raise ConfigError(message) from cause
             raise
+        if config.family != self.name:
+            raise PluginError(
+                f"plugin {self.name}: trtc_model_config gave family {config.family!r}; pass on its argument `family`"
+            )
+        return config
 
     def weight_table(self, config: ModelConfig) -> WeightTable:
         """The family's weight-mapping table for `config`."""
@@ -71,10 +78,12 @@ class Family:
     def compose(self, config: ModelConfig) -> Graph:
         """The family's graph for `config`: the whole model, before any pass.
 
-        Raises GraphError naming a node that breaks a rule.
+        Raises GraphError naming a node that breaks a rule, and where the result is not the logits of a decoder.
         """
         g = GraphBuilder(config.dtype, self.weight_table(config).expand(config))
-        return g.finish(self._ask("trtc_compose", str, config=config, g=g))
+        graph = g.finish(self._ask("trtc_compose", str, config=config, g=g))
+        _check_logits(graph, config, f"plugin {self.name}: trtc_compose")
+        return graph
 
     def _ask(self, hook: str, expected: type[T], **arguments: Any) -> T:
         result: T = _ask(self.name, self._hooks, hook, expected, **arguments)
@@ -185,6 +194,16 @@ class PluginRegistry:
     def _known(self) -> str:
         known = [f"{f.name} ({', '.join(f.architectures)})" for f in self._families.values()]
         return f"known families: {', '.join(known) or 'none'}; see `trtc plugins`"
+
+
+def _check_logits(graph: Graph, config: ModelConfig, where: str) -> None:
+    """Raises GraphError unless `graph` gives what the runtime samples from."""
+    (output,) = graph.outputs
+    logits = TensorSpec(DType.FLOAT32, ("R", config.vocab_size))
+    if graph.specs[output] != logits:
+        raise GraphError(
+            f"{where} returned %{output}, {graph.specs[output]}; expected logits, {logits}: those of layers.lm_head"
+        )
 
 
 def _ask(

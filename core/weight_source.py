@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from .dtypes import MODEL_DTYPES, DType, to_torch
-from .errors import CheckpointError
+from .errors import CheckpointError, PluginError
 from .sharding import (
     AxisSlice,
     ShardingOptions,
@@ -250,11 +250,22 @@ class HFWeights(ShardedWeights):
         if weight.transform == IDENTITY:
             tensor = self._source.read_rows(source, start, stop)
         else:
-            tensor = weight.transform.apply(self._source.read(source))
-            assert tuple(tensor.shape) == weight.shape, (
-                f"{weight.name}: {weight.transform} gives {list(tensor.shape)}"
-            )
+            tensor = _transformed(weight, self._source.read(source))
         return _cast(tensor, self._dtype, f"{self._source.path}: tensor {source!r}")
+
+
+def _transformed(weight: ResolvedWeight, tensor: torch.Tensor) -> torch.Tensor:
+    """Raises PluginError where a transform, which may be a family's own, fails or does not give what its row promises."""
+    where = (
+        f"weight table: {weight.name!r}: transform ({weight.transform.describe()}) of {list(tensor.shape)}"
+    )
+    try:
+        result = weight.transform.apply(tensor)
+    except Exception as error:
+        raise PluginError(f"{where} raised {type(error).__name__}: {error}") from error
+    if tuple(result.shape) != weight.shape:
+        raise PluginError(f"{where} gave {list(result.shape)}, expected {list(weight.shape)}")
+    return result
 
 
 def _check_dtypes(source: HFCheckpoint, names: Iterable[str]) -> None:

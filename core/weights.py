@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .errors import CheckpointError, PluginError
 from .sharding import Shard
@@ -66,6 +66,7 @@ def _resolve_factor(factor: str, dim: str, config: ModelConfig) -> int:
 # ---- transforms ----------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Transform(Protocol):
     """A change of a checkpoint tensor on its way into our layout. Frozen and comparable."""
 
@@ -175,6 +176,22 @@ class WeightRule:
     quantizable: bool = False
     tied_to: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises PluginError for what is no rule or transform, which would fail far from here."""
+        if not isinstance(self.shard, Shard):
+            raise PluginError(
+                f"weight table: {self.name!r}: shard is {self.shard!r}; accepted: Shard.{', '.join(Shard.__members__)}"
+            )
+        for step in self.transform if isinstance(self.transform, tuple) else (self.transform,):
+            if isinstance(step, type) or not isinstance(step, Transform):
+                raise PluginError(
+                    f"weight table: {self.name!r}: transform {step!r} is not an object with describe, apply and source_shape"
+                )
+        if "{i}" not in self.name and any("{i}" in source for source in self.sources):
+            raise PluginError(
+                f"weight table: {self.name!r} has no {{i}}, and its source {self.source!r} has one for every layer"
+            )
+
     @property
     def sources(self) -> tuple[str, ...]:
         return (self.source,) if isinstance(self.source, str) else self.source
@@ -232,6 +249,17 @@ class WeightTable:
     rules: tuple[WeightRule, ...]
     prefixes: tuple[str, ...] = ("",)
     ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises PluginError for a text where several belong, and for a row that is none."""
+        for name in ("prefixes", "ignore"):
+            if isinstance(getattr(self, name), str):
+                raise PluginError(
+                    f"weight table: {name} is the text {getattr(self, name)!r}; expected a tuple of texts"
+                )
+        for rule in self.rules:
+            if not isinstance(rule, WeightRule):
+                raise PluginError(f"weight table: {rule!r} is not a WeightRule")
 
     def expand(self, config: ModelConfig) -> list[ResolvedWeight]:
         """All weights of all layers.

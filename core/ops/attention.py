@@ -23,7 +23,7 @@ def _attention(sig: Signature) -> tuple[TensorSpec, ...]:
     for index, what in ((3, "query_start"), (4, "kv_length"), (5, "page_table")):
         sig.require(sig[index].dtype == DType.INT32, f"{what} {sig[index]} is not int32")
     sig.attr("layer")
-    sig.attr("scale")
+    sig.number("scale")
     cached_as(sig.attrs, k.dtype)
     if CACHE_DTYPE in sig.attrs:
         sig.attr(CACHE_DTYPE, DType.FLOAT8_E4M3.value)
@@ -122,7 +122,9 @@ def _rotary(sig: Signature) -> tuple[TensorSpec, ...]:
     head_dim = x.shape[2]
     sig.require(isinstance(head_dim, int) and head_dim % 2 == 0, f"head_dim of {x} is not even")
     sig.require(positions.shape == x.shape[:1], f"positions {positions} do not fit {x}")
-    sig.attr("theta")
+    sig.require(
+        sig.number("theta") > 0, f"attribute theta is {sig.attr('theta')}; accepted: a number above 0"
+    )
     return (x,)
 
 

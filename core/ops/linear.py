@@ -32,7 +32,7 @@ def check_linear(sig: Signature, weight: TensorSpec, *, bias: int, residual: int
         sig.attr("activation", *ACTIVATIONS)
     if "norm" in sig.attrs:
         sig.attr("norm", *NORMS)
-        sig.attr("eps")
+        sig.number("eps")
     output = x.with_shape((*x.shape[:-1], weight.shape[0]))
     sig.require(residual_spec in (None, output), f"residual {residual_spec} does not fit output {output}")
     return output

@@ -42,7 +42,7 @@ NORM_FLOPS = 8
 def check_affine(sig: Signature, first: int) -> None:
     """Inputs `first` and the next: weight and bias of a norm, each optional. Attribute: eps."""
     x = sig[0]
-    sig.attr("eps")
+    sig.number("eps")
     for index, what in ((first, "weight"), (first + 1, "bias")):
         spec = sig.get(index)
         if spec is not None:

@@ -6,6 +6,7 @@ target, and the CPU target's starting point) and what it costs. Plugins register
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -42,8 +43,16 @@ class Signature:
         self.require(name in self.attrs, f"attribute {name!r} is missing")
         value = self.attrs[name]
         if accepted:
-            self.require(value in accepted, f"attribute {name} is {value!r}; accepted: {accepted}")
+            names = ", ".join(map(str, accepted))
+            self.require(value in accepted, f"attribute {name} is {value!r}; accepted: {names}")
         return value
+
+    def number(self, name: str) -> float:
+        """Attribute `name`, a finite number."""
+        value = self.attr(name)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        self.require(fits, f"attribute {name} is {value!r}; accepted: a finite number")
+        return float(value)
 
     def require(self, condition: bool, message: str) -> None:
         """Raises ShapeError, naming op and node, unless `condition` holds."""

@@ -19,6 +19,7 @@ KernelFactory = Callable[[Node], Kernel]
 
 @dataclass(frozen=True)
 class _Instruction:
+    node: str
     kernel: Kernel
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -49,6 +50,7 @@ class Program:
         keep = {*graph.outputs, *(node.name for node in graph.weights)}
         self._instructions = [
             _Instruction(
+                node=f"{node.op} '{node.name}'",
                 kernel=_kernel(node, kernels, context),
                 inputs=tuple(-1 if name is None else register[name] for name in node.inputs),
                 outputs=tuple(register[name] for name in node.tensors),
@@ -69,15 +71,21 @@ class Program:
         registers: list[Any] = [*self._constants, None]  # the last one stands for absent inputs
         for name, index in self._inputs.items():
             registers[index] = inputs.get(name)
-        for step in self._instructions:
-            result = step.kernel(*(registers[i] for i in step.inputs))
-            if step.single:
-                registers[step.outputs[0]] = result
-            else:
-                for index, tensor in zip(step.outputs, result, strict=True):
-                    registers[index] = tensor
-            for index in step.frees:
-                registers[index] = None
+        step = None
+        try:
+            for step in self._instructions:
+                result = step.kernel(*(registers[i] for i in step.inputs))
+                if step.single:
+                    registers[step.outputs[0]] = result
+                else:
+                    for index, tensor in zip(step.outputs, result, strict=True):
+                        registers[index] = tensor
+                for index in step.frees:
+                    registers[index] = None
+        except Exception as error:
+            if step is not None:
+                error.add_note(f"in {step.node}")
+            raise
         output: torch.Tensor = registers[self._output]
         return output
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from trtc.core import weight_source
 from trtc.core.checkpoint import TrtcCheckpoint, convert, is_checkpoint
 from trtc.core.config import ModelConfig
 from trtc.core.dtypes import DType, to_torch
-from trtc.core.errors import CheckpointError, ConfigError
+from trtc.core.errors import CheckpointError, ConfigError, PluginError
 from trtc.core.hf import HFCheckpoint
 from trtc.core.safetensors_io import SafetensorsFile
 from trtc.core.sharding import Shard, ShardingOptions
@@ -273,6 +274,36 @@ def test_integer_weights_are_refused(tmp_path):
     write_folder(tmp_path / "hf", tensors)
     with pytest.raises(CheckpointError, match=r"transformer\.h\.0\.norm\.weight is int32; accepted: float32"):
         convert_folder(tmp_path / "hf", tmp_path / "out")
+
+
+@dataclass(frozen=True)
+class LastRow:
+    """A transform of a family's own that does not do what it says."""
+
+    raises: bool
+
+    def describe(self):
+        return "last row"
+
+    def apply(self, tensor):
+        return tensor.nothing if self.raises else tensor[-2:]
+
+    def source_shape(self, shape):
+        return (VOCAB, *shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("raises", "named"),
+    [(True, "raised AttributeError: 'Tensor'"), (False, r"gave \[2, 8\], expected \[1, 8\]")],
+)
+def test_a_transform_that_fails_is_named(tmp_path, raises, named):
+    row = WeightRule("wte.weight", "row", (1, "hidden_size"), transform=LastRow(raises))
+    table = WeightTable((row,), prefixes=("transformer.",), ignore=("*",))
+    write_folder(tmp_path / "hf", make_tensors())
+    with HFCheckpoint.open(tmp_path / "hf") as source:
+        weights = HFWeights(source, table, CONFIG, dtype=DType.FLOAT32, sharding=ShardingOptions())
+        with pytest.raises(PluginError, match=rf"'row': transform \(last row\) of \[13, 8\] {named}"):
+            weights.read(0, "row")
 
 
 @pytest.mark.parametrize(("tp", "named"), [(8, "layers.0.q.weight: 4 heads .* tp_size 8"), (3, "tp_size 3")])

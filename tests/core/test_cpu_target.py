@@ -292,6 +292,16 @@ def test_a_kernel_of_a_plugin_takes_precedence() -> None:
     assert not torch.equal(result, program(graph))
 
 
+def test_what_a_kernel_raises_says_in_which_node() -> None:
+    graph = toy_decoder()
+    weights = {name: value.float() for name, value in random_weights(graph).items()}
+    cache = filled_cache(graph, 16, 4, torch.float32)
+    program = CpuProgram(graph, weights, cache, kernels={"activation": lambda node: lambda x: x.nothing})
+    with pytest.raises(AttributeError) as error:
+        program.run(PagedSequences(16, 4).step({"a": tokens(9)}))
+    assert error.value.__notes__ == ["in activation '0.mlp.activation'"]
+
+
 def relu_node(node: Node) -> Node:
     return (
         Node(node.name, node.op, node.inputs, {"kind": "relu"}, node.outputs)

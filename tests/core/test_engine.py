@@ -10,20 +10,22 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from trtc import __version__
 from trtc.core import build as build_module
+from trtc.core import layers
 from trtc.core.config import BuildConfig
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
 from trtc.core.engine_files import DESCRIPTION, FORMAT_VERSION, is_engine, sha256
 from trtc.core.errors import BuildError, ConfigError, EngineError
-from trtc.core.graph import Graph
+from trtc.core.graph import Graph, GraphBuilder
 from trtc.core.interpreter import interpret
-from trtc.core.ops import registry
+from trtc.core.ops import Op, registry
 from trtc.core.passes import optimize
 from trtc.core.plugin_registry import PluginRegistry
 from trtc.core.safetensors_io import SafetensorsFile, write_file
@@ -33,6 +35,7 @@ from trtc.tests.opt_models import BUILD, OptCheckpoint, hf_logits
 from trtc.tests.packed_steps import PagedSequences, filled_cache
 from trtc.tests.thread_group import RankCommunicator, run_ranks
 from trtc.tests.tolerances import LOGITS_FLOAT32_ABS, max_error
+from trtc.tests.toy_decoder import weight_rows
 
 VARIANT = "post_norm_projected"
 
@@ -254,6 +257,50 @@ def test_bad_options_are_named(
             BuildConfig(**{"max_input_len": 64, "max_seq_len": 128, **options}), tmp_path / "engine", workers=workers,
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+def composed(change: Callable[[GraphBuilder, str], str]) -> Any:
+    """A family whose graph is a lookup, changed, and a head."""
+    g = GraphBuilder(DType.FLOAT32, weight_rows(embed__weight=(11, 8), lm_head__weight=(11, 8)))
+    graph = g.finish(layers.lm_head(g, change(g, layers.embedding(g, "token_ids", "embed"))))
+    return SimpleNamespace(compose=lambda model: graph)
+
+
+def attend(g: GraphBuilder, x: str, *heads: int) -> str:
+    for layer, count in enumerate(heads):
+        q = g.add("reshape", x, name=f"q{layer}", shape=("T", count, 8 // count))
+        starts = ("query_start", "kv_length", "page_table")
+        context = g.add("attention", q, q, q, *starts, name=f"attention{layer}", layer=layer, scale=1.0)
+        x = g.add("reshape", context, name=f"context{layer}", shape=("T", 8))
+    return x
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ((), "there is no attention"),
+        ((2, 4), r"'attention0' has float32\[T, 2, 4\], 'attention1' has float32\[T, 4, 2\]"),
+    ],
+)
+def test_layers_that_do_not_share_a_cache_are_refused(
+    heads: tuple[int, ...], message: str, checkpoint: OptCheckpoint
+) -> None:
+    family = composed(lambda g, x: attend(g, x, *heads))
+    with pytest.raises(BuildError, match=f"every attention layer needs keys of the same type, .*: {message}"):
+        build_module.plan(family, checkpoint.config, checkpoint.weights(), BUILD, 0)
+
+
+def test_an_op_that_no_plugin_brings_to_the_target_is_named(
+    checkpoint: OptCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry._OPS, "their_op", Op("their_op", lambda sig: (sig[0],), lambda *_: None))
+    family = composed(lambda g, x: g.add("their_op", attend(g, x, 2), name="mine"))
+    target = dataclasses.replace(TARGET.capabilities(BUILD), ops=registry.op_names() - {"their_op"})
+    monkeypatch.setattr(type(TARGET), "capabilities", lambda self, build: target)
+    with pytest.raises(
+        BuildError, match="target cpu does not run their_op 'mine'; the op's plugin brings it"
+    ):
+        build_module.plan(family, checkpoint.config, checkpoint.weights(), BUILD, 0)
 
 
 # ---- damage ------------------------------------------------------------------------------------------

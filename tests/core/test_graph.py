@@ -8,12 +8,13 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trtc.core.dtypes import DType
 from trtc.core.errors import GraphError, ShapeError
 from trtc.core.graph import GRAPH_INPUTS, Graph, GraphBuilder, Node, make_node
-from trtc.core.ops import Cost, op_names
+from trtc.core.ops import Cost, Op, op_names, registry
 from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.spec import TensorSpec, normal_axis
 from trtc.tests.toy_decoder import toy_decoder, weight_rows
@@ -288,5 +289,23 @@ def test_the_builder_refuses_what_does_not_fit() -> None:
         g.add("linear", x, g.weight("a.b"), name="y")
     with pytest.raises(GraphError, match="mul 'm': input %nothing is not defined"):
         g.add("mul", x, "nothing", name="m")
+    with pytest.raises(GraphError, match=r"split 's' has 2 outputs; add_many returns them all"):
+        g.add("split", x, name="s", axis=1, sizes=(4, 4))
+    with pytest.raises(
+        GraphError, match=r"split 't': the op's shape rule raised TypeError: .*; attributes: axis=1, sizes=4"
+    ):
+        g.add("split", x, name="t", axis=1, sizes=4)
+    with pytest.raises(GraphError, match=r"layer_norm 'n': attribute eps is tensor\(1\); accepted: numbers"):
+        g.add("layer_norm", x, name="n", eps=torch.tensor(1))
     with pytest.raises(GraphError, match=r"rows that the composition never uses: a.w"):
         g.finish(x)
+
+
+def test_a_shape_rule_that_gives_no_types_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a plugin's op may."""
+    monkeypatch.setitem(registry._OPS, "odd", Op("odd", lambda sig: sig[0], lambda context, attrs, x: x))  # type: ignore[arg-type,return-value]
+    g = builder()
+    with pytest.raises(
+        GraphError, match=r"odd 'o': the op's shape rule gave TensorSpec.*, not a tuple of TensorSpec"
+    ):
+        g.add("odd", "positions", name="o")

@@ -284,6 +284,11 @@ def test_an_unknown_architecture_or_family_is_refused_with_the_known_ones(site: 
             "return g.add('linear', 'nothing', name='x')",
             "linear 'x': input %nothing is not defined",
         ),
+        (
+            "trtc_compose",
+            "return g.add('embedding', 'token_ids', g.weight('lm_head.weight'), name='x', offset=0)",
+            "plugin one: trtc_compose returned %x, float32[T, 4]; expected logits, float32[R, 16]",
+        ),
     ],
 )
 def test_a_hook_that_fails_or_returns_something_else_is_an_error_of_one_line(
@@ -296,6 +301,25 @@ def test_a_hook_that_fails_or_returns_something_else_is_an_error_of_one_line(
         family.compose(family.config(HF_CONFIG))
     assert error in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("family=family", "family='two'", "plugin one: trtc_model_config gave family 'two'; pass on its argument"),
+        ("dtype=DType.FLOAT32", "dtype='float32'", "one config: dtype 'float32' is not a DType"),
+        ("max_positions=8", "max_positions=8, eos_token_ids=2", "one config: eos_token_ids: 2 is not a tuple"),
+        ("max_positions=8", "max_positions=8, eos_token_ids=(-1,)", "eos_token_ids: (-1,) is not a tuple of token ids"),
+        ("max_positions=8", "max_positions=8, pad_token_id='0'", "one config: pad_token_id: '0' is not a token id"),
+    ],
+)  # fmt: skip
+def test_a_config_of_wrong_types_is_refused_where_it_is_made(
+    site: Site, old: str, new: str, error: str
+) -> None:
+    """Not when an engine with it is opened, or not at all."""
+    with pytest.raises(TrtcError) as raised:
+        site.family(FAMILY.replace(old, new)).config(HF_CONFIG)
+    assert error in str(raised.value)
 
 
 def test_a_field_that_a_family_needs_is_named_when_it_is_missing(site: Site) -> None:

@@ -200,6 +200,34 @@ def test_a_table_that_contradicts_itself_is_refused(rules, named):
         WeightTable(rules).expand(CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"shard": "column"}, "'a': shard is 'column'; accepted: Shard.REPLICATE, COLUMN"),
+        ({"transform": Transpose}, "'a': transform <class .*Transpose'> is not an object with describe"),
+        ({"transform": [Transpose()]}, "'a': transform .* is not an object with"),
+        ({"transform": (Transpose(), torch.t)}, "'a': transform <built-in .*> is not an object with"),
+        ({"source": "h.{i}.a"}, "'a' has no {i}, and its source 'h.{i}.a' has one for every layer"),
+    ],
+)
+def test_a_row_of_wrong_types_is_refused_where_it_is_made(row, named):
+    with pytest.raises(PluginError, match=named):
+        WeightRule(**{"source": "a", "name": "a", "shape": (1, 2), **row})
+
+
+@pytest.mark.parametrize(
+    ("table", "named"),
+    [
+        ({"prefixes": "model."}, "prefixes is the text 'model.'; expected a tuple"),
+        ({"ignore": "*.mask"}, "ignore is the text"),
+        ({"rules": ("a",)}, "'a' is not a WeightRule"),
+    ],
+)
+def test_a_table_of_wrong_types_is_refused_where_it_is_made(table, named):
+    with pytest.raises(PluginError, match=named):
+        WeightTable(**{"rules": (EMBED,), **table})
+
+
 def test_describe_is_a_markdown_table_of_all_rules():
     rows = TABLE.describe().splitlines()
     assert len(rows) == 2 + len(TABLE.rules)

@@ -12,6 +12,7 @@ from ...config import BuildConfig
 from ...dtypes import MODEL_DTYPES
 from ...errors import BuildError, TargetError
 from ...graph import Graph
+from ...ops import op_names
 from ...passes.fuse import POSITIONS, SIBLINGS
 from ...plugin_registry import plugins
 from ...quantize.scheme import KINDS
@@ -102,11 +103,11 @@ def plugin_lowerings(
 
 
 def _brought(options: TensorRTOptions, build: BuildConfig) -> Set[str]:
-    """Ops that plugins lower; none where TensorRT is not installed: a plan is not made there anyway."""
+    """Ops that plugins lower. Where TensorRT is not installed, which is said when a plan is made, they may lower any."""
     try:
         return plugins().tensorrt_plugins(find_flavour(options.flavour).name, build).keys()
     except TargetError:
-        return frozenset()
+        return op_names()
 
 
 TARGET = TensorRTTarget()
