@@ -106,11 +106,10 @@ def quantizer(
     if args.calibrate is None:
         return nearest(options)
     texts = _texts(args.calibrate, source.path, model.max_positions, stack)
-    folder = Path(
-        stack.enter_context(
-            TemporaryDirectory(prefix="trtc-gptq-", dir=args.output_dir and args.output_dir.parent)
-        )
-    )
+    beside = args.output_dir and args.output_dir.parent
+    if beside is not None:
+        beside.mkdir(parents=True, exist_ok=True)
+    folder = Path(stack.enter_context(TemporaryDirectory(prefix="trtc-gptq-", dir=beside)))
     progress = stack.enter_context(progress_bar("calibrating"))
     return lambda floats: calibrated(floats, options, family.compose(model), texts, folder, progress)
 

@@ -84,8 +84,8 @@ def test_gptq_is_better_than_rounding_to_nearest(perplexity: Callable[..., float
 def test_convert_says_what_it_made_and_leaves_nothing_behind(
     calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also for two ranks; an engine is built from it, and `inspect` knows its integers."""
-    checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
+    """Also for two ranks, in a folder that is not there yet; an engine is built from it, and `inspect` knows its integers."""
+    checkpoint, engine = tmp_path / "new" / "checkpoint", tmp_path / "engine"
     options = [
         *INT4[:2],
         "--group-size",
@@ -101,7 +101,7 @@ def test_convert_says_what_it_made_and_leaves_nothing_behind(
     stored = TrtcCheckpoint.open(checkpoint).quantization
     assert stored is not None
     assert "lm_head.weight" in stored.weights
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"checkpoint"}
     assert main(["build", "--checkpoint-dir", str(checkpoint), "--output-dir", str(engine)]) == 0
     assert main(["inspect", str(engine)]) == 0
     assert "float16 and int4" in capsys.readouterr().out
