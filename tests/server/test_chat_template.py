@@ -1,4 +1,4 @@
-"""Chat templates that cannot be used. Oracle: the table."""
+"""Chat templates: what they may say, and those that cannot be used. Oracle: the table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ TINY_OPT = Path(__file__).parents[2] / "examples" / "tiny-opt"
 
 
 def folder_with(tmp_path: Path, name: str, content: bytes) -> Path:
-    shutil.copy(TINY_OPT / "tokenizer.json", tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_OPT / file, tmp_path)
     (tmp_path / name).write_bytes(content)
     return tmp_path
 
@@ -50,3 +51,24 @@ def test_a_template_that_fails_refuses_the_messages(tmp_path: Path, source: str)
     assert template is not None
     with pytest.raises(RequestError, match=r"the chat template refuses the messages: \S"):
         template.token_ids([{"role": "user", "content": str(MESSAGES[0]["content"])}])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}|{% endfor %}",
+        "{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}",
+        "{{ 'with' if tools is not none else 'without' }} tools, {{ documents is none }}, {{ bos_token }}",
+    ],
+)
+def test_what_templates_may_say(tmp_path: Path, source: str) -> None:
+    """Oracle: transformers."""
+    from transformers import AutoTokenizer
+
+    template = ChatTemplate.from_dir(folder_with(tmp_path, "chat_template.jinja", source.encode()))
+    messages = [{"role": "user", "content": "<é>"}, {"role": "assistant", "content": "b"}]
+    expected = AutoTokenizer.from_pretrained(TINY_OPT).apply_chat_template(
+        messages, chat_template=source, tokenize=False, add_generation_prompt=True
+    )
+    assert template is not None and template.render(messages) == expected
