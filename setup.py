@@ -40,7 +40,7 @@ CUDA = [
     "nvidia-cuda-runtime==13.0.*",
     "nvidia-cuda-cccl==13.0.*",
 ]
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=3.1"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "jinja2>=3.1.6"]
 MPI = ["mpi4py>=4.0", "openmpi>=5.0"]
 ROUGE = "rouge-score>=0.1.2"
 EVAL = [ROUGE, "datasets>=2.14"]
