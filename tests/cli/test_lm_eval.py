@@ -113,6 +113,17 @@ def assert_alike(ours: Responses, theirs: Responses) -> None:
                 assert mine == other, task
 
 
+def test_the_harness_has_nothing_to_say_of_the_examples(
+    harness: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It warns of every metric whose task file leaves something out, before it shows a result."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path="examples/lm-eval")
+    assert harness.tasks.get_task_dict(list(TASKS), manager).keys() == set(TASKS)
+    assert [record.message for record in caplog.records if record.name.startswith("lm_eval")] == []
+
+
 def test_the_engine_answers_as_the_harness_s_own_model(
     harness: Any, hf_responses: Responses, engine: Path
 ) -> None:
