@@ -208,12 +208,12 @@ def main() -> None:
         if given.search:
             searches.append(Search(chain, gpu, plans, given.search).run())
             print(searches[-1], flush=True)
+        write_json(  # after each, so that a plan that is found wrong takes only its own search with it
+            given.json or out_dir() / "kernels-decoder-layer.json", rows, command=sys.argv[1:],
+            plans={layer.case: asdict(plans) for layer, plans in chosen.items()},
+            searches=[asdict(found) for found in searches],
+        )  # fmt: skip
     print_table(rows)
-    write_json(
-        given.json or out_dir() / "kernels-decoder-layer.json", rows, command=sys.argv[1:],
-        plans={layer.case: asdict(plans) for layer, plans in chosen.items()},
-        searches=[asdict(found) for found in searches],
-    )  # fmt: skip
 
 
 if __name__ == "__main__":
