@@ -51,7 +51,7 @@ class Tokenizer:
             raise EngineError(f"{file}: cannot be read: {error.strerror}") from None
         except Exception as error:  # the library raises plain Exception for every fault
             raise EngineError(f"{file} is not a tokenizer file: {error}") from error
-        names = _special_token_names(Path(path))
+        names = special_token_names(Path(path))
         return cls(tokenizer, bos_token=names.get("bos_token"), eos_token=names.get("eos_token"))
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
@@ -97,8 +97,11 @@ def required_tokenizer(tokenizer: Tokenizer | None, engine_dir: str | PathLike[s
     return tokenizer
 
 
-def _special_token_names(path: Path) -> dict[str, str]:
-    """bos_token, eos_token, ... by name; the first file that knows a name wins."""
+def special_token_names(path: Path) -> dict[str, str]:
+    """The texts of bos_token, eos_token, ... in the tokenizer files of a folder; the first file that knows a name wins.
+
+    Raises EngineError naming the file that cannot be read.
+    """
     names: dict[str, str] = {}
     for file in (path / name for name in _NAME_FILES):
         if not file.is_file():

@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...core.errors import EngineError, RequestError
 from ...core.strict_json import read_object
-from ..tokenizer import TOKENIZER_FILE
+from ..tokenizer import TOKENIZER_FILE, special_token_names
 
 
 class ChatTemplate:
@@ -49,9 +49,8 @@ class ChatTemplate:
         source = _find_source(folder, config)
         if source is None or not (folder / TOKENIZER_FILE).is_file():
             return None
-        special = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
-        names = {name: value for name, value in special.items() if value is not None}
-        return cls(source, tokenizers.Tokenizer.from_buffer((folder / TOKENIZER_FILE).read_bytes()), names)
+        tokenizer = tokenizers.Tokenizer.from_buffer((folder / TOKENIZER_FILE).read_bytes())
+        return cls(source, tokenizer, special_token_names(folder))
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt after which the assistant speaks. Raises RequestError when the template refuses the messages."""
@@ -89,12 +88,6 @@ def _find_source(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 def _read(file: Path) -> Mapping[str, Any]:
     return read_object(file, EngineError) if file.is_file() else {}
-
-
-def _content(value: object) -> str | None:
-    """A special token is its text, or an object that holds it."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None
 
 
 class _Generation(Extension):

@@ -72,3 +72,18 @@ def test_what_templates_may_say(tmp_path: Path, source: str) -> None:
         messages, chat_template=source, tokenize=False, add_generation_prompt=True
     )
     assert template is not None and template.render(messages) == expected
+
+
+def test_special_tokens_of_an_older_folder(tmp_path: Path) -> None:
+    """Their names stand in special_tokens_map.json alone. Oracle: transformers."""
+    from transformers import AutoTokenizer
+
+    source = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ pad_token }}"
+    folder = folder_with(tmp_path, "chat_template.jinja", source.encode())
+    shutil.copy(TINY_OPT / "special_tokens_map.json", folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    messages = [{"role": "user", "content": "a"}]
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+    template = ChatTemplate.from_dir(folder)
+    assert expected == "</s>a</s><pad>"
+    assert template is not None and template.render(messages) == expected
