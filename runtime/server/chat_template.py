@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-import tokenizers
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -16,15 +15,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...core.errors import EngineError, RequestError
 from ...core.strict_json import read_object
-from ..tokenizer import TOKENIZER_FILE, special_token_names
+from ..tokenizer import Tokenizer, special_token_names
 
 
 class ChatTemplate:
     """A Jinja template as Hugging Face tokenizers have it, and the tokenizer for the text it makes."""
 
-    def __init__(
-        self, source: str, tokenizer: tokenizers.Tokenizer, special_tokens: Mapping[str, str]
-    ) -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, special_tokens: Mapping[str, str]) -> None:
         """special_tokens: bos_token, eos_token, ... by name. Raises EngineError for a template that cannot be read."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
@@ -36,8 +33,6 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise EngineError(f"the chat template of the engine cannot be read: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
 
@@ -45,11 +40,9 @@ class ChatTemplate:
     def from_dir(cls, path: str | Path) -> ChatTemplate | None:
         """The template of a directory, from the places transformers looks in; None when it has none."""
         folder = Path(path)
-        config = _read(folder / "tokenizer_config.json")
-        source = _find_source(folder, config)
-        if source is None or not (folder / TOKENIZER_FILE).is_file():
+        source = _find_source(folder)
+        if source is None or (tokenizer := Tokenizer.from_dir(folder)) is None:
             return None
-        tokenizer = tokenizers.Tokenizer.from_buffer((folder / TOKENIZER_FILE).read_bytes())
         return cls(source, tokenizer, special_token_names(folder))
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -67,17 +60,18 @@ class ChatTemplate:
 
     def token_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of the rendered prompt: the template has put the special tokens in, so no others are added."""
-        return self._tokenizer.encode(self.render(messages), add_special_tokens=False).ids
+        return self._tokenizer.encode(self.render(messages), special_tokens=False)
 
 
-def _find_source(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _find_source(folder: Path) -> str | None:
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         try:
             return jinja.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise EngineError(f"{jinja}: not UTF-8 text (byte {error.start})") from None
-    value = _read(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+    of_tokenizer = _read(folder / "tokenizer_config.json").get("chat_template")
+    value = _read(folder / "chat_template.json").get("chat_template", of_tokenizer)
     if isinstance(value, list):  # several by name
         named = [entry for entry in value if isinstance(entry, dict) and entry.keys() >= {"name", "template"}]
         if len(named) < len(value):
