@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from types import NoneType, UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from .dtypes import DType, parse_model_dtype
 from .errors import ConfigError
@@ -214,7 +215,8 @@ def require_positive_int(value: object, where: str) -> None:
 
 
 def checked_fields(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`data` as a dict of constructor arguments of the dataclass `cls`; ConfigError names unknown and missing ones."""
+    """`data`, of JSON values, as a dict of constructor arguments of the dataclass `cls`. ConfigError names those that are
+    unknown, missing or of another type."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: expected an object, found {type(data).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -229,4 +231,31 @@ def checked_fields(cls: type, data: Mapping[str, Any], where: str) -> dict[str, 
             f"missing: {', '.join(missing)}"
         ] * bool(missing)
         raise ConfigError(f"{where}: fields do not fit {cls.__name__} ({'; '.join(parts)})")
+    types = get_type_hints(cls)
+    for name, value in data.items():
+        if not _fits(value, types[name]):
+            raise ConfigError(f"{where}: {name} is {value!r}; accepted: {_accepted(types[name])}")
     return dict(data)
+
+
+_JSON_KINDS = {int: "a whole number", bool: "true, false", str: "a text", NoneType: "null"}
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a JSON value can stand for what a field of type `kind` holds; True for kinds that JSON does not have."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if isinstance(origin, type):
+        return isinstance(value, origin)
+    return type(value) is kind if kind in _JSON_KINDS else True
+
+
+def _accepted(kind: Any) -> str:
+    """What `_fits` accepts, for people."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return " or ".join(map(_accepted, arguments))
+    return "a list" if origin is tuple else _JSON_KINDS.get(kind, "an object")

@@ -93,9 +93,12 @@ class Engine:
             _require_ops(engine, where)
             for part in engine.ranks:
                 part.graph.verify(where)
+                unknown = sorted(set(part.weights) - engine.files.keys())
+                if unknown:
+                    raise EngineError(f"{where}: weights are in {unknown}, which is not among the files")
         except EngineError:
             raise
-        except (TrtcError, KeyError, TypeError, AttributeError) as error:
+        except (TrtcError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(f"{where}: not an engine of this format: {error}") from None
         if engine.build.target not in TARGETS:
             known = ", ".join(TARGETS)

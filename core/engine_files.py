@@ -63,6 +63,8 @@ class EngineFiles:
                 if rank is None or _needed_by(name, rank)
             }
             for name in self._expected:
+                if os.path.basename(name) != name:
+                    raise KeyError(name)
                 _check_size(self.folder / name, files[name]["bytes"])
         except (KeyError, TypeError, AttributeError) as error:
             where = self.folder / DESCRIPTION

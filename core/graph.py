@@ -123,6 +123,10 @@ def _is_json(value: Any) -> bool:
 def _infer(draft: Node, specs: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
     """What the op's shape rule gives, which may be a plugin's. Raises GraphError, naming the node, for what it raises."""
     op = get_op(draft.op)
+    if len(draft.inputs) > op.max_inputs:
+        raise GraphError(
+            f"{draft.op} '{draft.name}': has {len(draft.inputs)} inputs; accepted: at most {op.max_inputs}"
+        )
     try:
         outputs = op.infer(draft.signature(specs))
     except TrtcError:
@@ -210,6 +214,8 @@ class Graph:
                 specs[name] = spec
             if node.op == "attention":
                 slots.append(node.attrs["layer"])
+        if not self.outputs:
+            raise GraphError(f"{stage}: the graph has no output")
         for name in self.outputs:
             if name not in specs:
                 raise GraphError(f"{stage}: output %{name} is not defined")

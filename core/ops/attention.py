@@ -18,13 +18,12 @@ def _attention(sig: Signature) -> tuple[TensorSpec, ...]:
     fits = k.rank == 3 and q.dtype == k.dtype and (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2])
     sig.require(fits, f"q {q} and k {k} do not fit")
     heads, kv_heads = q.shape[1], k.shape[1]
-    assert isinstance(heads, int) and isinstance(kv_heads, int)
-    sig.require(heads % kv_heads == 0, f"{heads} heads are not a multiple of {kv_heads} kv heads")
+    fits = isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads > 0 and heads % kv_heads == 0
+    sig.require(fits, f"{heads} heads are not a multiple of {kv_heads} kv heads")
     for index, what in ((3, "query_start"), (4, "kv_length"), (5, "page_table")):
         sig.require(sig[index].dtype == DType.INT32, f"{what} {sig[index]} is not int32")
-    sig.attr("layer")
+    sig.integer("layer")
     sig.number("scale")
-    cached_as(sig.attrs, k.dtype)
     if CACHE_DTYPE in sig.attrs:
         sig.attr(CACHE_DTYPE, DType.FLOAT8_E4M3.value)
     return (q,)

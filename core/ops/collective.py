@@ -12,8 +12,8 @@ from .registry import Attrs, Op, ReferenceContext, Signature, register
 
 
 def _all_gather(sig: Signature) -> tuple[TensorSpec, ...]:
-    x, world = sig[0], sig.attr("tp_size")
-    axis = normal_axis(sig.attr("axis"), x.rank)
+    x, world = sig[0], sig.integer("tp_size")
+    axis = normal_axis(sig.integer("axis"), x.rank)
     sig.require(0 <= axis < x.rank, f"axis {sig.attr('axis')} is outside of {x}")
     size = x.shape[axis]
     sig.require(isinstance(size, int), f"axis {axis} of {x} is not a known size")
@@ -22,7 +22,7 @@ def _all_gather(sig: Signature) -> tuple[TensorSpec, ...]:
 
 
 def _all_reduce(sig: Signature) -> tuple[TensorSpec, ...]:
-    sig.attr("tp_size")
+    sig.integer("tp_size")
     return (sig[0],)
 
 
@@ -33,7 +33,7 @@ def _all_reduce_reference(ctx: ReferenceContext, attrs: Attrs, x: torch.Tensor) 
 
 
 def _all_reduce_norm(sig: Signature) -> tuple[TensorSpec, ...]:
-    sig.attr("tp_size")
+    sig.integer("tp_size")
     sig.attr("norm", *NORMS)
     residual = sig.get(1)
     sig.require(residual in (None, sig[0]), f"input {sig[0]} and residual {residual} differ")
@@ -62,7 +62,7 @@ def _all_gather_reference(ctx: ReferenceContext, attrs: Attrs, x: torch.Tensor) 
 
 
 def _sum_flops(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> int:
-    return outputs[0].numel(sizes) * (int(sig.attr("tp_size")) - 1)
+    return outputs[0].numel(sizes) * (sig.integer("tp_size") - 1)
 
 
 def _sum_norm_flops(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> int:

@@ -75,12 +75,14 @@ def _embedding(sig: Signature) -> tuple[TensorSpec, ...]:
     ids, table, positions, position_table = sig[0], sig[1], sig.get(2), sig.get(3)
     sig.require(ids.rank == 1 and ids.dtype == DType.INT32, f"ids {ids} are not int32[tokens]")
     sig.require(table.rank == 2, f"table {table} is not [rows, features]")
-    sig.attr("offset")
+    sig.integer("offset")
+    both = (positions is None) == (position_table is None)
+    sig.require(both, f"positions {positions} and position table {position_table} do not come together")
     if positions is not None and position_table is not None:
         sig.require(positions == ids, f"positions {positions} and ids {ids} differ")
         fits = position_table.shape[1:] == table.shape[1:] and position_table.dtype == table.dtype
         sig.require(fits, f"position table {position_table} does not fit table {table}")
-        sig.attr("position_offset")
+        sig.integer("position_offset")
     return (TensorSpec(table.dtype, (ids.shape[0], table.shape[1])),)
 
 

@@ -6,15 +6,18 @@ target, and the CPU target's starting point) and what it costs. Plugins register
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
 from ..errors import GraphError, ShapeError
-from ..spec import TensorSpec
+from ..spec import Dim, TensorSpec
 
 Attrs = Mapping[str, Any]
 
@@ -47,12 +50,29 @@ class Signature:
             self.require(value in accepted, f"attribute {name} is {value!r}; accepted: {names}")
         return value
 
+    def integer(self, name: str) -> int:
+        """Attribute `name`, a whole number of 32 bits."""
+        value = self.attr(name)
+        fits = type(value) is int and -(2**31) <= value < 2**31
+        self.require(fits, f"attribute {name} is {value!r}; accepted: a whole number of 32 bits")
+        return int(value)
+
     def number(self, name: str) -> float:
         """Attribute `name`, a finite number."""
         value = self.attr(name)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        self.require(fits, f"attribute {name} is {value!r}; accepted: a finite number")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        finite = number and abs(value) <= sys.float_info.max
+        self.require(finite, f"attribute {name} is {value!r}; accepted: a finite number")
         return float(value)
+
+    def dims(self, name: str) -> tuple[Dim, ...]:
+        """Attribute `name`, sizes and symbols."""
+        value = self.attr(name)
+        fits = isinstance(value, tuple | list) and all(
+            isinstance(d, str) or (type(d) is int and d >= 0) for d in value
+        )
+        self.require(fits, f"attribute {name} is {value!r}; accepted: sizes of at least 0, and symbols")
+        return tuple(value)
 
     def require(self, condition: bool, message: str) -> None:
         """Raises ShapeError, naming op and node, unless `condition` holds."""
@@ -118,6 +138,12 @@ class Op:
     """Whether place j of axis 1 of every output (a head of [T, heads, head_dim], a column of [T, columns]) depends on place j
     of that axis of the inputs only, whatever the size of the axis: then ranks that share the axis each run the op on their
     part. Inputs that are not shared (positions) are whole on every rank."""
+
+    @cached_property
+    def max_inputs(self) -> float:
+        """As many as the reference takes, behind context and attributes."""
+        kinds = [parameter.kind for parameter in inspect.signature(self.reference).parameters.values()]
+        return math.inf if inspect.Parameter.VAR_POSITIONAL in kinds else len(kinds) - 2
 
     def cost(self, signature: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> Cost:
         """Cost with the symbols valued by `sizes` (`C`: mean context length that attention sees, in tokens)."""

@@ -10,7 +10,7 @@ from .registry import Attrs, Op, ReferenceContext, Signature, no_flops, register
 
 
 def _infer(sig: Signature) -> tuple[TensorSpec, ...]:
-    return (TensorSpec(DType(sig.attr("dtype", *DType)), tuple(sig.attr("shape"))),)
+    return (TensorSpec(DType(sig.attr("dtype", *DType)), sig.dims("shape")),)
 
 
 def _reference(_: ReferenceContext, attrs: Attrs, *inputs: Any) -> NoReturn:

@@ -9,19 +9,19 @@ from math import prod
 import torch
 
 from ..dtypes import DType
-from ..spec import Dim, TensorSpec, normal_axis
+from ..spec import TensorSpec, normal_axis
 from .registry import Attrs, Op, ReferenceContext, Signature, no_flops, register
 
 
 def _axis(sig: Signature) -> int:
     rank = sig[0].rank
-    axis = normal_axis(sig.attr("axis"), rank)
+    axis = normal_axis(sig.integer("axis"), rank)
     sig.require(0 <= axis < rank, f"axis {sig.attr('axis')} is outside of {sig[0]}")
     return axis
 
 
 def _reshape(sig: Signature) -> tuple[TensorSpec, ...]:
-    shape: tuple[Dim, ...] = tuple(sig.attr("shape"))
+    shape = sig.dims("shape")
     old = sig[0].shape
     same = prod(d for d in old if isinstance(d, int)) == prod(d for d in shape if isinstance(d, int))
     same &= Counter(d for d in old if isinstance(d, str)) == Counter(d for d in shape if isinstance(d, str))
@@ -47,13 +47,17 @@ def _concat(sig: Signature) -> tuple[TensorSpec, ...]:
 
 
 def _split(sig: Signature) -> tuple[TensorSpec, ...]:
-    axis, sizes, shape = _axis(sig), tuple(sig.attr("sizes")), sig[0].shape
-    sig.require(sum(sizes) == shape[axis], f"sizes {sizes} do not add up to axis {axis} of {sig[0]}")
+    axis, sizes, shape = _axis(sig), sig.dims("sizes"), sig[0].shape
+    known = [size for size in sizes if isinstance(size, int)]
+    sig.require(
+        len(known) == len(sizes) and sum(known) == shape[axis],
+        f"sizes {sizes} do not add up to axis {axis} of {sig[0]}",
+    )
     return tuple(sig[0].with_shape((*shape[:axis], size, *shape[axis + 1 :])) for size in sizes)
 
 
 def _slice(sig: Signature) -> tuple[TensorSpec, ...]:
-    axis, start, stop = _axis(sig), sig.attr("start"), sig.attr("stop")
+    axis, start, stop = _axis(sig), sig.integer("start"), sig.integer("stop")
     size = sig[0].shape[axis]
     inside = isinstance(size, int) and 0 <= start < stop <= size
     sig.require(inside, f"[{start}:{stop}] is outside of axis {axis} of {sig[0]}")

@@ -94,6 +94,11 @@ def change_description(
     (folder / DESCRIPTION).write_text(json.dumps(data, separators=(",", ":")) + "\n")
 
 
+def first_node(data: dict[str, Any], op: str) -> dict[str, Any]:
+    """The first node of `op` in the graph of rank 0 of a description."""
+    return next(node for node in data["ranks"][0]["graph"]["nodes"] if node["op"] == op)
+
+
 # ---- what a build leaves -----------------------------------------------------------------------------
 
 
@@ -444,8 +449,38 @@ def test_an_edited_description_is_refused(change: Callable[[dict[str, Any]], Non
         (lambda data: data["ranks"][0]["graph"]["nodes"].pop(0), "is not defined before it is used"),
         (lambda data: data["ranks"].clear(), "holds 0 ranks for tp_size 1"),
         (lambda data: data["ranks"][0]["weights"].clear(), "rank 0 has no weight"),
+        (
+            lambda data: data["model"].update(eos_token_ids=[[2]]),
+            "eos_token_ids is [[2]]; accepted: a list",
+        ),
+        (
+            lambda data: data["model"].update(bos_token_id=True),
+            "bos_token_id is True; accepted: a whole number or null",
+        ),
+        (
+            lambda data: data["build"].update(target_options="fast"),
+            "target_options is 'fast'; accepted: an object",
+        ),
+        (lambda data: data["ranks"][0].update(artifacts="page_table"), "dictionary update sequence"),
+        (lambda data: data["ranks"][0]["graph"]["outputs"].clear(), "the graph has no output"),
+        (
+            lambda data: first_node(data, "embedding")["inputs"].extend(["positions"] * 3),
+            "has 7 inputs; accepted: at most 4",
+        ),
+        (
+            lambda data: first_node(data, "embedding")["attrs"].update(offset="x"),
+            "attribute offset is 'x'; accepted",
+        ),
+        (
+            lambda data: data["ranks"][0].update(weights=["tokenizer_config.json", "x", "a"]),
+            "weights are in ['a', 'x'], which is not among the files",
+        ),
+        (
+            lambda data: data["files"].update({"../x": {"bytes": 1, "sha256": ""}}),
+            "KeyError('../x') in files",
+        ),
     ],
-    ids=["model", "build", "target", "no graph", "unknown op", "broken graph", "no ranks", "no weight files"],
+    ids=lambda value: None if callable(value) else value[:30],
 )
 def test_a_signed_description_that_makes_no_sense_is_refused(
     change: Callable[[dict[str, Any]], None], reason: str, engine_dir: Path
