@@ -166,7 +166,9 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             room = min(room, self._llm.core.executor.max_input_len)
             prompts.append(self.tok_encode(context)[-room:])
             params.append(wanted)
-        texts = [output.outputs[0].text for output in self._llm.generate(prompts, params)]
+        # an LLM that knows no prefixes: scoring has written over the pages of those of earlier calls
+        llm = LLM.from_executor(self._llm.core.executor, self._tokenizer)
+        texts = [output.outputs[0].text for output in llm.generate(prompts, params)]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts

@@ -134,6 +134,26 @@ def test_the_engine_answers_as_the_harness_s_own_model(
     assert_alike(responses(harness, "trtc", f"engine_dir={engine},max_length={MAX_LENGTH}"), hf_responses)
 
 
+def test_scoring_between_two_generations_changes_neither(harness: Any, engine: Path) -> None:
+    """Scoring writes over pages of the cache, which the generation before it had filled."""
+    from lm_eval.api.instance import Instance
+    from trtc.runtime.evaluation.harness import EngineLM
+
+    def asked(kind: str, *arguments: Any) -> Any:
+        return Instance(kind, {}, arguments, 0)
+
+    model = EngineLM(engine)
+    prompt = asked(
+        "generate_until", "The council met on Monday to speak about the river. " * 4, {"max_gen_toks": 16}
+    )
+    first = model.generate_until([prompt])
+    model.loglikelihood(
+        [asked("loglikelihood", "A storm took the roof of the school. " * 8, "Nobody was hurt.")]
+    )
+    assert model.generate_until([prompt]) == first
+    model.close()
+
+
 def test_over_http(harness: Any, hf_responses: Responses, engine: Path) -> None:
     """The harness's model local-completions on `trtc serve`; it keeps two of its max_length tokens for itself."""
     pytest.importorskip("tenacity", reason="the harness's local-completions imports it")
