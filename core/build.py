@@ -7,21 +7,24 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from .atomic import atomic_directory
-from .checkpoint import Progress, WeightSource
+from .checkpoint import HFWeights, Progress, WeightSource
 from .config import KV_CACHE_DTYPES, BuildConfig, ModelConfig
 from .dtypes import MODEL_DTYPES
 from .engine import FILE_BYTES, RankPart, describe, map_files
 from .engine_files import DESCRIPTION, is_engine, write_description
 from .errors import BuildError, ConfigError
 from .graph import Graph
+from .hf import HFCheckpoint
 from .interpreter import interpret
 from .passes import Partition, optimize
-from .plugin_registry import Family
+from .plugin_registry import Family, plugins
 from .safetensors_io import SafetensorsWriter
+from .sharding import ShardingOptions
 from .spec import TensorSpec
 from .targets.base import Target, get_target
 from .text_files import copy_text_files
@@ -137,6 +140,19 @@ def build_engine(
             for part in _build_ranks(target, plans, first, source, build, folder, workers, progress)
         ]
         write_description(folder, describe(folder, model, build, parts, workers))
+
+
+def build_folder(model_dir: Path, output_dir: Path, **options: Any) -> None:
+    """Writes the engine of a Hugging Face folder, as `trtc build --model-dir ... --output-dir ...` does, in the dtype of its
+    config.json. options: those of `BuildConfig.for_model`. Raises TrtcError as `build_engine`, and for a folder that is none.
+    """
+    with HFCheckpoint.open(model_dir) as source:
+        family = plugins().family_of(source.config, str(model_dir / "config.json"))
+        model = family.config(source.config)
+        build = BuildConfig.for_model(model, **options)
+        sharding = ShardingOptions(tp_size=build.tp_size, pp_size=build.pp_size)
+        weights = HFWeights(source, family.weight_table(model), model, dtype=model.dtype, sharding=sharding)
+        build_engine(family, model, weights, build, output_dir, text_files=model_dir)
 
 
 def _build_ranks(

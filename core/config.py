@@ -9,13 +9,19 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypedDict, get_args, get_origin, get_type_hints
 
 from .dtypes import DType, parse_model_dtype
 from .errors import ConfigError
 
 MAX_LAYERS = 10_000
 """Far more than any model has; weights and graph are listed layer by layer, which takes minutes for millions."""
+
+
+class AttentionSizes(TypedDict):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,11 @@ class ModelConfig:
                 f"{self.family} config: num_heads {self.num_heads} is not a multiple of "
                 f"num_kv_heads {self.num_kv_heads}"
             )
+
+    @property
+    def attention_sizes(self) -> AttentionSizes:
+        """What `layers.self_attention` needs to know of the heads."""
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""

@@ -51,17 +51,21 @@ def self_attention(
     head_dim: int,
     scale: float | None = None,
     rotary_theta: float | None = None,
+    on_heads: Block | None = None,
 ) -> str:
     """Causal self-attention with projections `q`, `k`, `v`, `out` under `name`.
 
     x: [T, hidden]; returns [T, hidden]. `layer` is the slot of the KV cache; `scale` defaults to 1/sqrt(head_dim);
-    with `rotary_theta`, q and k are rotated by their positions.
+    with `rotary_theta`, q and k are rotated by their positions. `on_heads` is asked for what q and k, [T, heads, head_dim],
+    become before that: a norm, a rotation of its own; it gets the names `q_heads` and `k_heads`.
     """
     with g.scope(name):
         q, k, v = (
             g.add("reshape", linear(g, x, part), name=f"{part}.heads", shape=("T", heads, head_dim))
             for part, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads))
         )
+        if on_heads is not None:
+            q, k = (on_heads(g, t, f"{part}_heads") for part, t in (("q", q), ("k", k)))
         if rotary_theta is not None:
             q, k = (
                 g.add("rotary", t, "positions", name=f"{part}.rotary", theta=rotary_theta)

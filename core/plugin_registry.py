@@ -193,7 +193,9 @@ class PluginRegistry:
 
     def _known(self) -> str:
         known = [f"{f.name} ({', '.join(f.architectures)})" for f in self._families.values()]
-        return f"known families: {', '.join(known) or 'none'}; see `trtc plugins`"
+        broken = [info.name for info in self.plugins if info.error]
+        missing = f", not loaded: {', '.join(broken)}" if broken else ""
+        return f"known families: {', '.join(known) or 'none'}{missing}; see `trtc plugins`"
 
 
 def _check_logits(graph: Graph, config: ModelConfig, where: str) -> None:

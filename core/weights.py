@@ -202,6 +202,37 @@ class WeightRule:
         return Compose(self.transform) if isinstance(self.transform, tuple) else self.transform
 
 
+def linear_rules(
+    source: str,
+    name: str,
+    shape: tuple[Dim, Dim],
+    shard: Shard = Shard.REPLICATE,
+    *,
+    bias: bool = True,
+    transform: tuple[Transform, ...] = (),
+    transposed: bool = False,
+) -> list[WeightRule]:
+    """The rows of a linear layer: `<source>.weight`, which may be quantized, and with `bias` `<source>.bias`.
+
+    shape: [out, in]. shard: of the weight; the bias follows from it. transform: of both.
+    transposed: the checkpoint keeps the weight as [in, out].
+    """
+    steps = (Transpose(), *transform) if transposed else transform
+    rules = [WeightRule(f"{source}.weight", f"{name}.weight", shape, shard, steps, quantizable=True)]
+    if bias:
+        rules.append(WeightRule(f"{source}.bias", f"{name}.bias", shape[:1], shard.of_bias, transform))
+    return rules
+
+
+def norm_rules(
+    source: str | tuple[str, ...], name: str, *, bias: bool = True, size: Dim = "hidden_size"
+) -> list[WeightRule]:
+    """The rows of a norm over `size` numbers: `<source>.weight`, and with `bias` `<source>.bias`."""
+    sources = (source,) if isinstance(source, str) else source
+    parts = ("weight", "bias") if bias else ("weight",)
+    return [WeightRule(tuple(f"{s}.{part}" for s in sources), f"{name}.{part}", (size,)) for part in parts]
+
+
 @dataclass(frozen=True)
 class ResolvedWeight:
     """A rule applied to a configuration: one weight, all sizes known.

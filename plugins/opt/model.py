@@ -27,13 +27,7 @@ def compose(config: OptConfig, g: GraphBuilder) -> str:
 
 
 def _layer(config: OptConfig, g: GraphBuilder, x: str, layer: int) -> str:
-    attention = partial(
-        layers.self_attention,
-        layer=layer,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-    )
+    attention = partial(layers.self_attention, layer=layer, **config.attention_sizes)
     mlp = partial(layers.mlp, activation=config.activation)
     x = layers.residual(g, x, "attention", attention, layers.layer_norm, pre_norm=config.pre_norm)
     return layers.residual(g, x, "mlp", mlp, layers.layer_norm, pre_norm=config.pre_norm)

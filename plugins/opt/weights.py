@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ...core.sharding import Shard
-from ...core.weights import WeightRule, WeightTable
+from ...core.weights import WeightRule, WeightTable, linear_rules, norm_rules
 from .config import POSITION_OFFSET, OptConfig
 
 PREFIXES = ("model.decoder.", "decoder.", "model.", "")
@@ -39,43 +41,25 @@ def _ends(config: OptConfig) -> list[WeightRule]:
             WeightRule("project_in.weight", "embed.project_in.weight", ("hidden_size", "embed_size")),
             WeightRule("project_out.weight", "project_out.weight", ("embed_size", "hidden_size")),
         ]
-    if config.final_norm:
+    if config.final_norm and config.affine:
         # Some early exports call the final norm `layer_norm`.
-        rules += _norm(config, ("final_layer_norm", "layer_norm"), "final_norm")
+        rules += norm_rules(("final_layer_norm", "layer_norm"), "final_norm")
     return rules
 
 
 def _layers(config: OptConfig) -> list[WeightRule]:
-    hf, own = "layers.{i}", "layers.{i}"
+    hidden, ffn, linear = "hidden_size", "ffn_size", partial(linear_rules, bias=config.bias)
+    hf = own = "layers.{i}"
     rules = []
     for part in ("q", "k", "v"):
-        rules += _linear(config, f"{hf}.self_attn.{part}_proj", f"{own}.attention.{part}", "hidden_size", "hidden_size",
-                         Shard.HEADS)  # fmt: skip
-    rules += _linear(
-        config,
-        f"{hf}.self_attn.out_proj",
-        f"{own}.attention.out",
-        "hidden_size",
-        "hidden_size",
-        Shard.HEADS_ROW,
-    )
-    rules += _norm(config, (f"{hf}.self_attn_layer_norm",), f"{own}.attention_norm")
-    rules += _linear(config, f"{hf}.fc1", f"{own}.mlp.fc1", "ffn_size", "hidden_size", Shard.COLUMN)
-    rules += _linear(config, f"{hf}.fc2", f"{own}.mlp.fc2", "hidden_size", "ffn_size", Shard.ROW)
-    return rules + _norm(config, (f"{hf}.final_layer_norm",), f"{own}.mlp_norm")
-
-
-def _linear(config: OptConfig, hf: str, own: str, rows: str, columns: str, shard: Shard) -> list[WeightRule]:
-    weight = WeightRule(f"{hf}.weight", f"{own}.weight", (rows, columns), shard, quantizable=True)
-    return (
-        [weight, WeightRule(f"{hf}.bias", f"{own}.bias", (rows,), shard.of_bias)] if config.bias else [weight]
-    )
-
-
-def _norm(config: OptConfig, hf: tuple[str, ...], own: str) -> list[WeightRule]:
-    if not config.affine:
-        return []
-    return [
-        WeightRule(tuple(f"{name}.{part}" for name in hf), f"{own}.{part}", ("hidden_size",))
-        for part in ("weight", "bias")
-    ]
+        rules += linear(
+            f"{hf}.self_attn.{part}_proj", f"{own}.attention.{part}", (hidden, hidden), Shard.HEADS
+        )
+    rules += linear(f"{hf}.self_attn.out_proj", f"{own}.attention.out", (hidden, hidden), Shard.HEADS_ROW)
+    if config.affine:
+        rules += norm_rules(f"{hf}.self_attn_layer_norm", f"{own}.attention_norm")
+    rules += linear(f"{hf}.fc1", f"{own}.mlp.fc1", (ffn, hidden), Shard.COLUMN)
+    rules += linear(f"{hf}.fc2", f"{own}.mlp.fc2", (hidden, ffn), Shard.ROW)
+    if config.affine:
+        rules += norm_rules(f"{hf}.final_layer_norm", f"{own}.mlp_norm")
+    return rules

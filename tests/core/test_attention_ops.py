@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from trtc.core import layers
+from trtc.core.dtypes import DType
+from trtc.core.graph import Graph, GraphBuilder
 from trtc.core.ops import Cost, ReferenceContext, get_op
+from trtc.tests.tolerances import FLOAT64_ABS, max_error
+from trtc.tests.toy_decoder import random_weights, weight_rows
 
+from .graph_values import evaluate, three_rows
 from .op_calls import Array, close, cost, f32, i32, infer, run, values
 
 
@@ -97,6 +104,35 @@ def test_attention_over_an_fp8_cache(held: torch.dtype) -> None:
             attrs = {"layer": 0, "scale": 0.3, "cache_dtype": "float8_e4m3fn"}
             parts.append(run("attention", *new, *place, context=ReferenceContext(cache), **attrs))
         assert close(np.concatenate(parts), np_causal(q, *rounded, 0.3))
+
+
+def test_self_attention_asks_what_becomes_of_heads_of_q_and_k_before_they_are_rotated() -> None:
+    """Oracle: queries that are doubled, and keys that are trebled, give scores six times as large."""
+    names: list[str] = []
+
+    def scaled(g: GraphBuilder, heads: str, name: str) -> str:
+        names.append(f"{name} of {g.shape(heads)[1]}")
+        total = heads
+        for i in range({"q_heads": 1, "k_heads": 2}[name]):
+            total = g.add("add", total, heads, name=f"{name}.{i}")
+        return total
+
+    def graph(**how: Any) -> Graph:
+        shapes = {"a.q.weight": (12, 8), "a.k.weight": (6, 8), "a.v.weight": (6, 8), "a.out.weight": (8, 12)}
+        g = GraphBuilder(DType.FLOAT32, weight_rows(**shapes, embed__weight=(11, 8)))
+        x = layers.embedding(g, "token_ids", "embed")
+        heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 6}
+        return g.finish(layers.self_attention(g, x, "a", layer=0, rotary_theta=10.0, **heads, **how))
+
+    plain, inputs = graph(scale=0.6), three_rows(11)
+    weights = random_weights(plain)
+    assert (
+        max_error(
+            evaluate(graph(scale=0.1, on_heads=scaled), weights, inputs), evaluate(plain, weights, inputs)
+        )
+        <= FLOAT64_ABS
+    )
+    assert names == ["q_heads of 2", "k_heads of 1"]
 
 
 def test_cost_of_attention() -> None:

@@ -264,6 +264,12 @@ def test_an_unknown_architecture_or_family_is_refused_with_the_known_ones(site: 
         site.registry().family("nobody")
 
 
+def test_who_owns_an_architecture_may_be_a_plugin_that_did_not_load(site: Site) -> None:
+    site.add("one", FAMILY.replace("def trtc_compose", "def trtc_compos"))
+    with pytest.raises(ConfigError, match=r"'oneForCausalLM'; known families: opt .*, not loaded: one; see"):
+        site.registry().family_of({"architectures": ["oneForCausalLM"]})
+
+
 @pytest.mark.parametrize(
     ("hook", "body", "error"),
     [

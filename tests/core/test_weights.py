@@ -15,6 +15,8 @@ from trtc.core.weights import (
     Transpose,
     WeightRule,
     WeightTable,
+    linear_rules,
+    norm_rules,
     resolve_dim,
 )
 
@@ -105,6 +107,23 @@ def test_a_rule_takes_one_transform_or_several():
     several = WeightRule("a", "b", (1,), transform=(Transpose(), Chunk(0, 2)))
     assert single.steps == Transpose()
     assert several.steps == Compose((Transpose(), Chunk(0, 2)))
+
+
+def test_rows_of_a_linear_layer_and_of_a_norm():
+    """Oracle: the rows, written out."""
+    chunk = Chunk(1, 3)
+    assert linear_rules("a", "b", (4, 2), Shard.ROW, transform=(chunk,), transposed=True) == [
+        WeightRule("a.weight", "b.weight", (4, 2), Shard.ROW, (Transpose(), chunk), quantizable=True),
+        WeightRule("a.bias", "b.bias", (4,), Shard.REPLICATE, (chunk,)),
+    ]
+    assert linear_rules("a", "b", (4, 2), Shard.HEADS, bias=False) == [
+        WeightRule("a.weight", "b.weight", (4, 2), Shard.HEADS, (), quantizable=True)
+    ]
+    assert norm_rules(("a", "c"), "b", size="head_dim") == [
+        WeightRule(("a.weight", "c.weight"), "b.weight", ("head_dim",)),
+        WeightRule(("a.bias", "c.bias"), "b.bias", ("head_dim",)),
+    ]
+    assert norm_rules("a", "b", bias=False) == [WeightRule(("a.weight",), "b.weight", ("hidden_size",))]
 
 
 def test_expand_gives_every_layer_with_sizes_and_sources():

@@ -15,7 +15,7 @@ from trtc.core.graph import GraphBuilder
 from trtc.core.hf_config import HFConfigReader
 from trtc.core.hookspecs import hookimpl
 from trtc.core.sharding import Shard
-from trtc.core.weights import Chunk, Transpose, WeightRule, WeightTable
+from trtc.core.weights import Chunk, WeightRule, WeightTable, linear_rules, norm_rules
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 NORMS = {"ln_f": "final_norm", "h.{i}.ln_1": "layers.{i}.attention_norm", "h.{i}.ln_2": "layers.{i}.mlp_norm"}
@@ -83,34 +83,30 @@ def trtc_weight_table(config: Gpt2Config) -> WeightTable:
         WeightRule("lm_head.weight", "lm_head.weight", vocab, Shard.VOCAB_HEAD, tied_to=tied),
     ]
     for source, name in NORMS.items():
-        rules += [WeightRule(f"{source}.{part}", f"{name}.{part}", (hidden,)) for part in ("weight", "bias")]
+        rules += norm_rules(source, name)
+    linear = partial(linear_rules, transposed=True)  # a Conv1D keeps its weight as [in, out]
     for index, part in enumerate("qkv"):
-        rules += _conv1d("attn.c_attn", f"attention.{part}", square, Shard.HEADS, Chunk(index, 3))
-    rules += _conv1d("attn.c_proj", "attention.out", square, Shard.HEADS_ROW)
-    rules += _conv1d("mlp.c_fc", "mlp.fc1", ("ffn_size", hidden), Shard.COLUMN)
-    rules += _conv1d("mlp.c_proj", "mlp.fc2", (hidden, "ffn_size"), Shard.ROW)
+        chunk = (Chunk(index, 3),)
+        rules += linear(
+            "h.{i}.attn.c_attn", f"layers.{{i}}.attention.{part}", square, Shard.HEADS, transform=chunk
+        )
+    rules += linear("h.{i}.attn.c_proj", "layers.{i}.attention.out", square, Shard.HEADS_ROW)
+    rules += linear("h.{i}.mlp.c_fc", "layers.{i}.mlp.fc1", ("ffn_size", hidden), Shard.COLUMN)
+    rules += linear("h.{i}.mlp.c_proj", "layers.{i}.mlp.fc2", (hidden, "ffn_size"), Shard.ROW)
     masks = ("h.*.attn.bias", "h.*.attn.masked_bias")  # buffers that old checkpoints carry along
     return WeightTable(tuple(rules), prefixes=("transformer.", ""), ignore=masks)
-
-
-def _conv1d(hf: str, name: str, shape: tuple[str, str], shard: Shard, *parts: Chunk) -> list[WeightRule]:
-    """Rows of a Conv1D layer: its weight is [in, out], and q, k and v stand in one."""
-    hf, name = f"h.{{i}}.{hf}", f"layers.{{i}}.{name}"
-    return [
-        WeightRule(f"{hf}.weight", f"{name}.weight", shape, shard, (Transpose(), *parts), quantizable=True),
-        WeightRule(f"{hf}.bias", f"{name}.bias", shape[:1], shard.of_bias, parts),
-    ]
 
 
 @hookimpl
 def trtc_compose(config: Gpt2Config, g: GraphBuilder) -> str:
     norm = partial(layers.layer_norm, eps=config.eps)
     mlp = partial(layers.mlp, activation=config.activation)
-    heads: dict[str, Any] = {n: getattr(config, n) for n in ("num_heads", "num_kv_heads", "head_dim")}
     positions = layers.embedding(g, "positions", "embed.positions")
     x = g.add("add", layers.embedding(g, "token_ids", "embed.tokens"), positions, name="embed")
     for i in range(config.num_layers):
-        attention = partial(layers.self_attention, layer=i, scale=config.attention_scale(i), **heads)
+        attention = partial(
+            layers.self_attention, layer=i, scale=config.attention_scale(i), **config.attention_sizes
+        )
         with g.scope(f"layers.{i}"):
             x = layers.residual(g, x, "attention", attention, norm, pre_norm=True)
             x = layers.residual(g, x, "mlp", mlp, norm, pre_norm=True)

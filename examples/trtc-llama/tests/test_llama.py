@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from trtc.core.build import build_engine
-from trtc.core.checkpoint import HFWeights
-from trtc.core.config import BuildConfig
+from trtc.core.build import build_folder
 from trtc.core.errors import ConfigError
-from trtc.core.hf import HFCheckpoint
 from trtc.core.plugin_registry import plugins
-from trtc.core.sharding import ShardingOptions
+from trtc.runtime.evaluation.perplexity import engine_logits
 from trtc.runtime.llm import LLM
 from trtc.runtime.load import load_executor
 from trtc.runtime.sampling_params import SamplingParams
-from trtc.runtime.step_input import StepInput
 
 TINY: dict[str, Any] = {
     "vocab_size": 101,
@@ -67,31 +62,15 @@ def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
 def engine_dir(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     model.save_pretrained(folder / "hf")
-    with HFCheckpoint.open(folder / "hf") as source:
-        family = plugins().family_of(source.config)
-        assert family.name == "llama"
-        config = family.config(source.config)
-        table = family.weight_table(config)
-        weights = HFWeights(source, table, config, dtype=config.dtype, sharding=ShardingOptions())
-        build = BuildConfig(max_input_len=16, max_seq_len=96)
-        build_engine(family, config, weights, build, folder / "engine")
+    build_folder(folder / "hf", folder / "engine", max_input_len=16, max_seq_len=96)
     return folder / "engine"
-
-
-def logits(engine_dir: Path, token_ids: Sequence[int]) -> torch.Tensor:
-    """[len(token_ids), vocab_size] float32: the logits after every token of one short sequence."""
-    every = np.arange(len(token_ids), dtype=np.int32)
-    length, page = np.array([len(token_ids)], np.int32), np.zeros((1, 1), np.int32)
-    step = StepInput(
-        np.array(token_ids, np.int32), every, np.array([0, *length], np.int32), length, page, every
-    )
-    return load_executor(engine_dir).execute(step)
 
 
 def test_logits_are_those_of_transformers(model: LlamaForCausalLM, engine_dir: Path) -> None:
     with torch.no_grad():
         expected = model(torch.tensor([PROMPTS[1]])).logits[0]
-    torch.testing.assert_close(logits(engine_dir, PROMPTS[1]), expected, atol=1e-4, rtol=0)
+    logits = engine_logits(load_executor(engine_dir))(PROMPTS[1])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 def test_greedy_tokens_are_those_of_transformers(model: LlamaForCausalLM, engine_dir: Path) -> None:

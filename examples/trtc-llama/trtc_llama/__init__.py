@@ -15,7 +15,7 @@ from trtc.core.graph import GraphBuilder
 from trtc.core.hf_config import HFConfigReader
 from trtc.core.hookspecs import hookimpl
 from trtc.core.sharding import Shard
-from trtc.core.weights import WeightRule, WeightTable
+from trtc.core.weights import WeightRule, WeightTable, linear_rules, norm_rules
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
@@ -82,33 +82,29 @@ def trtc_weight_table(config: LlamaConfig) -> WeightTable:
     rules = [
         WeightRule("embed_tokens.weight", "embed.tokens.weight", vocab, Shard.EMBEDDING),
         WeightRule("lm_head.weight", "lm_head.weight", vocab, Shard.VOCAB_HEAD, tied_to=tied),
-        WeightRule("norm.weight", "final_norm.weight", (hidden,)),
-        WeightRule("layers.{i}.input_layernorm.weight", "layers.{i}.attention_norm.weight", (hidden,)),
-        WeightRule("layers.{i}.post_attention_layernorm.weight", "layers.{i}.mlp_norm.weight", (hidden,)),
-        *_linear("self_attn.q_proj", "attention.q", (q, hidden), Shard.HEADS, config.attention_bias),
-        *_linear("self_attn.k_proj", "attention.k", (kv, hidden), Shard.HEADS, config.attention_bias),
-        *_linear("self_attn.v_proj", "attention.v", (kv, hidden), Shard.HEADS, config.attention_bias),
-        *_linear("self_attn.o_proj", "attention.out", (hidden, q), Shard.HEADS_ROW, config.attention_bias),
-        *_linear("mlp.gate_proj", "mlp.gate", (ffn, hidden), Shard.COLUMN, config.mlp_bias),
-        *_linear("mlp.up_proj", "mlp.up", (ffn, hidden), Shard.COLUMN, config.mlp_bias),
-        *_linear("mlp.down_proj", "mlp.down", (hidden, ffn), Shard.ROW, config.mlp_bias),
+        *norm_rules("norm", "final_norm", bias=False),
+        *norm_rules("layers.{i}.input_layernorm", "layers.{i}.attention_norm", bias=False),
+        *norm_rules("layers.{i}.post_attention_layernorm", "layers.{i}.mlp_norm", bias=False),
     ]
+    for hf, name, shape, shard, bias in (
+        ("self_attn.q_proj", "attention.q", (q, hidden), Shard.HEADS, config.attention_bias),
+        ("self_attn.k_proj", "attention.k", (kv, hidden), Shard.HEADS, config.attention_bias),
+        ("self_attn.v_proj", "attention.v", (kv, hidden), Shard.HEADS, config.attention_bias),
+        ("self_attn.o_proj", "attention.out", (hidden, q), Shard.HEADS_ROW, config.attention_bias),
+        ("mlp.gate_proj", "mlp.gate", (ffn, hidden), Shard.COLUMN, config.mlp_bias),
+        ("mlp.up_proj", "mlp.up", (ffn, hidden), Shard.COLUMN, config.mlp_bias),
+        ("mlp.down_proj", "mlp.down", (hidden, ffn), Shard.ROW, config.mlp_bias),
+    ):
+        rules += linear_rules(f"layers.{{i}}.{hf}", f"layers.{{i}}.{name}", shape, shard, bias=bias)
     # Old checkpoints carry the frequencies of the rotation along.
     return WeightTable(tuple(rules), prefixes=("model.", ""), ignore=("*rotary_emb.inv_freq",))
-
-
-def _linear(hf: str, name: str, shape: tuple[str, str], shard: Shard, bias: bool) -> list[WeightRule]:
-    hf, name = f"layers.{{i}}.{hf}", f"layers.{{i}}.{name}"
-    weight = WeightRule(f"{hf}.weight", f"{name}.weight", shape, shard, quantizable=True)
-    return [weight, WeightRule(f"{hf}.bias", f"{name}.bias", shape[:1], shard.of_bias)] if bias else [weight]
 
 
 @hookimpl
 def trtc_compose(config: LlamaConfig, g: GraphBuilder) -> str:
     norm = partial(layers.rms_norm, eps=config.eps)
     mlp = partial(layers.gated_mlp, activation=config.activation)
-    heads: dict[str, Any] = {n: getattr(config, n) for n in ("num_heads", "num_kv_heads", "head_dim")}
-    attention = partial(layers.self_attention, rotary_theta=config.rope_theta, **heads)
+    attention = partial(layers.self_attention, rotary_theta=config.rope_theta, **config.attention_sizes)
     x = layers.embedding(g, "token_ids", "embed.tokens")
     for i in range(config.num_layers):
         with g.scope(f"layers.{i}"):
