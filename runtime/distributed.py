@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from ..core.errors import TargetError, TrtcError
+from .cpu_threads import limit_threads
 from .gpus import set_defaults
 from .heartbeat import Heartbeat
 from .placement import INTERFACE, Placement, require_interface
@@ -274,7 +275,8 @@ def join(place: Placement) -> RankGroup:
         prefix = f"job{next(_numbers)}"
         store = PrefixStore(prefix, rendezvous)
         host = socket.gethostname()
-        store.set(f"rank/{place.rank}", json.dumps({"host": host, "process": os.getpid()}))
+        mine = {"host": host, "process": os.getpid(), "processors": sorted(os.sched_getaffinity(0))}
+        store.set(f"rank/{place.rank}", json.dumps(mine))
         ranks: list[dict[str, Any]] = [json.loads(store.get(f"rank/{r}")) for r in range(place.size)]
     except dist.DistError as error:
         raise TargetError(
@@ -282,7 +284,7 @@ def join(place: Placement) -> RankGroup:
         ) from None
     local = hosts[: place.rank].count(host) if place.local_rank is None else place.local_rank
     names = [f"rank {r} on {who['host']} (process {who['process']})" for r, who in enumerate(ranks)]
-    _share_cores(hosts.count(host))
+    limit_threads([who["processors"] for who in ranks if who["host"] == host])
     if len(set(hosts)) == 1 and _LOOPBACK in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault(INTERFACE, _LOOPBACK)  # one host: nothing leaves it
     watched = rendezvous.clone()  # type: ignore[attr-defined]  # torch's stubs do not have it
@@ -297,13 +299,6 @@ def join_parts(parts: torch.Tensor, axis: int) -> torch.Tensor:
     axis %= len(shape)
     shape[axis] *= count
     return parts.movedim(0, axis).reshape(shape)
-
-
-def _share_cores(neighbours: int) -> None:
-    """Ranks on one host would slow each other down if each used a thread for every core."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        fair = max(1, (os.cpu_count() or 1) // neighbours)
-        torch.set_num_threads(min(torch.get_num_threads(), fair))
 
 
 @cache
