@@ -123,6 +123,12 @@ def _is_json(value: Any) -> bool:
 def _infer(draft: Node, specs: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
     """What the op's shape rule gives, which may be a plugin's. Raises GraphError, naming the node, for what it raises."""
     op = get_op(draft.op)
+    unknown = sorted(draft.attrs.keys() - set(draft.attrs if op.attrs is None else op.attrs))
+    if unknown:
+        accepted = ", ".join(op.attrs or ()) or "none"
+        raise GraphError(
+            f"{draft.op} '{draft.name}': attribute {unknown[0]!r} is not known; accepted: {accepted}"
+        )
     if len(draft.inputs) > op.max_inputs:
         raise GraphError(
             f"{draft.op} '{draft.name}': has {len(draft.inputs)} inputs; accepted: at most {op.max_inputs}"

@@ -139,7 +139,16 @@ def _rotary_reference(
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
-ATTENTION = register(Op("attention", _attention, _attention_reference, _attention_flops, _attention_bytes))
+ATTENTION = register(
+    Op(
+        "attention",
+        _attention,
+        _attention_reference,
+        _attention_flops,
+        _attention_bytes,
+        attrs=("layer", "scale", "cache_dtype"),
+    )
+)
 """`attention(q[T, heads, head_dim], k[T, kv_heads, head_dim], v, query_start[B+1], kv_length[B], page_table[B, P];
 layer, scale, cache_dtype?)` -> [T, heads, head_dim].
 
@@ -149,5 +158,5 @@ its last tokens; kv_length[b] counts all its tokens, these included. With cache_
 they are appended, so that a token sees the same whatever steps the others came in. Source: arXiv:1706.03762, pages:
 arXiv:2309.06180.
 """
-ROTARY = register(Op("rotary", _rotary, _rotary_reference, column_wise=True))
+ROTARY = register(Op("rotary", _rotary, _rotary_reference, column_wise=True, attrs=("theta",)))
 """`rotary(x[T, heads, head_dim], positions[T]; theta)`: halves rotated against each other. Source: arXiv:2104.09864."""

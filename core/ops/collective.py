@@ -70,14 +70,20 @@ def _sum_norm_flops(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapp
     return _sum_flops(sig, outputs, sizes) + added + NORM_FLOPS * outputs[0].numel(sizes)
 
 
-ALL_REDUCE = register(Op("all_reduce", _all_reduce, _all_reduce_reference, _sum_flops))
+ALL_REDUCE = register(Op("all_reduce", _all_reduce, _all_reduce_reference, _sum_flops, attrs=("tp_size",)))
 """`all_reduce(x; tp_size)`: the sum over the ranks, on every rank."""
 ALL_REDUCE_NORM = register(
-    Op("all_reduce_norm", _all_reduce_norm, _all_reduce_norm_reference, _sum_norm_flops)
+    Op(
+        "all_reduce_norm",
+        _all_reduce_norm,
+        _all_reduce_norm_reference,
+        _sum_norm_flops,
+        attrs=("tp_size", "norm", "eps"),
+    )
 )
 """`all_reduce_norm(x, residual?, weight?, bias?; tp_size, norm, eps)` -> (the sum over the ranks + residual, its norm).
 
 norm: layer or rms.
 """
-ALL_GATHER = register(Op("all_gather", _all_gather, _all_gather_reference))
+ALL_GATHER = register(Op("all_gather", _all_gather, _all_gather_reference, attrs=("axis", "tp_size")))
 """`all_gather(x; axis, tp_size)`: the ranks' parts, in rank order along `axis`, on every rank."""

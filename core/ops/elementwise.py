@@ -52,7 +52,7 @@ def _cast_reference(_: ReferenceContext, attrs: Attrs, x: torch.Tensor) -> torch
     return x.to(to_torch(dtype))
 
 
-ACTIVATION = register(Op("activation", _activation, _activation_reference))
-ADD = register(Op("add", _binary, lambda ctx, attrs, a, b: a + b))
-MUL = register(Op("mul", _binary, lambda ctx, attrs, a, b: a * b))
-CAST = register(Op("cast", _cast, _cast_reference, no_flops))
+ACTIVATION = register(Op("activation", _activation, _activation_reference, attrs=("kind",)))
+ADD = register(Op("add", _binary, lambda ctx, attrs, a, b: a + b, attrs=()))
+MUL = register(Op("mul", _binary, lambda ctx, attrs, a, b: a * b, attrs=()))
+CAST = register(Op("cast", _cast, _cast_reference, no_flops, attrs=("dtype",)))

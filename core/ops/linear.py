@@ -112,14 +112,25 @@ def _embedding_bytes(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Map
     return sig[0].nbytes(sizes) + 2 * outputs[0].nbytes(sizes)  # only the rows looked up are read
 
 
-LINEAR = register(Op("linear", _linear, _linear_reference, _linear_flops))
+LINEAR = register(
+    Op("linear", _linear, _linear_reference, _linear_flops, attrs=("activation", "norm", "eps"))
+)
 """`linear(x[..., in], weight[out, in], bias[out]?, residual[..., out]?; activation?, norm?, eps?)` -> [..., out]:
 activation(norm(x) weight^T + bias) + residual, with a norm that has no weights.
 
 Families write the first three inputs; passes fuse the rest in for targets that run it as one kernel.
 """
 
-EMBEDDING = register(Op("embedding", _embedding, _embedding_reference, no_flops, _embedding_bytes))
+EMBEDDING = register(
+    Op(
+        "embedding",
+        _embedding,
+        _embedding_reference,
+        no_flops,
+        _embedding_bytes,
+        attrs=("offset", "masked", "position_offset"),
+    )
+)
 """`embedding(ids[T], table[rows, features], positions[T]?, position_table[rows, features]?; offset, masked?,
 position_offset?)` -> [T, features]: row `id + offset`, plus the position's row where a pass fused that in.
 

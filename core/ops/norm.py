@@ -93,8 +93,8 @@ def _after_add(norm: Norm) -> Callable[..., Any]:
     return reference
 
 
-LAYER_NORM = register(Op("layer_norm", _infer, _plain(layer_norm), _flops))
-RMS_NORM = register(Op("rms_norm", _infer, _plain(rms_norm), _flops))
-ADD_LAYER_NORM = register(Op("add_layer_norm", _infer_add, _after_add(layer_norm), _flops))
+LAYER_NORM = register(Op("layer_norm", _infer, _plain(layer_norm), _flops, attrs=("eps",)))
+RMS_NORM = register(Op("rms_norm", _infer, _plain(rms_norm), _flops, attrs=("eps",)))
+ADD_LAYER_NORM = register(Op("add_layer_norm", _infer_add, _after_add(layer_norm), _flops, attrs=("eps",)))
 """`add_layer_norm(x, residual, weight?, bias?; eps)` -> (x + residual, its layer norm)."""
-ADD_RMS_NORM = register(Op("add_rms_norm", _infer_add, _after_add(rms_norm), _flops))
+ADD_RMS_NORM = register(Op("add_rms_norm", _infer_add, _after_add(rms_norm), _flops, attrs=("eps",)))

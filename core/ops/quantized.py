@@ -97,13 +97,21 @@ def _linear_flops(sig: Signature, outputs: tuple[TensorSpec, ...], sizes: Mappin
     return 2 * outputs[0].numel(sizes) * in_features
 
 
-DEQUANTIZE = register(Op("dequantize", _infer_dequantize, _dequantize_reference, folds=False))
+DEQUANTIZE = register(Op("dequantize", _infer_dequantize, _dequantize_reference, folds=False, attrs=()))
 """`dequantize(integers, scale, zero?)` -> [out, in] in the dtype of the scales: (integers - zero) * scale.
 
 integers: int8 or float8_e4m3fn [out, in], or uint8 [out, in / 2] with two of four bits each; scale: [out], or [out, groups];
 zero: int8 of the shape of the scales. Never evaluated by the build: that would undo what quantization is for.
 """
-QUANTIZED_LINEAR = register(Op("quantized_linear", _infer_linear, _linear_reference, _linear_flops))
+QUANTIZED_LINEAR = register(
+    Op(
+        "quantized_linear",
+        _infer_linear,
+        _linear_reference,
+        _linear_flops,
+        attrs=("activation", "norm", "eps", "activations"),
+    )
+)
 """`quantized_linear(x[..., in], integers, scale, zero?, bias[out]?, residual[..., out]?, norm_scale[in]?, norm_shift[in]?;
 activation?, norm?, eps?, activations?)` -> [..., out]: `linear` with the weight that `dequantize` gives, and a norm that may
 have weights. A pass makes it for targets that read integers in the product. With activations fp8, the rows that are multiplied

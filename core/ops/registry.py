@@ -138,6 +138,8 @@ class Op:
     """Whether place j of axis 1 of every output (a head of [T, heads, head_dim], a column of [T, columns]) depends on place j
     of that axis of the inputs only, whatever the size of the axis: then ranks that share the axis each run the op on their
     part. Inputs that are not shared (positions) are whole on every rank."""
+    attrs: tuple[str, ...] | None = None
+    """Names of the attributes that there are, so that no other is passed in vain; None: any."""
 
     @cached_property
     def max_inputs(self) -> float:
@@ -164,9 +166,14 @@ _OPS: dict[str, Op] = {}
 
 
 def register(op: Op) -> Op:
-    """Adds `op` to the table. Raises GraphError when another op has the name."""
-    if _OPS.setdefault(op.name, op) != op:
+    """Adds `op` to the table. Raises GraphError when another op has the name, or its reference cannot be called."""
+    if _OPS.get(op.name, op) != op:
         raise GraphError(f"op {op.name!r} is registered twice; a plugin's ops need names of their own")
+    if op.max_inputs < 0:
+        raise GraphError(
+            f"op {op.name!r}: its reference takes fewer arguments than context and attrs, which come before inputs"
+        )
+    _OPS[op.name] = op
     return op
 
 

@@ -17,5 +17,7 @@ def _reference(_: ReferenceContext, attrs: Attrs, *inputs: Any) -> NoReturn:
     raise AssertionError("inputs and weights are bound by the interpreter, not computed")
 
 
-INPUT = register(Op("input", _infer, _reference, no_flops, no_flops))
-WEIGHT = register(Op("weight", _infer, _reference, no_flops, no_flops))
+INPUT = register(Op("input", _infer, _reference, no_flops, no_flops, attrs=("dtype", "shape")))
+WEIGHT = register(
+    Op("weight", _infer, _reference, no_flops, no_flops, attrs=("dtype", "shape", "shard", "unit", "head"))
+)

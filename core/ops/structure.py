@@ -91,8 +91,10 @@ def _moves_output(_: Signature, outputs: tuple[TensorSpec, ...], sizes: Mapping[
     return 2 * outputs[0].nbytes(sizes)
 
 
-RESHAPE = register(Op("reshape", _reshape, _reshape_reference, no_flops, _moves_nothing))
-CONCAT = register(Op("concat", _concat, lambda ctx, attrs, *xs: torch.cat(xs, attrs["axis"]), no_flops))
+RESHAPE = register(Op("reshape", _reshape, _reshape_reference, no_flops, _moves_nothing, attrs=("shape",)))
+CONCAT = register(
+    Op("concat", _concat, lambda ctx, attrs, *xs: torch.cat(xs, attrs["axis"]), no_flops, attrs=("axis",))
+)
 SPLIT = register(
     Op(
         "split",
@@ -100,10 +102,15 @@ SPLIT = register(
         lambda ctx, attrs, x: torch.split(x, list(attrs["sizes"]), attrs["axis"]),
         no_flops,
         _moves_nothing,
+        attrs=("axis", "sizes"),
     )
 )
-SLICE = register(Op("slice", _slice, _slice_reference, no_flops, _moves_nothing))
-TRANSPOSE = register(Op("transpose", _transpose, lambda ctx, attrs, x: x.t(), no_flops, _moves_nothing))
+SLICE = register(
+    Op("slice", _slice, _slice_reference, no_flops, _moves_nothing, attrs=("axis", "start", "stop"))
+)
+TRANSPOSE = register(
+    Op("transpose", _transpose, lambda ctx, attrs, x: x.t(), no_flops, _moves_nothing, attrs=())
+)
 SELECT_ROWS = register(
     Op(
         "select_rows",
@@ -111,6 +118,7 @@ SELECT_ROWS = register(
         lambda ctx, attrs, x, index: x.index_select(0, index),
         no_flops,
         _moves_output,
+        attrs=(),
     )
 )
 """`select_rows(x[T, ...], index[R])` -> [R, ...]: the rows whose logits are wanted, before the head is applied."""

@@ -289,6 +289,8 @@ def test_the_builder_refuses_what_does_not_fit() -> None:
         g.add("linear", x, g.weight("a.b"), name="y")
     with pytest.raises(GraphError, match="mul 'm': input %nothing is not defined"):
         g.add("mul", x, "nothing", name="m")
+    with pytest.raises(GraphError, match="layer_norm 'n': attribute 'epsilon' is not known; accepted: eps"):
+        g.add("layer_norm", x, name="n", eps=1.0, epsilon=1e-5)
     with pytest.raises(GraphError, match=r"split 's' has 2 outputs; add_many returns them all"):
         g.add("split", x, name="s", axis=1, sizes=(4, 4))
     with pytest.raises(GraphError, match=r"split 't': attribute sizes is 4; accepted: sizes of at least 0"):

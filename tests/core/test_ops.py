@@ -271,3 +271,11 @@ def test_an_op_is_registered_once() -> None:
     with pytest.raises(GraphError, match="op 'linear' is registered twice"):
         register(Op("linear", linear.infer, linear.reference))
     assert get_op("linear") is linear
+
+
+def test_an_op_whose_reference_cannot_be_called_is_refused() -> None:
+    with pytest.raises(
+        GraphError, match="op 'mine': its reference takes fewer arguments than context and attrs"
+    ):
+        register(Op("mine", get_op("add").infer, lambda x: x))
+    assert "mine" not in op_names()
