@@ -239,6 +239,7 @@ def _from_trtc_checkpoint(args: argparse.Namespace, stack: ExitStack) -> Source:
     dtype = parse_model_dtype(checkpoint.config["model"].get("dtype", ""), where)
     family = plugins().family(args.model or str(checkpoint.config["model"].get("family")))
     model = dataclasses.replace(family.config(checkpoint.config["hf_config"]), dtype=dtype)
+    checkpoint.check_model(model)
     return Source(family, model, checkpoint, args.checkpoint_dir)
 
 

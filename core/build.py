@@ -17,7 +17,7 @@ from .config import KV_CACHE_DTYPES, BuildConfig, ModelConfig
 from .dtypes import MODEL_DTYPES
 from .engine import FILE_BYTES, RankPart, describe, map_files
 from .engine_files import DESCRIPTION, is_engine, write_description
-from .errors import BuildError, ConfigError
+from .errors import BuildError, CheckpointError, ConfigError
 from .graph import Graph
 from .hf import HFCheckpoint
 from .interpreter import interpret
@@ -43,7 +43,7 @@ def plan(
     """What `rank` will run, and how its weights are made. `trace` is told the graph after composition and each pass.
 
     Raises ConfigError when target and model or options do not fit, GraphError when a pass or the family breaks a rule,
-    BuildError for a graph that the target does not run.
+    BuildError for a graph that the target does not run, CheckpointError for weights of other shapes or types.
     """
     target = get_target(build.target)
     can = target.capabilities(build)
@@ -84,7 +84,21 @@ def plan(
         trace=trace,
     )
     target.check(planned.graph, build)
+    _check_weights(planned, source, source.sharding.place(rank)[1])
     return planned
+
+
+def _check_weights(planned: Partition, source: WeightSource, member: int) -> None:
+    """Raises CheckpointError, naming them all, for weights that are not what the plan reads."""
+    nodes = [node for node in planned.graph.weights if node.name not in planned.recipes]
+    nodes += [node for recipe in planned.recipes.values() for node in recipe.weights]
+    wanted = {node.name: node.outputs[0] for node in nodes}
+    found = {name: TensorSpec(source.dtype(member, name), source.shape(member, name)) for name in wanted}
+    wrong = [
+        f"{name} is {found[name]}, not {spec}" for name, spec in sorted(wanted.items()) if found[name] != spec
+    ]
+    if wrong:
+        raise CheckpointError(f"weights do not fit the model's configuration: {'; '.join(wrong)}")
 
 
 def _require_ops(graph: Graph, ops: frozenset[str], target: str) -> None:

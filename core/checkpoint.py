@@ -219,6 +219,17 @@ class TrtcCheckpoint:
         """The shard of `name` that `rank` holds, in fresh memory."""
         return self._file(rank).read(self.aliases.get(name, name))
 
+    def check_model(self, model: ModelConfig) -> None:
+        """Raises CheckpointError unless `model`, which a family has read from `config["hf_config"]`, is the one that was
+        converted, as far as both know its fields.
+        """
+        read = json.loads(json.dumps(model.to_json()))
+        for name, value in self.config["model"].items():
+            if name in read.keys() - {"family"} and (type(value), value) != (type(read[name]), read[name]):
+                raise CheckpointError(
+                    f"{self.path / 'config.json'}: model has {name} {value!r}, hf_config gives {read[name]!r}; convert again"
+                )
+
     def verify(self) -> None:
         """Reads every file and raises CheckpointError, naming the file, when its sha256 is not the recorded
         one.
@@ -277,8 +288,7 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
 
 
 def _check_files(path: Path, files: dict[str, Any], tp_size: int) -> None:
-    expected = {_rank_file(rank) for rank in range(tp_size)}
-    if files.keys() != expected:
+    if len(files) != tp_size or files.keys() != set(map(_rank_file, range(tp_size))):
         raise CheckpointError(
             f"{path / 'config.json'}: files {', '.join(sorted(files))} do not fit tp_size {tp_size}"
         )
@@ -297,5 +307,5 @@ def _check_files(path: Path, files: dict[str, Any], tp_size: int) -> None:
 def _check_aliases(aliases: dict[str, Any], names: Iterable[str], where: str) -> None:
     names = set(names)
     for name, owner in aliases.items():
-        if name in names or owner not in names:
+        if name in names or not isinstance(owner, str) or owner not in names:
             raise CheckpointError(f"{where}: alias {name!r} of {owner!r} does not fit the tensors of rank 0")

@@ -124,6 +124,18 @@ def run(*options: object, engine: Callable[[Room], Path] = Room.engine) -> Calla
     return lambda room: ["run", "--engine-dir", engine(room), *options]
 
 
+def build_edited(**changes: dict[str, object]) -> Callable[[Room], list[object]]:
+    """A build from a checkpoint with objects in its config.json changed."""
+
+    def command(room: Room) -> list[object]:
+        folder = room.checkpoint()
+        config = json.loads((folder / "config.json").read_text())
+        edit_json(folder / "config.json", {name: config[name] | change for name, change in changes.items()})
+        return ["build", "--checkpoint-dir", folder, "--output-dir", room.output]
+
+    return command
+
+
 def engine_edit(**changes: object) -> Callable[[Room], Path]:
     def make(room: Room) -> Path:
         folder = room.engine()
@@ -280,6 +292,15 @@ ROWS = [
         lambda r: ["build", "--checkpoint-dir", r.checkpoint(), "--dtype", "float32", "--output-dir", r.output],
         ("--dtype", "--checkpoint-dir"),
     ),
+    Row("checkpoint edited to another width", build_edited(hf_config={"ffn_dim": 500}),
+        ("config.json: model has ffn_size 512, hf_config gives 500",)),
+    Row("checkpoint edited to fewer layers", build_edited(hf_config={"num_hidden_layers": 3}),
+        ("config.json: model has num_layers 4, hf_config gives 3",)),
+    Row("checkpoint edited to another width throughout",
+        build_edited(hf_config={"ffn_dim": 500}, model={"ffn_size": 500}),
+        ("layers.0.mlp.fc1.weight is float16[512, 128], not float16[500, 128]", "layers.3.mlp.fc2.weight")),
+    Row("checkpoint with an alias of nothing", build_edited(aliases={"lm_head.weight": ["x"]}), ("alias 'lm_head", "['x']")),
+    Row("checkpoint of more ranks than can be", build_edited(sharding={"tp_size": 10**15}), ("do not fit tp_size 1000",)),
     # engines
     Row("engine folder missing", run(*TEXT, engine=lambda r: r.tmp / "none"), ("none", "no such folder")),
     Row("not an engine", run(*TEXT, engine=Room.hf), ("engine.json",)),
