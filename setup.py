@@ -1,5 +1,6 @@
 """Packaging of trtc. The repository root is the package `trtc`; its folders are its sub-packages."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -17,7 +18,14 @@ def version() -> str:
 
 
 class BuildPackage(build_py):
-    """The root folder is the package, but this script, which lies in it, is not part of it."""
+    """The root folder is the package, but this script, which lies in it, is not part of it.
+
+    Nor is what an older version had: `pip install .` leaves it in build/, from where setuptools would pack it again.
+    """
+
+    def run(self):
+        shutil.rmtree(Path(self.build_lib, "trtc"), ignore_errors=True)
+        super().run()
 
     def find_package_modules(self, package, package_dir):
         modules = super().find_package_modules(package, package_dir)

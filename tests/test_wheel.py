@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ ROOMS = {"core", "kernels", "runtime", "plugins", "cli"}
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that the checkout gets no build folder."""
+    """Built from a copy, so that the checkout gets no build folder; this one has that of an older version."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     files = subprocess.run(
@@ -30,6 +31,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             if (ROOT / name).is_file():
                 target.write_bytes((ROOT / name).read_bytes())
+    older = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    (older / "trtc" / "formerly").mkdir(parents=True)
+    (older / "trtc" / "formerly" / "module.py").touch()
     command = [
         sys.executable,
         "-m",
