@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...dtypes import DType, from_torch
-from ...errors import BuildError
+from ...errors import BuildError, TrtcError
 from ...graph import Graph, Node
 from ...spec import TensorSpec
 from .attention import FUSED_OR_NOT, Attend, NativeAttention, PaddedBatch
@@ -106,21 +106,32 @@ class Lowering:
         """What a plugin makes of the node; its tensors get the graph's names."""
         inputs = [self.value(node, i) if self.given(node, i) else None for i in range(len(node.inputs))]
         self.network.plugins[node.op] = None
-        made = self.options.plugins[node.op](self.network.definition, node, inputs)
+        where = f"{node.op} '{node.name}': its lowering (hook trtc_tensorrt_plugins)"
+        try:
+            made = self.options.plugins[node.op](self.network.definition, node, inputs)
+        except TrtcError:
+            raise
+        except Exception as error:
+            raise BuildError(f"{where} raised {type(error).__name__}: {error}") from error
         if made is None:
             raise self.network.log.error(
                 f"{self.network.flavour}: plugin layer '{node.name}' cannot be added"
             )
+        if not isinstance(made, tuple | list) or len(made) != len(node.tensors):
+            raise BuildError(f"{where} returned {made!r}, not a tuple of {len(node.tensors)} tensors")
         for name, tensor in zip(node.tensors, made, strict=True):
+            if not isinstance(tensor, self.network.trt.ITensor):
+                raise BuildError(f"{where} returned {tensor!r} for %{name}, not an ITensor")
             tensor.name = name
         return made
 
     def _check(self, node: Node, spec: TensorSpec, tensor: ITensor) -> None:
-        """A wrong type here is a mistake of the op's lowering."""
+        """A wrong type here is a mistake of the op's lowering, which may be a plugin's."""
         shape, wanted = tuple(tensor.shape), tuple(d if isinstance(d, int) else -1 for d in spec.shape)
         fits = len(shape) == len(wanted) and all(w in (-1, s) for s, w in zip(shape, wanted, strict=True))
         right = fits and tensor.dtype == self.network.data_type(spec.dtype)
-        assert right, f"{node.op} '{node.name}': lowered to {tensor.dtype}{list(shape)}, not {spec}"
+        if not right:
+            raise BuildError(f"{node.op} '{node.name}': lowered to {tensor.dtype}{list(shape)}, not {spec}")
 
     def spec(self, node: Node, index: int) -> TensorSpec:
         """Type of a node's input."""

@@ -103,6 +103,43 @@ def test_op_of_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "doubled" in TARGET.capabilities(BUILD).ops
 
 
+@pytest.mark.parametrize(
+    ("lowering", "message"),
+    [
+        (lambda network, node, inputs: 1 / 0, "raised ZeroDivisionError: division by zero"),
+        (lambda network, node, inputs: inputs[0], "returned <.*>, not a tuple of 1 tensors"),
+        (lambda network, node, inputs: (inputs[0], inputs[0]), "returned .*, not a tuple of 1 tensors"),
+        (lambda network, node, inputs: (node,), "returned Node.* for %twice, not an ITensor"),
+    ],
+)
+def test_a_lowering_of_a_plugin_that_fails_is_named(
+    lowering: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        registry._OPS, "doubled", Op("doubled", lambda sig: (sig[0],), lambda ctx, attrs, x: x * 2)
+    )
+    c = Composer(DType.FLOAT32)
+    graph = c.graph(c.add("twice", "doubled", c.activation(4)))
+    options = replace(OPTIONS, plugins={"doubled": lowering})
+    weights = {node.name: c.values[node.name] for node in graph.weights}
+    named = rf"doubled 'twice': its lowering \(hook trtc_tensorrt_plugins\) {message}"
+    with pytest.raises(BuildError, match=named):
+        lower_graph(graph, weights, find_flavour("tensorrt_rtx"), options)
+
+
+def test_a_lowering_to_another_type_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = Op("narrow", lambda sig: (sig[0].with_shape(("T", 2)),), lambda ctx, attrs, x: x[:, :2])
+    monkeypatch.setitem(registry._OPS, "narrow", op)
+    c = Composer(DType.FLOAT32)
+    graph = c.graph(c.add("cut", "narrow", c.activation(4)))
+    options = replace(OPTIONS, plugins={"narrow": lambda network, node, inputs: (inputs[0],)})
+    weights = {node.name: c.values[node.name] for node in graph.weights}
+    with pytest.raises(
+        BuildError, match=r"narrow 'cut': lowered to DataType.FLOAT\[-1, 4\], not float32\[T, 2\]"
+    ):
+        lower_graph(graph, weights, find_flavour("tensorrt_rtx"), options)
+
+
 def test_tensorrt_without_native_attention_is_refused() -> None:
     rank, old = (
         dummy_rank(4, 16, DType.FLOAT32),
