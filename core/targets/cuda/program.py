@@ -202,7 +202,7 @@ class CudaProgram:
             out = torch.empty_like(rows)
             if x.shape[0]:
                 self._norm(rows, scale, shift, out=out, kind=kind, epsilon=epsilon)
-            return out.view(x.shape)
+            return _shaped(out, x)
 
         return run
 
@@ -221,7 +221,7 @@ class CudaProgram:
                 self._norm(
                     rows, scale, shift, out=out, residual=added, total=total, kind=kind, epsilon=epsilon
                 )
-            return total.view(x.shape), out.view(x.shape)
+            return _shaped(total, x), _shaped(out, x)
 
         return run
 
@@ -360,7 +360,13 @@ class CudaProgram:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x, where it is [rows, columns] as it lies in memory; heads and parts of a split are copied into one."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    # Most are, and views of them would take the host a microsecond each.
+    return x.contiguous() if x.dim() == 2 else x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _shaped(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What was made of `_rows(x)`, in the shape of x."""
+    return rows if x.dim() == 2 else rows.view(x.shape)
 
 
 def _quantized_for_kernels(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
