@@ -1,10 +1,11 @@
-"""JSON without the leniency of Python's parser: no duplicate keys, no NaN or Infinity, an object at the
-top.
+"""JSON without the leniency of Python's parser: no duplicate keys, no NaN or Infinity, no half of a surrogate pair, an object
+at the top.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from .errors import TrtcError
 def parse_object(text: str | bytes, where: str, error: type[TrtcError]) -> dict[str, Any]:
     """The JSON object in `text`. Raises `error`, naming `where` and the line, on anything else."""
     try:
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text))
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(
+                value, ensure_ascii=False
+            ).encode()  # such a text could be no name of a file, and be sent nowhere
     except json.JSONDecodeError as problem:
         raise error(f"{where}: not valid JSON: {problem.msg}, line {problem.lineno}") from None
     except (ValueError, RecursionError) as problem:

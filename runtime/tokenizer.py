@@ -47,9 +47,13 @@ class Tokenizer:
 
         try:
             tokenizer = tokenizers.Tokenizer.from_buffer(file.read_bytes())
+            tokenizer.encode("")
         except OSError as error:
             raise EngineError(f"{file}: cannot be read: {error.strerror}") from None
-        except Exception as error:  # the library raises plain Exception for every fault
+        except KeyboardInterrupt:
+            raise
+        # The library raises plain Exception for every fault that it knows, and of others what is not even one.
+        except BaseException as error:
             raise EngineError(f"{file} is not a tokenizer file: {error}") from error
         names = special_token_names(Path(path))
         return cls(tokenizer, bos_token=names.get("bos_token"), eos_token=names.get("eos_token"))

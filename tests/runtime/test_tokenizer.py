@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -51,12 +52,28 @@ def test_special_token_names_may_be_missing(tmp_path: Path, tokenizer_dir: Path)
 @pytest.mark.parametrize(
     ("name", "content"),
     [("tokenizer.json", b"{"), ("tokenizer.json", b'{"model": 3}'), ("tokenizer_config.json", b"{,}"),
-     ("tokenizer_config.json", b"\xff\xfe"), ("tokenizer_config.json", b"[]")],
+     ("tokenizer_config.json", b"\xff\xfe"), ("tokenizer_config.json", b"[]"),
+     ("tokenizer_config.json", b'{"eos_token": "\\ud800"}'), ("tokenizer_config.json", b'{"eos_token": "\xed\xa0\x80"}')],
 )  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path: Path, tokenizer_dir: Path, name: str, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EngineError, match=name):
+        Tokenizer.from_dir(tmp_path)
+
+
+def test_a_file_that_the_library_panics_about_is_named(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """When it is read, and not at the first prompt: a template with a special token that there is not."""
+    data = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    pieces = [{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": [*pieces, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(EngineError, match=r"tokenizer\.json is not a tokenizer file: "):
         Tokenizer.from_dir(tmp_path)
 
 
