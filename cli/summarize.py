@@ -93,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
     from ..runtime.evaluation.dataset import load_pairs
     from ..runtime.tokenizer import Tokenizer, required_tokenizer
 
+    summarize.rouge_scorer()  # is missing now, not after all summaries
     pairs = load_pairs(
         _dataset(args),
         args.max_ite * args.batch_size,

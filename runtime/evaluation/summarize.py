@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -161,12 +161,17 @@ def hf_perplexity(model: HFModel, prompts: Sequence[TokenIds], outputs: Sequence
     return sum(values) / len(values)
 
 
-def rouge(references: Sequence[str], summaries: Sequence[str]) -> dict[str, float]:
-    """Mean F measures in percent, by ROUGE_TYPES. Raises TargetError when the package `rouge-score` is missing."""
+def rouge_scorer() -> Any:
+    """The scorer of the package `rouge-score`. Raises TargetError when that is missing."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise TargetError("ROUGE needs the package rouge-score: pip install rouge-score") from None
-    scorer = RougeScorer(list(ROUGE_TYPES))
+    return RougeScorer(list(ROUGE_TYPES))
+
+
+def rouge(references: Sequence[str], summaries: Sequence[str]) -> dict[str, float]:
+    """Mean F measures in percent, by ROUGE_TYPES. Raises TargetError as `rouge_scorer` does."""
+    scorer = rouge_scorer()
     scores = [scorer.score(*pair) for pair in zip(references, summaries, strict=True)]
     return {name: 100 * sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE_TYPES}

@@ -133,6 +133,15 @@ def test_no_default_dataset_away_from_the_checkout(
     assert "--dataset" in err and "jsonl" in err and "hub name" in err
 
 
+def test_a_missing_scorer_is_missed_before_anything_runs(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    monkeypatch.setattr(summarize, "_run_engine", lambda *given: pytest.fail("the engine ran"))
+    assert main(["summarize", "--engine-dir", str(engine), "--test-trtc"]) == 1
+    assert "pip install rouge-score" in capsys.readouterr().err
+
+
 # Of examples/opt/README.md of TensorRT-LLM; "{...}" stands for the program alone.
 ONE_GPU = """
 {convert_checkpoint.py} --model_dir ./opt-125m \
