@@ -61,9 +61,13 @@ def profile_engine(llm: LLM, *, batch: int, input_len: int, steps: int) -> Itera
 
     Raises RequestError when the engine is too small for that.
     """
-    limit = llm.core.executor.max_batch_size
-    if not 1 <= batch <= limit:
-        raise RequestError(f"batch is {batch}; accepted: 1 to the engine's max_batch_size, {limit}")
+    executor = llm.core.executor
+    for name, value, limit_name, limit in (
+        ("batch", batch, "max_batch_size", executor.max_batch_size),
+        ("input_len", input_len, "max_input_len", executor.max_input_len),
+    ):
+        if not 1 <= value <= limit:
+            raise RequestError(f"{name} is {value}; accepted: 1 to the engine's {limit_name}, {limit}")
     if steps < 1:
         raise RequestError(f"steps is {steps}; accepted: at least 1")
     run = _Run(llm, batch, input_len, steps)

@@ -80,7 +80,8 @@ def test_whole_prompts_are_prefilled(engine: Path, monkeypatch: pytest.MonkeyPat
         ("--batch 0", "batch is 0; accepted: 1 to the engine's max_batch_size, 2"),
         ("--batch 3", "batch is 3; accepted: 1 to the engine's max_batch_size, 2"),
         ("--steps 0", "steps is 0; accepted: at least 1"),
-        ("--input-len 5000", "the prompt has 5000 tokens"),
+        ("--input-len -1", "input_len is -1; accepted: 1 to the engine's max_input_len, 1023"),
+        (f"--input-len {10**12}", f"input_len is {10**12}; accepted: 1 to the engine's max_input_len, 1023"),
     ],
 )
 def test_what_cannot_be_profiled(
