@@ -90,9 +90,18 @@ def sum_on_first_rank(graph: Graph, *, first: bool, residuals: bool) -> Graph:
     All ranks hold the addend, so that the sum is the same; and a product takes a bias or a residual in for nothing, where
     adding it afterwards is a kernel. residuals: also where the addend is no bias; False where a norm is there to take it in.
     """
+    mine, others = _first_and_others(graph, residuals)
+    if residuals and _collectives(others) != _collectives(graph):
+        # The addend is itself a sum over the ranks, which nothing else on the others needs: where two blocks read one tensor.
+        mine, others = _first_and_others(graph, residuals=False)
+    return mine if first else others.verify("graph of another rank")
+
+
+def _first_and_others(graph: Graph, residuals: bool) -> tuple[Graph, Graph]:
+    """The graph of the first rank, and that of the others."""
     joined = rewrite(graph, (partial(_into_product, residuals),)).verify("graph of the first rank")
-    if first or joined == graph:
-        return joined
+    if joined == graph:
+        return graph, graph
     # The other ranks leave out just what the first has taken in: all must agree on what is in the sum.
     nodes = []
     for node in joined.nodes:
@@ -101,7 +110,12 @@ def sum_on_first_rank(graph: Graph, *, first: bool, residuals: bool) -> Graph:
             own = zip(node.inputs, before.inputs, strict=False)
             node = replace(node, inputs=tuple(None if old is None else name for name, old in own))
         nodes.append(node)
-    return remove_dead(Graph(tuple(nodes), joined.outputs)).verify("graph of another rank")
+    return joined, remove_dead(Graph(tuple(nodes), joined.outputs))
+
+
+def _collectives(graph: Graph) -> list[str]:
+    """What ranks do together, in order."""
+    return [node.name for node in graph.nodes if node.op in ("all_reduce", "all_gather")]
 
 
 def _into_product(residuals: bool, graph: Graph, node: Node) -> Rewrite | None:

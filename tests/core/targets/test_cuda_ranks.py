@@ -14,7 +14,7 @@ from trtc.core.build import build_engine, plan
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
 from trtc.core.errors import BuildError, EngineError
-from trtc.core.graph import Graph
+from trtc.core.graph import Graph, GraphBuilder
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext, get_op, op_names
 from trtc.core.ops.norm import NORMS
@@ -33,6 +33,7 @@ from trtc.tests.opt_models import BUILD, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import PagedSequences, filled_cache
 from trtc.tests.thread_group import RankCommunicator, run_ranks
 from trtc.tests.tolerances import FLOAT64_ABS, max_error
+from trtc.tests.toy_decoder import random_weights, weight_rows
 
 CUDA = {"target": "cuda", "target_options": {"architectures": ["sm_90"]}}
 EMBEDDINGS = {
@@ -160,6 +161,35 @@ def test_a_decode_step_of_a_rank_has_seven_kernels_a_layer(checkpoint) -> None:
         added = [2, 2, 2, 2] if how is None else [1, 1, 1, 2]
         expected = [1 + weights + (count if rank == 0 else 0) for count in added]
         assert [len(part.used) for part in parts] == expected
+
+
+def test_ranks_sum_alike_where_two_blocks_read_one_tensor() -> None:
+    """x + attention(x) + mlp(x), of which the first sum is read by the second alone: a rank that leaves out what the first one
+    adds would leave out a collective. Oracle: the same sums, written out."""
+    rows = weight_rows(table=(11, 8), out=(8, 8), fc2=(8, 8), bias=(8,))
+    g = GraphBuilder(DType.FLOAT32, rows)
+    x = total = g.add("embedding", "token_ids", g.weight("table"), name="x", offset=0)
+    for name in ("out", "fc2"):
+        part = g.add("linear", x, g.weight(name), name=f"{name}.part")
+        whole = g.add("all_reduce", part, name=f"{name}.sum", tp_size=2)
+        biased = g.add("add", whole, g.weight("bias"), name=f"{name}.biased")
+        total = g.add("add", total, biased, name=f"{name}.total")
+    graph = g.finish(total)
+    weights = [random_weights(graph), {k: 2 * v for k, v in random_weights(graph).items()}]
+    shared = {name: weights[0][name] for name in ("table", "bias")}
+    inputs = PagedSequences(16, 4).step({"a": [3, 1, 4]})
+
+    ranks = [rank_graph(graph, first=rank == 0, residuals=True) for rank in range(2)]
+    for one in ranks:  # before they wait for each other
+        assert [node.name for node in one.nodes if node.op == "all_reduce"] == ["out.sum", "fc2.sum"]
+
+    def run(rank: int, group: RankCommunicator) -> torch.Tensor:
+        return interpret(ranks[rank], {**weights[rank], **shared, **inputs}, ReferenceContext((), group))
+
+    x_value = shared["table"][inputs["token_ids"].long()]
+    products = sum(x_value @ w[name].T for w in weights for name in ("out", "fc2"))
+    for found in run_ranks(2, run):
+        assert max_error(found, x_value + products + 2 * shared["bias"]) <= FLOAT64_ABS
 
 
 def test_sums_of_more_rows_are_made_with_the_norms_behind_them(checkpoint) -> None:
