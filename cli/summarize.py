@@ -91,9 +91,12 @@ def main(args: argparse.Namespace) -> int:
     from ..core.engine import Engine
     from ..runtime.evaluation import summarize
     from ..runtime.evaluation.dataset import load_pairs
+    from ..runtime.evaluation.hf import require_folder
     from ..runtime.tokenizer import Tokenizer, required_tokenizer
 
-    summarize.rouge_scorer()  # is missing now, not after all summaries
+    summarize.rouge_scorer()  # what is missing is missed now, not after all summaries
+    if args.test_hf:
+        require_folder(args.hf_model_dir)
     pairs = load_pairs(
         _dataset(args),
         args.max_ite * args.batch_size,

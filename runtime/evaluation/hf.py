@@ -14,6 +14,12 @@ from ...core.engine import Engine
 from ...core.errors import CheckpointError
 
 
+def require_folder(path: str | Path) -> None:
+    """Raises CheckpointError where there is no Hugging Face folder."""
+    if not (Path(path) / "config.json").is_file():
+        raise CheckpointError(f"{path}: not a Hugging Face folder: no config.json")
+
+
 class HFModel:
     """A causal language model of `transformers`, on the GPU where there is one."""
 
@@ -24,8 +30,7 @@ class HFModel:
     @classmethod
     def load(cls, path: str | Path, dtype: DType) -> HFModel:
         """Loads a Hugging Face folder with weights and activations in `dtype`. Raises CheckpointError."""
-        if not (Path(path) / "config.json").is_file():
-            raise CheckpointError(f"{path}: not a Hugging Face folder: no config.json")
+        require_folder(path)
         from transformers import AutoModelForCausalLM
 
         try:

@@ -142,6 +142,23 @@ def test_a_missing_scorer_is_missed_before_anything_runs(
     assert "pip install rouge-score" in capsys.readouterr().err
 
 
+def test_a_missing_model_is_missed_before_anything_runs(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(summarize, "_run_engine", lambda *given: pytest.fail("the engine ran"))
+    command = [
+        "summarize",
+        "--engine-dir",
+        str(engine),
+        "--test-trtc",
+        "--test-hf",
+        "--hf-model-dir",
+        "nowhere",
+    ]
+    assert main(command) == 1
+    assert "nowhere: not a Hugging Face folder: no config.json" in capsys.readouterr().err
+
+
 # Of examples/opt/README.md of TensorRT-LLM; "{...}" stands for the program alone.
 ONE_GPU = """
 {convert_checkpoint.py} --model_dir ./opt-125m \
