@@ -10,6 +10,7 @@ from functools import cached_property
 from ..core.errors import RequestError
 from .beam_params import check_beam_params
 from .prompt_lookup import PromptLookup
+from .tokenizer import in_utf8
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy, as in vLLM: dividing logits by less says nothing more."""
@@ -197,17 +198,8 @@ def _check_strings(name: str, value: object) -> None:
     strings = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(strings, list | tuple):
         raise _refusal(name, value, accepted)
-    if not all(isinstance(string, str) and string and _in_utf8(string) for string in strings):
+    if not all(isinstance(string, str) and string and in_utf8(string) for string in strings):
         raise _refusal(name, value, accepted)
-
-
-def _in_utf8(text: str) -> bool:
-    """Half a surrogate pair, as Python makes of bytes that are none, is in no text that a model writes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_token_ids(name: str, value: object) -> None:

@@ -21,6 +21,16 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """What tokenizers with byte fallback call the token of one byte."""
 
 
+def in_utf8(text: str) -> bool:
+    """Whether UTF-8 has `text`: not half a surrogate pair, as Python makes of bytes that are no text. No model writes such a
+    text, and no answer can hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Tokenizer:
     """A `tokenizers` tokenizer with the names of its special tokens."""
 

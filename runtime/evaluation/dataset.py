@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ConfigError, TargetError
+from ..tokenizer import in_utf8
 
 FIELDS = ("article", "highlights")
 """The fields of the CNN/DailyMail dataset."""
@@ -44,7 +46,7 @@ def load_pairs(dataset: str, count: int, *, config: str | None = None, split: st
         raise ConfigError(f"dataset {dataset}: no such file or folder")
     else:
         rows = _rows(_hub_dataset(dataset, config, split), dataset)
-    pairs = [_pair(row, where) for where, row in islice(rows, count)]
+    pairs = [_pair(row, where) for where, row in islice(rows, min(count, sys.maxsize))]
     if not pairs:
         raise ConfigError(f"dataset {dataset}: holds no article")
     return pairs
@@ -73,11 +75,12 @@ def _rows(rows: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _pair(row: Any, where: str) -> Pair:
-    if not isinstance(row, Mapping) or not all(isinstance(row.get(field), str) for field in FIELDS):
+    texts = [row.get(field) for field in FIELDS] if isinstance(row, Mapping) else [None]
+    if not all(isinstance(text, str) and in_utf8(text) for text in texts):
         raise ConfigError(
-            f"dataset {where}: not a pair; accepted: texts in the fields {' and '.join(FIELDS)}"
+            f"dataset {where}: not a pair; accepted: texts, that UTF-8 can encode, in the fields {' and '.join(FIELDS)}"
         )
-    return Pair(*(row[field] for field in FIELDS))
+    return Pair(*texts)
 
 
 def _datasets() -> Any:

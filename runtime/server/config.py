@@ -6,6 +6,7 @@ import ipaddress
 from dataclasses import dataclass, field, fields
 
 from ...core.errors import ConfigError
+from ..tokenizer import in_utf8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,15 @@ class ServerConfig:
                 raise ConfigError(f"{_flag(entry.name)} is {value!r}; accepted: an integer of at least {low}")
         if self.port > 65535:
             raise ConfigError(f"--port is {self.port}; accepted: 0 to 65535")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
-            raise ConfigError("--api-key is empty or not ASCII; accepted: printable ASCII characters")
+        if not (self.model_name and in_utf8(self.model_name)):
+            raise ConfigError(
+                f"--served-model-name is {self.model_name!r}; accepted: a text that UTF-8 can encode"
+            )
+        key = self.api_key
+        if key is not None and not (key == key.strip() != "" and key.isascii() and key.isprintable()):
+            raise ConfigError(
+                "--api-key is empty, not ASCII, or has white space around it; accepted: printable ASCII characters"
+            )
         if self.api_key is None and not is_loopback(self.host):
             raise ConfigError(
                 f"--host {self.host} can be reached from other machines: give --api-key (or TRTC_API_KEY), "

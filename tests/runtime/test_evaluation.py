@@ -239,7 +239,7 @@ def test_jsonl(tmp_path: Path) -> None:
     file.write_text(
         '{"article": "a", "highlights": "b", "id": 1}\n\n{"article": "c", "highlights": "\u2028d"}\n'
     )
-    assert load_pairs(str(file), 9) == [Pair("a", "b"), Pair("c", "\u2028d")]
+    assert load_pairs(str(file), 9) == load_pairs(str(file), 10**20) == [Pair("a", "b"), Pair("c", "\u2028d")]
     assert load_pairs(str(file), 1) == [Pair("a", "b")]
 
 
@@ -250,6 +250,10 @@ def test_jsonl(tmp_path: Path) -> None:
         ('{"article": "a", "highlights": 3}\n', "line 1"),
         ('{"article": "a", "highlights": "b"}\nnews\n', "line 2: not valid JSON"),
         ("[1]\n", "line 1: not a pair"),
+        (
+            '{"article": "\\ud800", "highlights": "b"}\n',
+            "line 1: not a pair; accepted: texts, that UTF-8 can encode",
+        ),
         ("\n", "holds no article"),
         (b"\xff\xfe", "not UTF-8"),
     ],

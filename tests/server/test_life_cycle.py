@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from trtc.cli.main import main
+from trtc.core.errors import ConfigError
 from trtc.runtime.llm import LLM
 from trtc.runtime.server import serve
 from trtc.runtime.server.config import ServerConfig
@@ -346,3 +347,17 @@ def test_the_key_of_the_environment_counts(tmp_path: Path, monkeypatch: pytest.M
     (config,) = given
     assert (config.api_key, config.host, config.model_name) == ("secret", "0.0.0.0", "engine")
     assert "secret" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("api_key", "one\nkey", "--api-key is empty, not ASCII, or has white space around it"),
+        ("api_key", "key\n", "--api-key"),
+        ("model_name", "\udcff", r"--served-model-name is '.udcff'; accepted: a text that UTF-8 can encode"),
+    ],
+)
+def test_what_no_client_could_send_or_be_sent(name: str, value: str, says: str) -> None:
+    """A key of a file that ends with a line break; a name from a folder of bytes, which every answer would hold."""
+    with pytest.raises(ConfigError, match=says):
+        ServerConfig(**{"model_name": "m", name: value})
