@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
+import weakref
 from collections.abc import AsyncGenerator, Sequence
 from itertools import count
 from os import PathLike
@@ -24,6 +27,18 @@ from .tokenizer import Tokenizer
 from .worker import Worker
 
 _request_ids = count()
+
+
+def _release(engine: EngineThread | EngineProcess, executor: Executor) -> None:
+    engine.stop()
+    executor.close()
+
+
+def _release_soon(engine: EngineThread | EngineProcess, executor: Executor, process: int) -> None:
+    """In a thread: the garbage collector may run in an event loop, or in the engine's own thread. Not in a forked process,
+    whose parent goes on with the engine."""
+    if os.getpid() == process:
+        threading.Thread(target=_release, args=(engine, executor), daemon=True).start()
 
 
 class AsyncLLM:
@@ -82,6 +97,7 @@ class AsyncLLM:
     def _start(self, core: EngineCore, on_finished: OnFinished | None) -> None:
         self._core, self.executor, self.tokenizer = core, core.executor, core.tokenizer
         self._engine = EngineThread(core, on_finished)
+        self._release_with_me()
 
     def _talk(self, worker: Worker, on_finished: OnFinished | None) -> None:
         try:
@@ -91,6 +107,14 @@ class AsyncLLM:
             worker.kill()
             raise
         self._engine, self.executor = engine, engine.executor
+        self._release_with_me()
+
+    def _release_with_me(self) -> None:
+        """Nobody can shut down an AsyncLLM that is gone, as the one before in a cell of a notebook that runs again."""
+        self._unless_shut_down = weakref.finalize(
+            self, _release_soon, self._engine, self.executor, os.getpid()
+        )
+        self._unless_shut_down.atexit = False
 
     async def generate(
         self,
@@ -167,8 +191,8 @@ class AsyncLLM:
 
         Calling it twice is harmless.
         """
-        self._engine.stop()
-        self.executor.close()
+        self._unless_shut_down.detach()
+        _release(self._engine, self.executor)
 
     async def __aenter__(self) -> Self:
         return self

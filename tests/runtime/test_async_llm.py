@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Coroutine
@@ -267,6 +268,21 @@ def test_shutdown_tells_who_still_waits() -> None:
         llm.shutdown()
 
     run(main())
+
+
+def test_an_engine_that_nobody_holds_is_released() -> None:
+    executor = ToyExecutor()
+    llm = AsyncLLM.from_executor(executor)
+    assert run(read(llm, [5], greedy(2)))[-1].finished
+    thread = llm._engine._thread
+    del llm
+    gc.collect()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
+    deadline = time.monotonic() + LIMIT_S
+    while not executor.closed and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert executor.closed
 
 
 def test_request_ids() -> None:
