@@ -27,7 +27,7 @@ from .safetensors_io import SafetensorsWriter
 from .sharding import ShardingOptions
 from .spec import TensorSpec
 from .targets.base import Target, get_target
-from .text_files import copy_text_files
+from .text_files import copy_text_files, with_generation_config
 
 Trace = Callable[[str, Graph], None]
 
@@ -134,7 +134,8 @@ def build_engine(
 ) -> None:
     """Writes the engine of `source` to the folder `output_dir`, which appears complete or not at all.
 
-    text_files: folder with tokenizer files to take along.
+    text_files: folder with tokenizer files to take along, and with a generation_config.json whose end-of-sequence ids the
+        engine stops at.
     workers: threads that make weights, and ranks that the target compiles side by side; memory grows by about one weight
         for each, and where a target puts weights into what it compiles, by the weights of a rank.
     progress: called from this thread after every weight.
@@ -143,6 +144,8 @@ def build_engine(
     if workers < 1:
         raise ConfigError(f"workers is {workers}; accepted: a whole number >= 1")
     build.check_model(model)
+    if text_files is not None:
+        model = with_generation_config(model, text_files)
     target = get_target(build.target)
     plans = [plan(family, model, source, build, rank) for rank in range(build.num_ranks)]
     with atomic_directory(output_dir, is_engine, seal=DESCRIPTION) as folder:

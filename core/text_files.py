@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
 
+from .config import ModelConfig, is_token_id
 from .errors import CheckpointError
+from .strict_json import read_object
+
+GENERATION_CONFIG = "generation_config.json"
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -16,7 +21,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "tokenizer.model",
-    "generation_config.json",
+    GENERATION_CONFIG,
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -25,6 +30,24 @@ TOKENIZER_FILES = (
 TOKENIZER_JSON = "tokenizer.json"
 _SLOW_FILES = ("vocab.json", "merges.txt", "tokenizer.model")
 """What folders without a tokenizer.json keep their vocabulary in."""
+
+
+def with_generation_config(model: ModelConfig, folder: Path) -> ModelConfig:
+    """`model` with the end-of-sequence ids of generation_config.json in `folder`, where that names any.
+
+    As in transformers, they take the place of those of config.json: chat models name the end of a turn only there.
+    Raises CheckpointError when the file cannot be read or holds something else.
+    """
+    file = folder / GENERATION_CONFIG
+    value = read_object(file, CheckpointError).get("eos_token_id") if file.is_file() else None
+    if value is None:
+        return model
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(map(is_token_id, ids)):
+        raise CheckpointError(
+            f"{file}: eos_token_id is {value!r}; accepted: a token id, a list of token ids, or null"
+        )
+    return dataclasses.replace(model, eos_token_ids=ids)
 
 
 def copy_text_files(source: Path, destination: Path) -> None:
