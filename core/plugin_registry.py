@@ -18,7 +18,7 @@ from .config import BuildConfig, ModelConfig
 from .dtypes import DType
 from .errors import ConfigError, GraphError, PluginError, TrtcError, one_line
 from .graph import Graph, GraphBuilder
-from .ops import Op, register
+from .ops import Op, op_names, register
 from .spec import TensorSpec
 from .weights import WeightTable
 
@@ -185,6 +185,10 @@ class PluginRegistry:
             except TrtcError as error:
                 warnings.warn(f"{error}; {hook} of this plugin is ignored", RuntimeWarning, stacklevel=3)
                 continue
+            for op in sorted(found.keys() - op_names()):
+                near = difflib.get_close_matches(op, op_names(), n=1)
+                text = f"plugin {name}: {hook} names {op!r}, which is no op{f'; did you mean {near[0]}?' if near else ''}"
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
             for op in sorted(found.keys() & result.keys()):
                 text = f"plugin {name}: {hook} replaces that of another plugin for op {op!r}"
                 warnings.warn(text, RuntimeWarning, stacklevel=3)

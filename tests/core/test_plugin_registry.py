@@ -348,11 +348,11 @@ from trtc.core.hookspecs import hookimpl
 @hookimpl
 def trtc_kernels(target):
     if target == "cpu":
-        return {"relu": "of {name}", "{name}": "own"}
+        return {"add": "of {name}", "mul": "own"}
 
 @hookimpl
 def trtc_tensorrt_plugins(flavour):
-    return {"{name}": flavour}
+    return {"mul": flavour}
 """
 
 
@@ -363,32 +363,40 @@ def test_kernels_of_all_plugins_are_put_together(site: Site) -> None:
     """A plugin that brings kernels and no family; None means nothing for that target."""
     site.add("one", KERNELS)
     registry = site.registry()
-    assert dict[str, Any](registry.kernels("cpu")) == {"relu": "of one", "one": "own"}
+    assert dict[str, Any](registry.kernels("cpu")) == {"add": "of one", "mul": "own"}
     assert registry.kernels("cuda") == {}
-    assert registry.tensorrt_plugins("tensorrt", BUILD)["one"] == "tensorrt"
+    assert registry.tensorrt_plugins("tensorrt", BUILD)["mul"] == "tensorrt"
     with pytest.raises(PluginError, match="no plugin provides model family 'one'"):
         registry.family("one")
 
 
 def test_a_kernel_hook_that_fails_costs_only_its_own_plugin(site: Site) -> None:
     site.add("one", KERNELS)
-    site.add("two", KERNELS.replace('return {"relu"', '1 / 0; return {"relu"'))
-    site.add("zoo", KERNELS.replace('return {"relu": "of {name}", "{name}": "own"}', "return []"))
+    site.add("two", KERNELS.replace('return {"add"', '1 / 0; return {"add"'))
+    site.add("zoo", KERNELS.replace('return {"add": "of {name}", "mul": "own"}', "return []"))
     with pytest.warns(RuntimeWarning) as warned:
-        assert dict[str, Any](site.registry().kernels("cpu")) == {"relu": "of one", "one": "own"}
+        assert dict[str, Any](site.registry().kernels("cpu")) == {"add": "of one", "mul": "own"}
     assert [str(one.message) for one in warned] == [
         "plugin two: trtc_kernels raised ZeroDivisionError: division by zero; trtc_kernels of this plugin is ignored",
         "plugin zoo: trtc_kernels returned list, not dict; trtc_kernels of this plugin is ignored",
     ]
 
 
+def test_a_kernel_for_no_op_is_reported(site: Site) -> None:
+    """Nothing would ever ask for it."""
+    site.add("one", KERNELS.replace('"mul": "own"', '"rotari": "own"'))
+    named = "plugin one: trtc_kernels names 'rotari', which is no op; did you mean rotary"
+    with pytest.warns(RuntimeWarning, match=named):
+        site.registry().kernels("cpu")
+
+
 def test_two_kernels_for_one_op_are_reported_and_the_last_name_wins(site: Site) -> None:
     site.add("one", KERNELS)
-    site.add("two", KERNELS)
+    site.add("two", KERNELS.replace('"mul": "own"', ""))
     with pytest.warns(
-        RuntimeWarning, match="plugin two: trtc_kernels replaces that of another plugin for op 'relu'"
+        RuntimeWarning, match="plugin two: trtc_kernels replaces that of another plugin for op 'add'"
     ):
-        assert dict[str, Any](site.registry().kernels("cpu"))["relu"] == "of two"
+        assert dict[str, Any](site.registry().kernels("cpu"))["add"] == "of two"
 
 
 def test_an_op_of_a_plugin_can_be_loaded_by_two_registries(
