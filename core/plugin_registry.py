@@ -133,6 +133,10 @@ class PluginRegistry:
             raise PluginError(
                 f"plugin {name}: trtc_architectures returned no name; a family owns one or more"
             )
+        if not all(map(str.isprintable, architectures)):
+            raise PluginError(
+                f"plugin {name}: trtc_architectures returned {list(architectures)!r}, not names"
+            )
         for op in _list_of(Op, name, hooks, "trtc_ops"):
             register(op)
         self._hooks[name] = hooks
@@ -182,6 +186,11 @@ class PluginRegistry:
         for name, hooks in self._hooks.items():
             try:
                 found = _ask(name, hooks, hook, dict, default={}, **arguments)
+                for op, brought in found.items():
+                    if not (isinstance(op, str) and callable(brought)):
+                        raise PluginError(
+                            f"plugin {name}: {hook} returned {brought!r} for op {op!r}, not a function"
+                        )
             except TrtcError as error:
                 warnings.warn(f"{error}; {hook} of this plugin is ignored", RuntimeWarning, stacklevel=3)
                 continue
@@ -226,9 +235,9 @@ def _ask(
     """
     try:
         result = getattr(hooks, hook)(**arguments)
-    except TrtcError:
+    except (TrtcError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too, as where it loads
         raise PluginError(f"plugin {plugin}: {hook} raised {_one_line(error)}") from error
     if result is None and default is not None:
         return default
@@ -271,7 +280,12 @@ def _check_hook_names(plugin: str, module: Any) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return str(error) if isinstance(error, TrtcError) else one_line(f"{type(error).__name__}: {error}")
+    if isinstance(error, TrtcError):
+        return str(error)
+    try:
+        return one_line(f"{type(error).__name__}: {error}")
+    except Exception:  # how an error says what it is, is foreign code too
+        return type(error).__name__
 
 
 @cache

@@ -7,7 +7,7 @@ lets importlib.metadata find them, as it finds what pip installed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -131,10 +131,11 @@ def test_each_family_gets_answers_from_its_own_hooks_alone(site: Site) -> None:
         ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
         ("import sys; sys.exit('no licence')", "SystemExit: no licence"),
         ("class Odd(BaseException): pass\nraise Odd('odd')", "Odd: odd"),
+        ("class Odd(Exception):\n    def __str__(self): raise ValueError\nraise Odd", "Odd"),
         ("def broken(:", "SyntaxError: invalid syntax (trtc_test_one_module.py, line 1)"),
         ("from trtc.core.errors import ConfigError\nraise ConfigError('set X')", "set X"),
     ],
-    ids=["import", "raise", "exit", "base exception", "syntax", "trtc error"],
+    ids=["import", "raise", "exit", "base exception", "no text", "syntax", "trtc error"],
 )
 def test_a_plugin_that_fails_at_import_is_listed_with_its_error(site: Site, source: str, error: str) -> None:
     site.add("one", source)
@@ -190,6 +191,10 @@ def test_an_interrupt_while_plugins_load_is_not_swallowed(site: Site) -> None:
             "plugin one: trtc_architectures returned [1], not a list of str",
         ),
         (
+            FAMILY.replace("ForCausalLM", "\\x1b[31m"),
+            r"trtc_architectures returned ['one\x1b[31m'], not names",
+        ),
+        (
             FAMILY.replace('["{name}ForCausalLM"]', "[]"),
             "plugin one: trtc_architectures returned no name; a family owns one",
         ),
@@ -206,7 +211,7 @@ def test_an_interrupt_while_plugins_load_is_not_swallowed(site: Site) -> None:
             "op 'add' is registered twice; a plugin's ops need names of their own",
         ),
     ],
-    ids=["misspelt", "unknown", "argument", "incomplete", "unmarked", "none", "text", "numbers", "empty", "raises",
+    ids=["misspelt", "unknown", "argument", "incomplete", "unmarked", "none", "text", "numbers", "escape", "empty", "raises",
          "ops", "op taken"],
 )  # fmt: skip
 def test_a_plugin_that_breaks_the_contract_is_listed_with_what_is_wrong(
@@ -284,6 +289,7 @@ def test_who_owns_an_architecture_may_be_a_plugin_that_did_not_load(site: Site) 
         ("trtc_model_config", "return {}['vocab_size']", "raised KeyError: 'vocab_size'"),
         ("trtc_weight_table", "return []", "returned list, not WeightTable"),
         ("trtc_compose", "return 7", "returned int, not str"),
+        ("trtc_compose", "raise SystemExit(4)", "plugin one: trtc_compose raised SystemExit: 4"),
         ("trtc_compose", "raise ValueError('a\\nb')", "raised ValueError: a b"),
         (
             "trtc_compose",
@@ -348,35 +354,42 @@ from trtc.core.hookspecs import hookimpl
 @hookimpl
 def trtc_kernels(target):
     if target == "cpu":
-        return {"add": "of {name}", "mul": "own"}
+        return {"add": "of {name}".format, "mul": "own".format}
 
 @hookimpl
 def trtc_tensorrt_plugins(flavour):
-    return {"mul": flavour}
+    return {"mul": flavour.format}
 """
 
 
 BUILD = BuildConfig(max_seq_len=64, max_input_len=32, target="tensorrt")
 
 
+def made_by(brought: dict[str, Callable[..., Any]]) -> dict[str, str]:
+    """What the functions of KERNELS return, by op."""
+    return {op: function() for op, function in brought.items()}
+
+
 def test_kernels_of_all_plugins_are_put_together(site: Site) -> None:
     """A plugin that brings kernels and no family; None means nothing for that target."""
     site.add("one", KERNELS)
     registry = site.registry()
-    assert dict[str, Any](registry.kernels("cpu")) == {"add": "of one", "mul": "own"}
+    assert made_by(registry.kernels("cpu")) == {"add": "of one", "mul": "own"}
     assert registry.kernels("cuda") == {}
-    assert registry.tensorrt_plugins("tensorrt", BUILD)["mul"] == "tensorrt"
+    assert registry.tensorrt_plugins("tensorrt", BUILD)["mul"]() == "tensorrt"
     with pytest.raises(PluginError, match="no plugin provides model family 'one'"):
         registry.family("one")
 
 
 def test_a_kernel_hook_that_fails_costs_only_its_own_plugin(site: Site) -> None:
     site.add("one", KERNELS)
+    site.add("six", KERNELS.replace('"own".format', "6"))
     site.add("two", KERNELS.replace('return {"add"', '1 / 0; return {"add"'))
-    site.add("zoo", KERNELS.replace('return {"add": "of {name}", "mul": "own"}', "return []"))
+    site.add("zoo", KERNELS.replace('return {"add": "of {name}".format, "mul": "own".format}', "return []"))
     with pytest.warns(RuntimeWarning) as warned:
-        assert dict[str, Any](site.registry().kernels("cpu")) == {"add": "of one", "mul": "own"}
+        assert made_by(site.registry().kernels("cpu")) == {"add": "of one", "mul": "own"}
     assert [str(one.message) for one in warned] == [
+        "plugin six: trtc_kernels returned 6 for op 'mul', not a function; trtc_kernels of this plugin is ignored",
         "plugin two: trtc_kernels raised ZeroDivisionError: division by zero; trtc_kernels of this plugin is ignored",
         "plugin zoo: trtc_kernels returned list, not dict; trtc_kernels of this plugin is ignored",
     ]
@@ -384,7 +397,7 @@ def test_a_kernel_hook_that_fails_costs_only_its_own_plugin(site: Site) -> None:
 
 def test_a_kernel_for_no_op_is_reported(site: Site) -> None:
     """Nothing would ever ask for it."""
-    site.add("one", KERNELS.replace('"mul": "own"', '"rotari": "own"'))
+    site.add("one", KERNELS.replace('"mul": "own".format', '"rotari": "own".format'))
     named = "plugin one: trtc_kernels names 'rotari', which is no op; did you mean rotary"
     with pytest.warns(RuntimeWarning, match=named):
         site.registry().kernels("cpu")
@@ -392,11 +405,11 @@ def test_a_kernel_for_no_op_is_reported(site: Site) -> None:
 
 def test_two_kernels_for_one_op_are_reported_and_the_last_name_wins(site: Site) -> None:
     site.add("one", KERNELS)
-    site.add("two", KERNELS.replace('"mul": "own"', ""))
+    site.add("two", KERNELS.replace('"mul": "own".format', ""))
     with pytest.warns(
         RuntimeWarning, match="plugin two: trtc_kernels replaces that of another plugin for op 'add'"
     ):
-        assert dict[str, Any](site.registry().kernels("cpu"))["add"] == "of two"
+        assert made_by(site.registry().kernels("cpu"))["add"] == "of two"
 
 
 def test_an_op_of_a_plugin_can_be_loaded_by_two_registries(
