@@ -320,6 +320,7 @@ def test_interrupted_while_it_ends() -> None:
 import atexit, os, signal, sys
 from trtc.cli.__main__ import run
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored: behind a shell's &
 atexit.register(os.kill, os.getpid(), signal.SIGINT)
 sys.exit(run())
 """
