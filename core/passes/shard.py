@@ -144,11 +144,11 @@ def _linear(s: _Sharder, node: Node) -> Result:
 
 def _elementwise(s: _Sharder, node: Node) -> Result:
     inputs = s.inputs(node)
-    first = s.axis(inputs[0])
+    first, rank = s.axis(inputs[0]), node.outputs[0].rank
     for name in inputs[1:]:
-        assert name is not None and inputs[0] is not None
-        vector = s.specs[name].rank < s.specs[inputs[0]].rank
-        s.require(s.axis(name) == (0 if vector and first == 1 else first), node)
+        assert name is not None
+        along = first if s.specs[name].rank == rank else 0 if first == rank - 1 else None
+        s.require(s.axis(name) == along, node)
     return s.add(node.op, *inputs, name=node.name, **node.attrs), first
 
 

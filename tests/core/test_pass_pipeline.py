@@ -189,7 +189,7 @@ def unusual_decoder() -> Graph:
         g.add("reshape", linear(x, part), name=f"{part}.heads", shape=("T", 2, 4)) for part in ("q", "k", "v")
     )
     q = g.add("rms_norm", q, g.weight("norm"), name="q.norm", eps=1e-5)
-    k = g.add("layer_norm", k, name="k.norm", eps=1e-5)
+    k = g.add("mul", g.add("layer_norm", k, name="k.norm", eps=1e-5), g.weight("norm"), name="k.scaled")
     turn, keep = g.add_many("split", q, name="q.parts", axis=2, sizes=(2, 2))
     turned = g.add("rotary", turn, "positions", name="q.turned", theta=100.0)
     q = g.add("concat", turned, keep, name="q.whole", axis=-1)
