@@ -121,6 +121,12 @@ def check_supported(shape: CacheShape, num_heads: int, dtype: DType) -> None:
 
 def check_sizes(graph: Graph) -> None:
     """Raises BuildError when a linear layer of `graph` has sizes that the kernels do not take."""
+    for node in graph.nodes:
+        if node.op in PRODUCTS and graph.specs[node.used[0]].rank != 2:
+            x = graph.specs[node.used[0]]
+            raise BuildError(
+                f"target cuda: {node.op} '{node.name}': input is {x}; accepted: [tokens, features]"
+            )
     for features, columns, *_ in sorted(linear_shapes(graph, 1)):
         try:
             linear.plan.check_sizes(1, columns, features)

@@ -57,8 +57,11 @@ class CudaTarget:
     def check(self, graph: Graph, build: BuildConfig) -> None:
         shape = CacheShape.of(graph, build.page_size)
         heads = {graph.specs[node.used[0]].shape[1] for node in graph.nodes if node.op == "attention"}
-        (num_heads,) = heads
-        assert isinstance(num_heads, int)
+        num_heads, *others = sorted(map(int, heads))
+        if others:
+            raise BuildError(
+                f"target cuda: attention layers have {num_heads} and {others[0]} heads; accepted: the same number in all"
+            )
         dtype = compute_dtype(graph)
         check_supported(shape, num_heads, dtype)
         check_sizes(graph)

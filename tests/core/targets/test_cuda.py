@@ -15,14 +15,14 @@ from trtc.core.build import build_engine, plan
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
 from trtc.core.errors import BuildError, ConfigError, EngineError, TargetError
-from trtc.core.graph import Graph
+from trtc.core.graph import Graph, GraphBuilder
 from trtc.core.interpreter import interpret
 from trtc.core.ops import ReferenceContext, get_op
 from trtc.core.passes import fuse
 from trtc.core.passes.rewrite import rewrite
 from trtc.core.quantize.scheme import QuantizeOptions, WeightFormat
 from trtc.core.quantize.source import nearest
-from trtc.core.targets.base import CacheShape
+from trtc.core.targets.base import CacheShape, get_target
 from trtc.core.targets.cuda.code import (
     code_file,
     decode_buckets,
@@ -48,6 +48,7 @@ from trtc.tests.asymmetric import with_zeros
 from trtc.tests.opt_models import BUILD, CUDA_VARIANTS, OptCheckpoint, save_hf
 from trtc.tests.packed_steps import PagedSequences, filled_cache
 from trtc.tests.tolerances import FLOAT64_ABS, max_error
+from trtc.tests.toy_decoder import weight_rows
 
 CUDA = {"target": "cuda", "target_options": {"architectures": ["sm_90"]}}
 
@@ -406,3 +407,29 @@ def test_a_closed_program_is_gone_with_its_last_reference(tmp_path: Path) -> Non
         assert there() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("out_heads", "message"),
+    [
+        (4, "attention layers have 2 and 4 heads; accepted: the same"),
+        (2, "linear 'by_head': input is float16.T, 2, 64.;"),
+    ],
+)
+def test_what_the_kernels_do_not_do_is_refused_before_weights_are_made(out_heads: int, message: str) -> None:
+    """Attention with other numbers of heads in other layers, and products of heads; target cpu runs both."""
+    g = GraphBuilder(DType.FLOAT16, weight_rows(table=(11, 128), wide=(64 * out_heads, 128), square=(64, 64)))
+    k = g.add(
+        "reshape",
+        g.add("embedding", "token_ids", g.weight("table"), name="x", offset=0),
+        name="k",
+        shape=("T", 2, 64),
+    )
+    x = g.add("linear", "x", g.weight("wide"), name="q")
+    q = g.add("reshape", x, name="heads", shape=("T", out_heads, 64))
+    by_head = g.add("linear", k, g.weight("square"), name="by_head")
+    starts = ("query_start", "kv_length", "page_table")
+    g.add("attention", k, by_head if out_heads == 2 else k, k, *starts, name="first", layer=0, scale=1.0)
+    graph = g.finish(g.add("attention", q, k, k, *starts, name="second", layer=1, scale=1.0))
+    with pytest.raises(BuildError, match=message):
+        get_target("cuda").check(graph, dataclasses.replace(BUILD, **CUDA))
