@@ -109,9 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         args.parser.error(unknown_arguments(unknown, args.parser))
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # as stderr: a model may write what a terminal cannot show
+        # as stderr: a model may write what a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _check_folder()
         code: int = args.main(args)
@@ -120,15 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrtcError as error:
         print(f"trtc {args.command}: error: {error}", file=sys.stderr)
         return 1
-    except (
-        OSError
-    ) as error:  # what no command says more about: a folder that may not be entered, a full disk behind `>`
+    except OSError as error:
+        # What no command says more about: a folder that may not be entered, a full disk behind `>`.
         where = error.filename
         if where is None and error.errno in _OUTPUT_ERRORS:
             where = "standard output"
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # Python would try again at its end
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())  # Python would try again at its end
         if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `head` does
             return 0
         reason = one_line(f"{where or type(error).__name__}: {error.strerror or error}")

@@ -104,7 +104,7 @@ def _check_weights(planned: Partition, source: WeightSource, member: int) -> Non
 def _require_ops(graph: Graph, ops: frozenset[str], target: str) -> None:
     """Raises BuildError for an op that the target does not run: one of a plugin's, as families compose no other."""
     for node in graph.nodes:
-        if node.op not in ops | {"input", "weight"}:
+        if node.op not in ops and node.op not in ("input", "weight"):
             raise BuildError(
                 f"target {target} does not run {node.op} '{node.name}'; the op's plugin brings it there with "
                 f"the hook trtc_tensorrt_plugins"

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from types import MappingProxyType
 from typing import Any
 
@@ -109,7 +110,7 @@ def make_node(
     for key, value in draft.attrs.items():
         if not _is_json(value):
             raise GraphError(
-                f"{op} '{name}': attribute {key} is {value!r}; accepted: numbers, texts, true, false, None, and lists of these"
+                f"{op} '{name}': attribute {key} is {value!r}; accepted: finite numbers, texts, booleans, None, lists of them"
             )
     return Node(name, op, draft.inputs, draft.attrs, _infer(draft, specs))
 
@@ -117,7 +118,9 @@ def make_node(
 def _is_json(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_json, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    return (
+        value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value))
+    )
 
 
 def _infer(draft: Node, specs: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:

@@ -19,9 +19,8 @@ def parse_object(text: str | bytes, where: str, error: type[TrtcError]) -> dict[
             text = text.decode(json.detect_encoding(text))
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
         if re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(
-                value, ensure_ascii=False
-            ).encode()  # such a text could be no name of a file, and be sent nowhere
+            # Half a pair could be in no name of a file, and be sent nowhere: to encode it is an error.
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as problem:
         raise error(f"{where}: not valid JSON: {problem.msg}, line {problem.lineno}") from None
     except (ValueError, RecursionError) as problem:

@@ -40,7 +40,7 @@ def with_generation_config(model: ModelConfig, folder: Path) -> ModelConfig:
     """
     file = folder / GENERATION_CONFIG
     value = read_object(file, CheckpointError).get("eos_token_id") if file.is_file() else None
-    if value is None:
+    if value in (None, []):
         return model
     ids = tuple(value) if isinstance(value, list) else (value,)
     if not all(map(is_token_id, ids)):

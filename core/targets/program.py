@@ -71,7 +71,6 @@ class Program:
         registers: list[Any] = [*self._constants, None]  # the last one stands for absent inputs
         for name, index in self._inputs.items():
             registers[index] = inputs.get(name)
-        step = None
         try:
             for step in self._instructions:
                 result = step.kernel(*(registers[i] for i in step.inputs))
@@ -83,8 +82,7 @@ class Program:
                 for index in step.frees:
                     registers[index] = None
         except Exception as error:
-            if step is not None:
-                error.add_note(f"in {step.node}")
+            error.add_note(f"in {step.node}")
             raise
         output: torch.Tensor = registers[self._output]
         return output

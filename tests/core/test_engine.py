@@ -79,6 +79,7 @@ def engine_dir(built: Path, tmp_path: Path) -> Path:
         (None, (2,)),
         ("{}", (2,)),
         ('{"eos_token_id": null}', (2,)),
+        ('{"eos_token_id": []}', (2,)),
         ('{"eos_token_id": 7}', (7,)),
         ('{"eos_token_id": [7, 9]}', (7, 9)),
     ],

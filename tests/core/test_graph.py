@@ -295,7 +295,9 @@ def test_the_builder_refuses_what_does_not_fit() -> None:
         g.add("split", x, name="s", axis=1, sizes=(4, 4))
     with pytest.raises(GraphError, match=r"split 't': attribute sizes is 4; accepted: sizes of at least 0"):
         g.add("split", x, name="t", axis=1, sizes=4)
-    with pytest.raises(GraphError, match=r"layer_norm 'n': attribute eps is tensor\(1\); accepted: numbers"):
+    with pytest.raises(
+        GraphError, match=r"layer_norm 'n': attribute eps is tensor\(1\); accepted: finite numbers"
+    ):
         g.add("layer_norm", x, name="n", eps=torch.tensor(1))
     with pytest.raises(GraphError, match=r"rows that the composition never uses: a.w"):
         g.finish(x)
@@ -310,6 +312,15 @@ def test_a_shape_rule_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         GraphError, match=r"odd 'o': the op's shape rule raised KeyError: 'y'; attributes: axis=1, sizes=4"
     ):
         builder().add("odd", "positions", name="o", axis=1, sizes=4)
+
+
+@pytest.mark.parametrize("value", [float("inf"), (1, float("nan"))])
+def test_an_attribute_that_json_does_not_have_is_refused(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a plugin's op, which may not look: engine.json would hold it, and be refused when it is opened."""
+    odd = Op("odd", lambda sig: (sig[0],), lambda context, attrs, x: x)
+    monkeypatch.setitem(registry._OPS, "odd", odd)
+    with pytest.raises(GraphError, match=r"odd 'o': attribute cap is .*; accepted: finite numbers"):
+        builder().add("odd", "positions", name="o", cap=value)
 
 
 def test_a_shape_rule_that_gives_no_types_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
