@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import httpx
 
 from ..core.engine import Engine
-from ..core.plugin_registry import plugins
 from ..runtime.benchmark import setup
 from .provenance import commit_of_tree, processor
 
@@ -141,7 +140,6 @@ def build_tiny_opt(folder: Path) -> Path:
 
 def environment(engine_dir: Path, commit: str | None = None) -> dict[str, Any]:
     """What the numbers depend on: commit, engine, device, versions. commit: where git cannot tell"""
-    plugins()
     found = setup(Engine.open(engine_dir, verify=False))
     if found["target"] == "cpu":
         found["device"] = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
