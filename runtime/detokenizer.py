@@ -33,23 +33,27 @@ class Detokenizer:
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
         self._held = 0
-        """Characters at the end of `_text` that begin a stop string, the longest such end."""
+        """Characters at the end of the first `_looked_at` that begin a stop string, the longest such end."""
+        self._looked_at = 0
         self._finished = False
 
     @property
     def text(self) -> str:
         """What may be shown: while unfinished, without a tail that may still become part of a stop string."""
-        held = 0 if self._finished or self._keeps_stop else self._held
-        return self._text[: len(self._text) - held]
+        if self._finished or self._keeps_stop:
+            return self._text
+        # When it is asked for: most requests show nothing before their end.
+        self._held = self._longest_begun(self._held + len(self._text) - self._looked_at)
+        self._looked_at = len(self._text)
+        return self._text[: len(self._text) - self._held]
 
     def append(self, token_id: int) -> str | None:
         """Takes the next output token. Returns the stop string it completes, at which the text is cut."""
         assert not self._finished, "the text is finished"
         self._ids.append(token_id)
         self._num_tokens += 1
-        checked, new = len(self._text), self._new_text()
-        self._text += new
-        self._held = self._longest_begun(self._held + len(new))
+        checked = len(self._text)
+        self._text += self._new_text()
         if self._num_tokens <= self._min_tokens:
             return None
         return self._cut_at_stop(checked)
@@ -89,8 +93,8 @@ class Detokenizer:
         return found[1]
 
     def _longest_begun(self, limit: int) -> int:
-        """Length of the longest end of the text that begins a stop string. limit: what was begun before the new characters, and
-        these; more cannot be."""
+        """Length of the longest end of the text that begins a stop string. limit: what was begun at the last look, and the
+        characters since; more cannot be."""
         for length in range(min(self._max_stop_len - 1, limit), 0, -1):
             tail = self._text[-length:]
             if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):
