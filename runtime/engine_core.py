@@ -63,7 +63,7 @@ class EngineCore:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Raises ConfigError for an option of another kind."""
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
             raise ConfigError(f"seed is {seed!r}; accepted: an integer of at least 0")
         if not isinstance(prompt_lookup, PromptLookup | None):
             raise ConfigError(f"prompt_lookup is {prompt_lookup!r}; accepted: PromptLookup(N, K), or None")
@@ -88,7 +88,7 @@ class EngineCore:
         if isinstance(executor, DecodeLoop):
             self._ahead = DecodeAhead(executor, self.scheduler, clock, step_by_step=self._queue is not None)
         self._eos_token_ids = frozenset(executor.eos_token_ids)
-        self._seeds = np.random.Generator(np.random.Philox(seed))
+        self._seeds = np.random.Generator(np.random.Philox(int(seed)))
         self._clock = clock
         self._groups: dict[str, Group] = {}
         self._deadlines: dict[str, float] = {}

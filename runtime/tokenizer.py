@@ -60,7 +60,7 @@ class Tokenizer:
             tokenizer.encode("")
         except OSError as error:
             raise EngineError(f"{file}: cannot be read: {error.strerror}") from None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             raise
         # The library raises plain Exception for every fault that it knows, and of others what is not even one.
         except BaseException as error:

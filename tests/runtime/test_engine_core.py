@@ -7,6 +7,7 @@ import os
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from trtc.core.errors import ConfigError, EngineError, RequestError
@@ -309,6 +310,15 @@ def test_an_option_of_another_kind_is_refused(option: str, value: Any, accepted:
     options: Any = {option: value}
     with pytest.raises(ConfigError, match=re.escape(f"{option} is {value!r}; accepted: {accepted}")):
         EngineCore(ToyExecutor(), **options)
+
+
+def test_a_seed_may_be_any_whole_number() -> None:
+    def tokens(seed: Any) -> tuple[int, ...]:
+        core = EngineCore(ToyExecutor(), seed=seed)
+        core.add_request("a", [5], SamplingParams(max_tokens=9, ignore_eos=True))
+        return tuple(run(core)["a"].outputs[0].token_ids)
+
+    assert tokens(np.int64(7)) == tokens(7)
 
 
 def test_a_forked_process_is_refused() -> None:

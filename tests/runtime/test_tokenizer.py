@@ -62,6 +62,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, tokenizer_dir: Path, name: str,
         Tokenizer.from_dir(tmp_path)
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_a_signal_while_a_file_is_read_is_no_fault_of_the_file(
+    end: type[BaseException], tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ctrl-C raises, and what handlers of SIGTERM do."""
+
+    def interrupted(file: Path) -> bytes:
+        raise end
+
+    monkeypatch.setattr(Path, "read_bytes", interrupted)
+    with pytest.raises(end):
+        Tokenizer.from_dir(tokenizer_dir)
+
+
 def test_a_file_that_the_library_panics_about_is_named(tmp_path: Path, tokenizer_dir: Path) -> None:
     """When it is read, and not at the first prompt: a template with a special token that there is not."""
     data = json.loads((tokenizer_dir / "tokenizer.json").read_text())
