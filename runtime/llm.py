@@ -128,8 +128,10 @@ class LLM:
     def _release(self) -> None:
         """Releases the engine of a closed LLM, unless it runs: whoever ends its last step then does."""
         if self._busy.acquire(blocking=False):
-            self.core.executor.close()
-            self._busy.release()
+            try:
+                self.core.executor.close()
+            finally:
+                self._busy.release()
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
