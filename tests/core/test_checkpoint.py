@@ -488,19 +488,19 @@ CONVERT_FOREVER = textwrap.dedent(
         sizes | {"family": "x", "architecture": "x", "dtype": "float32", "tie_word_embeddings": False,
                  "num_layers": 40, "eos_token_ids": []})
     table = WeightTable((WeightRule("w.{i}", "w.{i}", (64, 64), Shard.COLUMN),))
-    print("ready", flush=True)
     for round in itertools.count():
         tensors = {f"w.{i}": torch.full((64, 64), float(round)) for i in range(40)}
         write_file(root / "hf" / "model.safetensors", tensors)
         with HFCheckpoint.open(root / "hf") as source:
             sharding = ShardingOptions(2)
             convert(source, table, config, root / "out", dtype=DType.FLOAT16, sharding=sharding, workers=2)
+        print("there is one", flush=True)
     """
 )
 
 
 def test_kill_leaves_the_old_output_or_the_new_one(tmp_path):
-    """Oracle: after every SIGKILL the output, if there is one, verifies, and its values are of one round."""
+    """Oracle: after every SIGKILL the output verifies, and its values are of one round."""
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     moments = random.Random(0)
@@ -508,13 +508,11 @@ def test_kill_leaves_the_old_output_or_the_new_one(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-c", CONVERT_FOREVER, str(tmp_path)], stdout=subprocess.PIPE
         )
-        assert process.stdout.readline() == b"ready\n"
+        assert process.stdout.readline() == b"there is one\n"
         time.sleep(0.2 + 0.6 * moments.random())
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        if not (tmp_path / "out").exists():
-            continue
         checkpoint = TrtcCheckpoint.open(tmp_path / "out")
         checkpoint.verify()
         values = {
@@ -524,6 +522,3 @@ def test_kill_leaves_the_old_output_or_the_new_one(tmp_path):
             for value in checkpoint.read(rank, name).unique()
         }
         assert len({float(value) for value in values}) == 1
-    assert (tmp_path / "out").exists(), (
-        "no conversion was completed between the kills: the test shows nothing"
-    )

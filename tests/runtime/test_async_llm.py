@@ -24,7 +24,7 @@ from trtc.runtime.tokenizer import Tokenizer
 from .toy import ToyExecutor, greedy_tokens
 
 T = TypeVar("T")
-LIMIT_S = 20
+LIMIT_S = 60
 
 
 def greedy(max_tokens: int, **others: Any) -> SamplingParams:

@@ -28,7 +28,7 @@ from trtc.runtime.graph_pool import GraphPool
 from trtc.runtime.step_input import Int32Array, StepInput
 
 VOCAB, BATCH, PAGES = 50, 4, 2
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 
 
 def next_token(token: int, length: int, stages: int) -> int:

@@ -219,7 +219,7 @@ def test_close_waits_for_the_step_of_another_thread() -> None:
         def execute(self, step: Any) -> torch.Tensor:
             assert not self.closed, "a step on a closed executor"
             stepping.set()
-            assert closed.wait(10)
+            assert closed.wait(60)
             assert not self.closed, "closed under a step"
             return super().execute(step)
 
@@ -227,10 +227,10 @@ def test_close_waits_for_the_step_of_another_thread() -> None:
     with ThreadPoolExecutor() as pool:
         with LLM.from_executor(executor) as model:
             outputs = pool.submit(model.generate, [3], GREEDY)
-            assert stepping.wait(10)
+            assert stepping.wait(60)
         closed.set()
         with pytest.raises(EngineError, match="this LLM is closed"):
-            outputs.result(10)
+            outputs.result(60)
     assert executor.closed and len(executor.steps) == 1 and idle(model)
 
 
