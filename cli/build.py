@@ -121,7 +121,9 @@ class Source(NamedTuple):
 
 
 def main(args: argparse.Namespace) -> int:
-    if not args.dry_run and args.output_dir is None:
+    if args.dry_run:
+        args.output_dir = None  # which calibration would make, to keep its integers beside
+    elif args.output_dir is None:
         raise ConfigError("--output-dir is missing; give a folder for the engine, or --dry-run")
     tensorrt_llm_flags.handle_plugins(args)
     start = time.perf_counter()

@@ -81,6 +81,14 @@ def test_gptq_is_better_than_rounding_to_nearest(perplexity: Callable[..., float
     assert perplexity(*INT4, "--calibrate", str(calibration)) - perplexity() < 0.8 * lost
 
 
+def test_a_dry_run_that_calibrates_writes_nothing(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"token_ids": [5, 6, 7]}')
+    options = [*INT4, "--calibrate", str(texts), "--output-dir", str(tmp_path / "new" / "engine")]
+    assert main(["build", "--model-dir", str(TINY_OPT), "--dry-run", *options]) == 0
+    assert list(tmp_path.iterdir()) == [texts]
+
+
 def test_convert_says_what_it_made_and_leaves_nothing_behind(
     calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
