@@ -22,6 +22,7 @@ from .graph import Graph
 from .hf import HFCheckpoint
 from .interpreter import interpret
 from .passes import Partition, optimize
+from .passes.fuse import is_constant
 from .plugin_registry import Family, plugins
 from .safetensors_io import SafetensorsWriter
 from .sharding import ShardingOptions
@@ -102,9 +103,11 @@ def _check_weights(planned: Partition, source: WeightSource, member: int) -> Non
 
 
 def _require_ops(graph: Graph, ops: frozenset[str], target: str) -> None:
-    """Raises BuildError for an op that the target does not run: one of a plugin's, as families compose no other."""
+    """Raises BuildError for an op that the target does not run: one of a plugin's, as families compose no other. What is made
+    of weights alone, the build evaluates."""
+    known = ops | {"input"}
     for node in graph.nodes:
-        if node.op not in ops and node.op not in ("input", "weight"):
+        if node.op not in known and not is_constant(graph, node.tensors[0]):
             raise BuildError(
                 f"target {target} does not run {node.op} '{node.name}'; the op's plugin brings it there with "
                 f"the hook trtc_tensorrt_plugins"

@@ -339,14 +339,26 @@ def test_layers_that_do_not_share_a_cache_are_refused(
 def test_an_op_that_no_plugin_brings_to_the_target_is_named(
     checkpoint: OptCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Unless the build evaluates it."""
     monkeypatch.setitem(registry._OPS, "their_op", Op("their_op", lambda sig: (sig[0],), lambda *_: None))
-    family = composed(lambda g, x: g.add("their_op", attend(g, x, 2), name="mine"))
     target = dataclasses.replace(TARGET.capabilities(BUILD), ops=registry.op_names() - {"their_op"})
     monkeypatch.setattr(type(TARGET), "capabilities", lambda self, build: target)
+    monkeypatch.setattr(build_module, "_check_weights", lambda *_: None)
+
+    def planned(change: Callable[[GraphBuilder, str], str]) -> Graph:
+        family = composed(lambda g, x: change(g, attend(g, x, 2)))
+        return build_module.plan(family, checkpoint.config, checkpoint.weights(), BUILD, 0).graph
+
     with pytest.raises(
         BuildError, match="target cpu does not run their_op 'mine'; the op's plugin brings it"
     ):
-        build_module.plan(family, checkpoint.config, checkpoint.weights(), BUILD, 0)
+        planned(lambda g, x: g.add("their_op", x, name="mine"))
+
+    def on_a_weight(g: GraphBuilder, x: str) -> str:
+        table = g.add("their_op", g.weight("embed.weight"), name="mine")
+        return g.add("add", x, g.add("embedding", "token_ids", table, name="again", offset=0), name="sum")
+
+    assert "their_op" not in {node.op for node in planned(on_a_weight).nodes}
 
 
 # ---- damage ------------------------------------------------------------------------------------------
