@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trtc.core.errors import CheckpointError, ConfigError
 from trtc.core.sharding import (
@@ -71,6 +71,7 @@ def test_split_axis_of_each_rule(shard, axes):
     assert split_axis(shard, ShardingOptions(1, use_parallel_embedding=True)) is None
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 10**6), unit=st.integers(1, 8), tp=st.integers(1, 64))
 def test_padding_reaches_the_next_multiple(size, unit, tp):
     found = padded(size, unit, tp)
@@ -78,6 +79,7 @@ def test_padding_reaches_the_next_multiple(size, unit, tp):
     assert size <= found < size + tp * unit
 
 
+@settings(deadline=None)
 @given(
     data=st.data(),
     tp=st.integers(1, 8),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trtc.core.errors import RequestError
 from trtc.runtime.bad_words import BadWords, bad_words
@@ -56,6 +56,7 @@ def test_a_word_begun_in_the_prompt_is_not_finished(llm: LLM) -> None:
     assert output.outputs[0].token_ids != [first]
 
 
+@settings(deadline=None)
 @given(words=st.lists(st.lists(IDS, min_size=1, max_size=4), max_size=6), text=st.lists(IDS, max_size=6))
 def test_forbidden_is_what_would_complete_a_sequence(words: list[list[int]], text: list[int]) -> None:
     expected = {token for token in range(4) if any([*text, token][-len(word) :] == word for word in words)}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trtc.runtime.engine_thread import EngineStats, RequestStats
 from trtc.runtime.server.history import History, percentile
@@ -94,6 +94,7 @@ def test_samples_are_taken_until_it_is_cancelled() -> None:
     asyncio.run(main())
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.floats(0, 10), min_size=1, max_size=30), percent=st.integers(1, 100))
 def test_percentiles_are_those_of_the_nearest_rank(values: list[float], percent: int) -> None:
     found = percentile(values, percent)
