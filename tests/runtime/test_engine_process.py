@@ -75,6 +75,8 @@ def test_outputs_are_those_of_an_llm(llm: AsyncLLM, folder: Path) -> None:
         return list(await asyncio.gather(*streamed, *whole))
 
     ENDED.clear()
+    until(lambda: idle(llm))
+    before = llm.stats().num_output_tokens
     found = asyncio.run(main())
     with LLM(folder) as oracle:
         expected = oracle.generate([prompt for prompt, _ in cases], [params for _, params in cases]) * 2
@@ -86,7 +88,8 @@ def test_outputs_are_those_of_an_llm(llm: AsyncLLM, folder: Path) -> None:
             assert (a.cumulative_logprob or 0.0) == pytest.approx(b.cumulative_logprob or 0.0, rel=1e-4)
     assert sorted(stats.outcome for stats in ENDED) == ["length"] * 8
     assert all(stats.ttft_s and 0 < stats.ttft_s <= stats.e2e_s < LIMIT_S for stats in ENDED)
-    until(lambda: idle(llm) and llm.stats().num_output_tokens == sum(s.num_output_tokens for s in ENDED))
+    tokens = before + sum(stats.num_output_tokens for stats in ENDED)
+    until(lambda: idle(llm) and llm.stats().num_output_tokens == tokens)
 
 
 def test_what_cannot_be_served_is_refused_here(llm: AsyncLLM) -> None:
