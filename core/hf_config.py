@@ -18,20 +18,22 @@ class HFConfigReader:
     A field that is absent or null has its `default`; a field without default must be there.
     """
 
-    def __init__(self, hf_config: Mapping[str, Any], family: str) -> None:
+    def __init__(self, hf_config: Mapping[str, Any], family: str, where: str = "config.json") -> None:
+        """where: the file, for messages."""
         self._config = hf_config
         self._family = family
+        self._where = where
 
     def _get(self, name: str, default: Any) -> Any:
         value = self._config.get(name)
         if value is not None:
             return value
         if default is _REQUIRED:
-            raise ConfigError(f"config.json: field {name!r} is missing; family {self._family} needs it")
+            raise ConfigError(f"{self._where}: field {name!r} is missing; family {self._family} needs it")
         return default
 
     def _refuse(self, name: str, value: object, accepted: str) -> ConfigError:
-        return ConfigError(f"config.json: field {name!r} is {value!r}; accepted: {accepted}")
+        return ConfigError(f"{self._where}: field {name!r} is {value!r}; accepted: {accepted}")
 
     def positive_int(self, name: str, default: int = _REQUIRED) -> int:
         value = self._get(name, default)

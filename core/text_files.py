@@ -7,8 +7,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .config import ModelConfig, is_token_id
+from .config import ModelConfig
 from .errors import CheckpointError
+from .hf_config import HFConfigReader
 from .strict_json import read_object
 
 GENERATION_CONFIG = "generation_config.json"
@@ -36,18 +37,14 @@ def with_generation_config(model: ModelConfig, folder: Path) -> ModelConfig:
     """`model` with the end-of-sequence ids of generation_config.json in `folder`, where that names any.
 
     As in transformers, they take the place of those of config.json: chat models name the end of a turn only there.
-    Raises CheckpointError when the file cannot be read or holds something else.
+    Raises CheckpointError when the file cannot be read, ConfigError when it names something else.
     """
     file = folder / GENERATION_CONFIG
-    value = read_object(file, CheckpointError).get("eos_token_id") if file.is_file() else None
-    if value in (None, []):
+    if not file.is_file():
         return model
-    ids = tuple(value) if isinstance(value, list) else (value,)
-    if not all(map(is_token_id, ids)):
-        raise CheckpointError(
-            f"{file}: eos_token_id is {value!r}; accepted: a token id, a list of token ids, or null"
-        )
-    return dataclasses.replace(model, eos_token_ids=ids)
+    fields = HFConfigReader(read_object(file, CheckpointError), model.family, str(file))
+    ids = fields.token_ids("eos_token_id")
+    return dataclasses.replace(model, eos_token_ids=ids) if ids else model
 
 
 def copy_text_files(source: Path, destination: Path) -> None:

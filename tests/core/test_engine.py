@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import random
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,7 +22,7 @@ from trtc.core.config import BuildConfig
 from trtc.core.dtypes import DType
 from trtc.core.engine import Engine
 from trtc.core.engine_files import DESCRIPTION, FORMAT_VERSION, is_engine, sha256
-from trtc.core.errors import BuildError, CheckpointError, ConfigError, EngineError
+from trtc.core.errors import BuildError, ConfigError, EngineError
 from trtc.core.graph import Graph, GraphBuilder
 from trtc.core.interpreter import interpret
 from trtc.core.ops import Op, registry
@@ -71,46 +70,6 @@ def built(checkpoint: OptCheckpoint, tmp_path_factory: pytest.TempPathFactory) -
 def engine_dir(built: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(built, tmp_path / "engine"))
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (None, (2,)),
-        ("{}", (2,)),
-        ('{"eos_token_id": null}', (2,)),
-        ('{"eos_token_id": []}', (2,)),
-        ('{"eos_token_id": 7}', (7,)),
-        ('{"eos_token_id": [7, 9]}', (7, 9)),
-    ],
-)
-def test_an_engine_ends_where_generation_config_says(
-    content: str | None, expected: tuple[int, ...], checkpoint: OptCheckpoint, tmp_path: Path
-) -> None:
-    """Oracle: transformers, which reads config.json's id only where this file names none."""
-    source = tmp_path / "text"
-    source.mkdir()
-    if content is not None:
-        (source / "generation_config.json").write_text(content)
-    assert checkpoint.config.eos_token_ids == (2,)
-    arguments = checkpoint.family, checkpoint.config, checkpoint.weights(), BUILD
-    build_module.build_engine(*arguments, tmp_path / "engine", text_files=source)
-    assert Engine.open(tmp_path / "engine").model.eos_token_ids == expected
-
-
-@pytest.mark.parametrize(
-    "content", ['{"eos_token_id": "2"}', '{"eos_token_id": [2, true]}', '{"eos_token_id": -1}', "[]", "{"]
-)
-def test_a_bad_generation_config_is_refused_before_anything_is_built(
-    content: str, checkpoint: OptCheckpoint, tmp_path: Path
-) -> None:
-    source = tmp_path / "text"
-    source.mkdir()
-    (source / "generation_config.json").write_text(content)
-    arguments = checkpoint.family, checkpoint.config, checkpoint.weights(), BUILD
-    with pytest.raises(CheckpointError, match=re.escape(str(source / "generation_config.json"))):
-        build_module.build_engine(*arguments, tmp_path / "engine", text_files=source)
-    assert not (tmp_path / "engine").exists()
 
 
 def refused(folder: Path, file: str, reason: str) -> None:
