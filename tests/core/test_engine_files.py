@@ -1,4 +1,4 @@
-"""Files of an engine that are compared while their owner does other things. What is refused: see test_engine."""
+"""Files of an engine that are compared while their owner does other things. What is refused: see test_engine_damage."""
 
 from __future__ import annotations
 
