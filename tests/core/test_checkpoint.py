@@ -1,4 +1,4 @@
-"""Conversion and trtc checkpoints: shards are parts of the whole, outputs are atomic, damage is refused."""
+"""Conversion: shards are parts of the whole, outputs are atomic. Damage: see test_checkpoint_damage."""
 
 import json
 import os
@@ -16,103 +16,25 @@ import pytest
 import safetensors.torch
 import torch
 from trtc.core import weight_source
-from trtc.core.checkpoint import TrtcCheckpoint, convert, is_checkpoint
+from trtc.core.checkpoint import TrtcCheckpoint
 from trtc.core.config import ModelConfig
 from trtc.core.dtypes import DType, to_torch
 from trtc.core.errors import CheckpointError, ConfigError, PluginError
 from trtc.core.hf import HFCheckpoint
-from trtc.core.safetensors_io import SafetensorsFile
-from trtc.core.sharding import Shard, ShardingOptions
+from trtc.core.sharding import ShardingOptions
 from trtc.core.weight_source import DummyWeights, HFWeights
-from trtc.core.weights import Chunk, Transpose, WeightRule, WeightTable
+from trtc.core.weights import WeightRule, WeightTable
 
-VOCAB, HIDDEN, LAYERS = 13, 8, 2  # 13 rows need padding for 2 and for 4 ranks
-CONFIG = ModelConfig(
-    family="fake",
-    architecture="FakeForCausalLM",
-    dtype=DType.FLOAT32,
-    vocab_size=VOCAB,
-    hidden_size=HIDDEN,
-    num_layers=LAYERS,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=2,
-    ffn_size=12,
-    max_positions=6,
-    tie_word_embeddings=True,
+from .small_checkpoints import (
+    CONFIG,
+    HIDDEN,
+    VOCAB,
+    convert_folder,
+    expected_whole,
+    make_table,
+    make_tensors,
+    write_folder,
 )
-
-
-def make_table(tied: bool = True) -> WeightTable:
-    """Embeddings, fused q, k, v as GPT-2 keeps them, a column and a row parallel layer, norms and a head."""
-    shape = ("num_heads*head_dim", "hidden_size")
-    qkv = [
-        rule
-        for index, part in enumerate("qkv")
-        for rule in (
-            WeightRule(
-                "h.{i}.qkv.weight",
-                f"layers.{{i}}.{part}.weight",
-                shape,
-                Shard.HEADS,
-                (Transpose(), Chunk(index, 3)),
-            ),
-            WeightRule(
-                "h.{i}.qkv.bias", f"layers.{{i}}.{part}.bias", shape[:1], Shard.HEADS, Chunk(index, 3)
-            ),
-        )
-    ]
-    return WeightTable(
-        (
-            WeightRule("wte.weight", "embed.weight", ("vocab_size", "hidden_size"), Shard.EMBEDDING),
-            WeightRule("wpe.weight", "positions.weight", ("max_positions+2", "hidden_size")),
-            *qkv,
-            WeightRule("h.{i}.up.weight", "layers.{i}.up.weight", ("ffn_size", "hidden_size"), Shard.COLUMN),
-            WeightRule("h.{i}.down.weight", "layers.{i}.down.weight", ("hidden_size", "ffn_size"), Shard.ROW),
-            WeightRule("h.{i}.norm.weight", "layers.{i}.norm.weight", ("hidden_size",)),
-            WeightRule(
-                "lm_head.weight",
-                "head.weight",
-                ("vocab_size", "hidden_size"),
-                Shard.VOCAB_HEAD,
-                tied_to="embed.weight" if tied else None,
-            ),
-        ),
-        prefixes=("transformer.", ""),
-    )
-
-
-def make_tensors(tied: bool = True) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = {"wte.weight": (VOCAB, HIDDEN), "wpe.weight": (8, HIDDEN)}
-    for i in range(LAYERS):
-        shapes |= {
-            f"h.{i}.qkv.weight": (HIDDEN, 24),
-            f"h.{i}.qkv.bias": (24,),
-            f"h.{i}.norm.weight": (HIDDEN,),
-        }
-        shapes |= {f"h.{i}.up.weight": (12, HIDDEN), f"h.{i}.down.weight": (HIDDEN, 12)}
-    tensors = {
-        f"transformer.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()
-    }
-    return (
-        tensors if tied else {**tensors, "lm_head.weight": torch.randn((VOCAB, HIDDEN), generator=generator)}
-    )
-
-
-def expected_whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights by our names, written out by hand from the checkpoint tensors."""
-    source = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    whole = {"embed.weight": source["wte.weight"], "positions.weight": source["wpe.weight"]}
-    whole["head.weight"] = source.get("lm_head.weight", source["wte.weight"])
-    for i in range(LAYERS):
-        for part, weight in zip("qkv", source[f"h.{i}.qkv.weight"].t().split(8), strict=True):
-            whole[f"layers.{i}.{part}.weight"] = weight
-        for part, bias in zip("qkv", source[f"h.{i}.qkv.bias"].split(8), strict=True):
-            whole[f"layers.{i}.{part}.bias"] = bias
-        for name in ("up.weight", "down.weight", "norm.weight"):
-            whole[f"layers.{i}.{name}"] = source[f"h.{i}.{name}"]
-    return whole
 
 
 def put_together(source, name: str, axis: int | None) -> torch.Tensor:
@@ -135,23 +57,6 @@ def axis_of(name: str, embedding_axis: int | None) -> int | None:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return write_folder(tmp_path / "hf", make_tensors())
-
-
-def write_folder(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    path.mkdir()
-    (path / "config.json").write_text("{}")
-    (path / "tokenizer.json").write_text('{"a": "tokenizer"}')
-    safetensors.torch.save_file(tensors, path / "model.safetensors")
-    return path
-
-
-def convert_folder(
-    folder: Path, output: Path, tp: int = 1, dtype=DType.FLOAT32, tied: bool = True, **options
-) -> None:
-    embedding = {key: options.pop(key) for key in list(options) if "embedding" in key}
-    with HFCheckpoint.open(folder) as source:
-        sharding = ShardingOptions(tp, **embedding)
-        convert(source, make_table(tied), CONFIG, output, dtype=dtype, sharding=sharding, **options)
 
 
 EMBEDDING_AXES = [None, 0, 1]
@@ -333,100 +238,6 @@ def test_a_folder_of_somebody_else_is_not_replaced(folder, tmp_path):
     with pytest.raises(ConfigError, match="is not an output of trtc"):
         convert_folder(folder, folder)
     assert (folder / "model.safetensors").exists()
-
-
-# ---- damaged checkpoints ----
-
-
-def edit(path: Path, **changes) -> None:
-    config = json.loads((path / "config.json").read_text()) | changes
-    (path / "config.json").write_text(
-        json.dumps({key: value for key, value in config.items() if value is not None})
-    )
-
-
-def swap_rank_for_another(path: Path) -> None:
-    safetensors.torch.save_file({"other": torch.ones(1)}, path / "rank1.safetensors")
-    files = json.loads((path / "config.json").read_text())["files"]
-    files["rank1.safetensors"]["size"] = (path / "rank1.safetensors").stat().st_size
-    edit(path, files=files)
-
-
-def damage_header(path: Path) -> None:
-    with open(path / "rank0.safetensors", "r+b") as file:
-        file.seek(10)
-        file.write(b"\0\0\0")
-
-
-DAMAGES = {
-    "missing rank": (lambda path: (path / "rank1.safetensors").unlink(), r"rank1\.safetensors: is missing"),
-    "truncated": (
-        lambda path: os.truncate(path / "rank1.safetensors", 99),
-        r"rank1\.safetensors: has 99 bytes",
-    ),
-    "header": (damage_header, r"rank0\.safetensors: header: not valid JSON"),
-    "other tensors": (swap_rank_for_another, r"rank1\.safetensors: does not hold the same tensors"),
-    "no config": (lambda path: (path / "config.json").unlink(), r"config\.json: cannot be read"),
-    "config cut": (lambda path: os.truncate(path / "config.json", 50), r"config\.json: not valid JSON"),
-    "foreign": (lambda path: edit(path, format=None), "is not a trtc checkpoint"),
-    "version": (
-        lambda path: edit(path, format_version=2),
-        "has the checkpoint format 2, .*this trtc reads format 1",
-    ),
-    "key missing": (lambda path: edit(path, aliases=None), r"config\.json: keys missing or unknown: aliases"),
-    "sharding": (lambda path: edit(path, sharding={"tp_size": 2}), r"config\.json: sharding must be"),
-    "more ranks": (lambda path: edit(path, sharding=ShardingOptions(4).to_json()), "do not fit tp_size 4"),
-    "alias": (lambda path: edit(path, aliases={"head.weight": "nope"}), "alias 'head.weight' of 'nope'"),
-    "files": (lambda path: edit(path, files=3), r"config\.json: files must be an object"),
-    "file record": (
-        lambda path: edit(path, files={f"rank{r}.safetensors": 1 for r in (0, 1)}),
-        "rank0.* size",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGES)
-def test_damaged_checkpoints_are_refused_with_file_and_reason(folder, tmp_path, case):
-    damage, reason = DAMAGES[case]
-    convert_folder(folder, tmp_path / "out", 2)
-    damage(tmp_path / "out")
-    with pytest.raises(CheckpointError, match=reason) as caught:
-        TrtcCheckpoint.open(tmp_path / "out")
-    assert str(tmp_path / "out") in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_flipped_byte_is_found_by_verify(folder, tmp_path):
-    convert_folder(folder, tmp_path / "out")
-    with SafetensorsFile(tmp_path / "out" / "rank0.safetensors") as file:
-        offset = file.tensors["layers.0.up.weight"].offset
-    with open(tmp_path / "out" / "rank0.safetensors", "r+b") as raw:
-        raw.seek(offset)
-        byte = raw.read(1)
-        raw.seek(offset)
-        raw.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(CheckpointError, match=r"rank0\.safetensors: damaged: sha256"):
-        TrtcCheckpoint.open(tmp_path / "out").verify()
-
-
-def test_a_hugging_face_folder_is_not_a_checkpoint(folder, tmp_path):
-    assert not is_checkpoint(folder)
-    assert not is_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="is not a trtc checkpoint; make one with `trtc convert`"):
-        TrtcCheckpoint.open(folder)
-    for path, what in ((tmp_path / "nowhere", "no such folder"), (folder / "config.json", "is a file")):
-        with pytest.raises(CheckpointError, match=what):
-            TrtcCheckpoint.open(path)
-
-
-def test_unknown_ranks_and_names_are_named(folder, tmp_path):
-    convert_folder(folder, tmp_path / "out")
-    checkpoint = TrtcCheckpoint.open(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="has no rank 1; it was converted for tp_size 1"):
-        checkpoint.read(1, "embed.weight")
-    for ask in (checkpoint.read, checkpoint.shape, checkpoint.dtype):
-        with pytest.raises(CheckpointError, match="holds no tensor 'nope'"):
-            ask(0, "nope")
 
 
 # ---- dummy weights ----
