@@ -10,6 +10,11 @@ from .tokenizer import Tokenizer
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are not a whole character
 _PROMPT_CONTEXT = 5
 """Prompt tokens decoded before the output: some tokenizers drop the space of the first token."""
+_MAX_PENDING = 16
+"""Tokens at whose end no character has ended, before the older ones are taken for what they decode to. A character has four
+bytes at most; the others may be tokens without text."""
+_KEPT_PENDING = 8
+"""Of these, the tokens that may still be the beginning of a character."""
 
 
 class Detokenizer:
@@ -77,6 +82,22 @@ class Detokenizer:
         if stable == window:
             self._window_start, self._read = self._read, len(self._ids)
             self._window_chars = len(self._decode_window())
+        elif len(self._ids) - self._read >= _MAX_PENDING:
+            new += self._shorten(window)
+        return new
+
+    def _shorten(self, window: str) -> str:
+        """Lets the window begin later though its text, `window`, does not end with a whole character: else tokens that never
+        make one would all be decoded again at each of them. Returns what of the text the new window does not hold.
+
+        In UTF-8 characters are found again wherever one begins to read. Only tokenizers with byte fallback, which make no
+        character of a row of bytes with a wrong one, now show some that decoding the whole row would not.
+        """
+        self._window_start = self._read = len(self._ids) - _KEPT_PENDING
+        kept = self._decode_window()
+        held = max(0, min(len(window) - self._window_chars, len(kept) - len(kept.rstrip(_REPLACEMENT))))
+        new = window[self._window_chars : len(window) - held]
+        self._window_chars = len(kept) - held
         return new
 
     def _cut_at_stop(self, checked: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -97,6 +98,63 @@ def test_byte_fallback_keeps_spaces_and_whole_characters(
     shown, final, _ = stream(byte_fallback, ids, prompt)
     assert final == byte_fallback.decode([*prompt, *ids])[len("the cat") :]
     assert all("\ufffd" not in text and final.startswith(text) for text in shown)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_long_outputs_of_broken_characters_end_as_decoding_them_at_once(
+    byte_level: Tokenizer, data: st.DataObject
+) -> None:
+    """Tokens that end within a character, with and without text before it, between whole ones, in rows far longer than one
+    character; what was shown is never taken back."""
+    broken = [i for i in range(300) if byte_level.decode([i]).endswith("\ufffd")]
+    broken += bytes_of(byte_level, "漢") * 20  # else few of them make a character
+    rows = st.lists(st.sampled_from(broken), max_size=60) | st.lists(st.integers(0, 299), max_size=5)
+    ids = [i for row in data.draw(st.lists(rows, max_size=6)) for i in row]
+    shown, final, _ = stream(byte_level, ids)
+    assert final == byte_level.decode(ids)
+    for before, after in zip(shown, [*shown[1:], final], strict=True) if shown else ():
+        assert after.startswith(before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        *product(
+            ["byte_level", "byte_fallback"], ["broken", "half a character", "no text behind half a character"]
+        ),
+        ("byte_level", "text and half a character"),
+    ],
+)
+def test_each_token_is_decoded_a_few_times_however_long_no_character_ends(
+    kind: str, row: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts the ids that the tokenizer decodes: a bound for each token, not one that grows with their number."""
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    character = bytes_of(tokenizer, "漢") if kind == "byte_level" else [byte + 1 for byte in "漢".encode()]
+    first, second = character[:2]
+    ids = {
+        "broken": [second] * 400,
+        "half a character": [first, second] * 200,
+        "text and half a character": [i for i in range(300) if tokenizer.decode([i]) == "\ufffdc\ufffd"]
+        * 400,
+        "no text behind half a character": [first, *[10_000] * 400],
+    }[row]
+    decode, num_decoded = tokenizer.decode, []
+
+    def counted(token_ids: Sequence[int], **options: Any) -> str:
+        num_decoded.append(len(token_ids))
+        return decode(token_ids, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    _, final, _ = stream(tokenizer, ids)
+    assert final == decode(ids)
+    assert max(num_decoded) < 40 and sum(num_decoded) < 40 * len(ids)
+
+
+def test_broken_bytes_are_shown_before_the_request_ends(byte_level: Tokenizer) -> None:
+    shown, final, stop = stream(byte_level, [bytes_of(byte_level, "漢")[1]] * 100, stop=["\ufffd" * 40])
+    assert final == "" and stop is not None and 40 <= len(shown) < 60
 
 
 def test_a_literal_replacement_character_in_the_prompt_stays_there(byte_level: Tokenizer) -> None:
