@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any
 
 from ..core.errors import RequestError
 from .beam_params import check_beam_params
@@ -25,11 +29,13 @@ MAX_SEQUENCES = 10_000
 """Of one prompt: more than anyone reads, and little enough to make them all before the first step."""
 
 _MAX_SEED = 2**64 - 1
+_PLAIN = (int, float, bool, str, NoneType)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen and when it ends. Checked when built: raises RequestError.
+    """How the tokens of one request are chosen and when it ends. Checked when built: raises RequestError. Numbers that are
+    numpy's become Python's.
 
     n:                  completions per prompt, each with its own random stream
     best_of:            completions to make, of which the n with the best mean log probability per token are given,
@@ -92,6 +98,9 @@ class SamplingParams:
     early_stopping: bool | str = False
 
     def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if type(value) not in _PLAIN:
+                object.__setattr__(self, name, _plain(value))
         _check_int("n", self.n, 1, MAX_SEQUENCES)
         if self.best_of is not None:
             _check_int("best_of", self.best_of, 1, MAX_SEQUENCES)
@@ -160,6 +169,24 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _plain(value: Any, depth: int = 2) -> Any:
+    """Python's numbers for those of other libraries, in lists and mappings too: what comes next writes JSON, or hands them
+    to another process. depth: of lists in which numbers may lie."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        with suppress(OverflowError):  # of a fraction; who checks what is no float refuses it
+            return float(value)
+    if depth and isinstance(value, Mapping):
+        return {_plain(key, 0): _plain(item, 0) for key, item in value.items()}
+    if depth and isinstance(value, list | tuple):
+        items = (_plain(item, depth - 1) for item in value)
+        return list(items) if isinstance(value, list) else tuple(items)
+    return value
 
 
 def _refusal(name: str, value: object, accepted: str) -> RequestError:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from trtc.core.errors import RequestError
 from trtc.runtime.sampling_params import SamplingParams
 
@@ -88,10 +93,72 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(name: str, value: Any)
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("max_tokens", np.int64(0), "0"),
+        ("max_tokens", np.float32(3), "3.0"),
+        ("max_tokens", np.bool_(True), "np.True_"),
+        ("max_tokens", np.array(3), "array(3)"),
+        ("max_tokens", torch.tensor(3), "tensor(3)"),  # of a device perhaps, for which its reader would wait
+        ("temperature", np.float32("nan"), "nan"),
+        ("temperature", np.bool_(True), "np.True_"),
+        ("temperature", torch.tensor(0.5), "tensor(0.5000)"),
+        ("temperature", Fraction(10**400, 3), f"Fraction({10**400}, 3)"),
+        ("stop_token_ids", [np.int32(-1)], "[-1]"),
+        ("stop_token_ids", [np.bool_(True)], "[np.True_]"),
+        ("logit_bias", {5: np.float32(100.5)}, "{5: 100.5}"),
+    ],
+)
+def test_what_is_no_number_of_the_range_is_refused_from_libraries_too(
+    name: str, value: Any, shown: str
+) -> None:
+    with pytest.raises(RequestError) as error:
+        SamplingParams(**{name: value})
+    assert str(error.value).startswith(f"{name} is {shown}; accepted: ")
+
+
 def test_edges_are_accepted() -> None:
     SamplingParams(temperature=0, top_k=-1, top_p=1, min_p=1, presence_penalty=-2, frequency_penalty=2)
     SamplingParams(max_tokens=None, min_tokens=10_000, seed=2**64 - 1, logprobs=0, top_p=1e-9)
     SamplingParams(min_tokens=16, stop=("a", "b"), stop_token_ids=[], repetition_penalty=1e-3)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, np.int32])
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.float16, np.longdouble])
+def test_numbers_of_numpy_become_pythons(integer: Any, number: Any) -> None:
+    """Oracle: the same parameters of Python's numbers, as JSON, which knows no others."""
+
+    def params(integer: Any, number: Any) -> SamplingParams:
+        return SamplingParams(
+            n=integer(2),
+            best_of=integer(3),
+            max_tokens=integer(4),
+            min_tokens=integer(1),
+            temperature=number(0.5),
+            top_k=integer(7),
+            top_p=number(0.25),
+            min_p=number(0.125),
+            repetition_penalty=number(2),
+            presence_penalty=number(-1),
+            frequency_penalty=number(1),
+            logit_bias={integer(5): number(-1.5)},
+            bad_words_ids=[(integer(5), 6), [integer(7)]],
+            stop_token_ids=(integer(8), 9),
+            seed=integer(3),
+            logprobs=integer(1),
+            prompt_logprobs=integer(0),
+        )
+
+    ours, theirs = params(int, float), params(integer, number)
+    assert ours == theirs and json.dumps(asdict(ours)) == json.dumps(asdict(theirs))
+    assert "np." not in repr(theirs)
+    beams = SamplingParams(beam_width=integer(2), temperature=number(0), length_penalty=number(1.5))
+    assert (type(beams.beam_width), type(beams.length_penalty), type(beams.temperature)) == (
+        int,
+        float,
+        float,
+    )
 
 
 def test_values_that_do_not_fit_each_other_are_refused() -> None:
