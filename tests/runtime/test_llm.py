@@ -199,6 +199,28 @@ def test_close_releases_the_engine() -> None:
         model.generate([3], GREEDY)
 
 
+def test_an_llm_whose_executor_fails_to_close_is_closed() -> None:
+    """Not "already running", as it would be for ever with a lock that nobody releases; closing it again is another try."""
+    failures = [OSError("no device"), OSError("still none")]
+
+    class Failing(ToyExecutor):
+        def close(self) -> None:
+            if failures:
+                raise failures.pop(0)
+            super().close()
+
+    executor = Failing()
+    model = LLM.from_executor(executor)
+    with pytest.raises(OSError, match="no device"):
+        model.close()
+    with pytest.raises(OSError, match="still none"):
+        model.close()
+    model.close()
+    assert executor.closed
+    with pytest.raises(EngineError, match="this LLM is closed"):
+        model.generate([3], GREEDY)
+
+
 def test_an_option_that_is_refused_releases_the_engine(
     monkeypatch: pytest.MonkeyPatch, byte_level: Tokenizer
 ) -> None:
