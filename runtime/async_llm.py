@@ -17,7 +17,7 @@ from .engine_core import EngineCore
 from .engine_process import EngineProcess
 from .engine_thread import EngineStats, EngineThread, OnFinished, Submission
 from .executor import Executor
-from .load_core import CoreOptions, EngineOptions, load_core
+from .load_core import CoreOptions, EngineOptions, check_keywords, load_core
 from .output_stream import OutputStream
 from .outputs import RequestOutput
 from .prompt import Prompt, is_text, tokenized
@@ -66,8 +66,9 @@ class AsyncLLM:
                      not for an engine of several ranks
         options:     those of `LLM`
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
-        machine cannot run it.
+        machine cannot run it, TypeError for an option that there is not.
         """
+        check_keywords("AsyncLLM", options, "on_finished", "own_process")
         if own_process:
             self._talk(Worker(engine_dir, **options), on_finished)
         else:

@@ -15,7 +15,7 @@ from typing import Any, Self, Unpack
 from ..core.errors import EngineError, RequestError
 from .engine_core import EngineCore
 from .executor import Executor
-from .load_core import CoreOptions, EngineOptions, load_core
+from .load_core import CoreOptions, EngineOptions, check_keywords, load_core
 from .outputs import RequestOutput
 from .prompt import ACCEPTED, Prompt, Prompts, tokenized
 from .request import check_line
@@ -36,8 +36,9 @@ class LLM:
         enable_prefix_cache:   True: a prompt starts behind what an earlier one with the same beginning left in the cache
         prompt_lookup:         None, or a PromptLookup for greedy requests that ask for nothing else
         Raises EngineError when the directory is not an engine this version can run, TargetError when this
-        machine cannot run it, ConfigError for an option of another kind.
+        machine cannot run it, ConfigError for an option of another kind, TypeError for one that there is not.
         """
+        check_keywords("LLM", options)
         self._start(load_core(engine_dir, **options))
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from os import PathLike
 from typing import TypedDict
 
@@ -34,6 +35,17 @@ class CoreOptions(TypedDict, total=False):
 
 class EngineOptions(LoadOptions, CoreOptions, total=False):
     """Keywords of `load_core`, which has the defaults, and of all who hand them on to it: `LLM`, `AsyncLLM`, `Worker`."""
+
+
+def check_keywords(caller: str, given: Iterable[str], *others: str) -> None:
+    """Raises TypeError for the first keyword given to `caller` that EngineOptions does not have; others: what else it takes."""
+    accepted = ", ".join(["engine_dir", *others, *EngineOptions.__annotations__])
+    for name in given:
+        if name not in EngineOptions.__annotations__:
+            raise TypeError(
+                f"{caller}() has no argument {name!r}; accepted: {accepted}. Data types, lengths and ranks are chosen when an "
+                "engine is built (trtc build); ranks are started by trtc run --nproc or mpirun"
+            )
 
 
 def load_core(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ import torch
 import trtc
 from trtc.core.errors import ConfigError, EngineError, RequestError
 from trtc.runtime import load_core
+from trtc.runtime.async_llm import AsyncLLM
 from trtc.runtime.llm import LLM
 from trtc.runtime.outputs import RequestOutput
 from trtc.runtime.prompt import Prompt
@@ -230,6 +233,26 @@ def test_an_option_that_is_refused_releases_the_engine(
     with pytest.raises(ConfigError, match="seed is -1"):
         LLM("engine", seed=-1)
     assert executor.closed
+
+
+@pytest.mark.parametrize("kind", [LLM, AsyncLLM])
+@pytest.mark.parametrize(
+    "name", ["tensor_parallel_size", "model", "gpu_memory_utilization", "dtype", "max_model_len"]
+)
+def test_an_option_that_there_is_not_is_refused_with_those_that_there_are(kind: Any, name: str) -> None:
+    """Oracle: the docstring of LLM, and the signature of AsyncLLM. Before anything is read: the engine is not there."""
+    with pytest.raises(TypeError) as error:
+        kind("no engine", **{name: 2})
+    message = str(error.value)
+    assert (
+        message.startswith(f"{kind.__name__}() has no argument {name!r}; accepted: engine_dir, ")
+        and "\n" not in message
+    )
+    accepted = set(message.partition(". ")[0].partition("accepted: ")[2].split(", "))
+    documented = set(re.findall(r"^        (\w+): +\S", LLM.__init__.__doc__ or "", re.MULTILINE))
+    own = set(inspect.signature(kind.__init__).parameters) - {"self", "options"}
+    assert accepted == documented | own
+    assert "trtc build" in message and "trtc run --nproc" in message
 
 
 def test_close_waits_for_the_step_of_another_thread() -> None:
