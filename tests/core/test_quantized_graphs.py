@@ -30,6 +30,7 @@ from trtc.core.targets.cpu import CpuProgram
 from trtc.core.weight_source import WeightSource
 from trtc.tests.opt_models import BUILD, VARIANTS, OptCheckpoint
 from trtc.tests.packed_steps import PagedSequences, filled_cache
+from trtc.tests.runtime.rank_engines import PACKAGES, package_checkpoint
 from trtc.tests.thread_group import RankCommunicator, run_ranks
 from trtc.tests.tolerances import (
     FLOAT64_ABS,
@@ -112,12 +113,20 @@ def test_the_pipeline_computes_with_the_dequantized_weights(
 
 
 @pytest.mark.parametrize("precision", FORMATS)
-@pytest.mark.parametrize("embedding", [{}, {"use_parallel_embedding": True}])
+@pytest.mark.parametrize(
+    ("variant", "embedding"),
+    [
+        ("vocabulary_odd", {}),
+        ("vocabulary_odd", {"use_parallel_embedding": True}),
+        ("gpt2_groups", {"use_parallel_embedding": True, "embedding_sharding_dim": 1}),
+        ("llama_groups", {}),
+    ],
+)
 def test_ranks_together_compute_what_one_does(
-    precision: str, embedding: dict[str, Any], opt_checkpoint: Callable[[str], OptCheckpoint]
-) -> None:
+    precision: str, variant: str, embedding: dict[str, Any], opt_checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
+) -> None:  # fmt: skip
     """Oracle: the composed graph with the dequantized weights of one rank. Row-split products share their rows' scales."""
-    checkpoint = opt_checkpoint("vocabulary_odd")
+    checkpoint = package_checkpoint(variant, tmp_path) if variant in PACKAGES else opt_checkpoint(variant)
     composed = checkpoint.family.compose(checkpoint.config)
     one = quantized(checkpoint, FORMATS[precision], lm_head=True)
     inputs = two_prompts(checkpoint.config.vocab_size)

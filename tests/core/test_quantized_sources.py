@@ -25,6 +25,7 @@ from trtc.core.sharding import ShardingOptions
 from trtc.core.weight_source import DummyWeights
 from trtc.tests.asymmetric import with_zeros
 from trtc.tests.opt_models import OptCheckpoint
+from trtc.tests.runtime.rank_engines import PACKAGES, package_checkpoint
 
 from .quantized_weights import FORMATS, INT4, INT8, by_definition, parts_of, quantized
 
@@ -71,6 +72,60 @@ def test_shards_are_parts_of_one_quantized_model(
             assert stored.dtype(rank, name) == view.dtype(rank, name)
             assert stored.shape(rank, name) == view.shape(rank, name) == tuple(value.shape)
     stored.close()
+
+
+def places(part: torch.Tensor, whole: torch.Tensor, axis: int) -> torch.Tensor:
+    """Which rows (axis 0) or columns (1) of `whole` those of `part` are, found by their values; -1: zeros."""
+    mine, all_of_it = (tensor.transpose(0, axis) for tensor in (part, whole))
+    same = (mine[:, None] == all_of_it[None]).all(-1)
+    found = torch.where(same.any(1), same.int().argmax(1), -1)
+    assert not mine[found < 0].any()
+    return found
+
+
+def numbers(source: QuantizedWeights, rank: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every element of a weight, its integer (or e4m3 number) and its scale."""
+    integers, scale = parts_of(source, rank, name)
+    values = unpack_int4(integers) if integers.dtype == torch.uint8 else integers.float()
+    by_group = scale.reshape(len(scale), -1)
+    return values, by_group.repeat_interleave(values.shape[1] // by_group.shape[1], 1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "variant", "tp_size"),
+    [
+        *((precision, variant, 2) for precision in ("int8", "fp8") for variant in ("odd_sizes", "gpt2", "llama")),
+        *(("int8", variant, 4) for variant in ("gpt2", "llama_one_kv_head", "llama_two_kv_heads")),
+        *(("int4", variant, 2) for variant in ("vocabulary_odd", "gpt2_groups", "llama_groups")),
+    ],
+)  # fmt: skip
+def test_ranks_hold_the_integers_and_scales_of_one_bit_for_bit(
+    precision: str, variant: str, tp_size: int, opt_checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
+) -> None:
+    """Of every family. Oracle: the integers and scales of one rank, where the float weights' values say that a rank's rows or
+    columns come from. Together the ranks have all of them; what is added is zeros."""
+    checkpoint = package_checkpoint(variant, tmp_path) if variant in PACKAGES else opt_checkpoint(variant)
+    how, sharding = FORMATS[precision], ShardingOptions(tp_size=tp_size)
+    whole, floats = checkpoint.weights(), checkpoint.weights(sharding=sharding)
+    one, ranks = (quantized(checkpoint, how, lm_head=True, tp_size=size) for size in (1, tp_size))
+    split = set()
+    for name in one.quantization.weights:
+        value, integers, scale = whole.read(0, name), *numbers(one, 0, name)
+        met: set[int] = set()
+        for rank in range(tp_size):
+            part = floats.read(rank, name)
+            axis = 0 if part.shape[1] == value.shape[1] else 1
+            found = places(part, value, axis)
+            met.update(found.tolist())
+            mine, its_scale = numbers(ranks, rank, name)
+            kept, zeros = (mask.nonzero().flatten() for mask in (found >= 0, found < 0))
+            origin = found[kept]
+            assert torch.equal(mine.index_select(axis, kept), integers.index_select(axis, origin)), name
+            assert torch.equal(its_scale.index_select(axis, kept), scale.index_select(axis, origin)), name
+            assert not mine.index_select(axis, zeros).any(), name
+            split |= {axis} if part.shape != value.shape else set()
+        assert met - {-1} == set(range(value.shape[axis])), name
+    assert split == {0, 1}
 
 
 def test_weights_are_quantized_block_by_block(

@@ -41,6 +41,16 @@ PACKAGES: Mapping[str, Mapping[str, Any]] = {
     # Fewer heads of keys and values than ranks; of the one, the seven queries are padded to eight.
     "llama_one_kv_head": {**LLAMA, "hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1},
     "llama_two_kv_heads": {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 2},
+    # Columns that two ranks cut into whole groups of 32.
+    "gpt2_groups": {"vocab_size": 101, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128},
+    "llama_groups": {
+        **LLAMA,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 128,
+    },
 }
 
 RanksEngine = Callable[[Case], Path]
