@@ -28,7 +28,7 @@ def with_more(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 def test_every_kernel_of_a_step_is_counted(
-    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("run", "next_tokens"):
         monkeypatch.setattr(CpuProgram, name, with_more(getattr(CpuProgram, name)))
@@ -47,7 +47,9 @@ def test_every_kernel_of_a_step_is_counted(
         assert found["wall_us"] > 0
     names = {kernel["name"]: kernel["calls"] for kernel in decode["kernels"]}
     assert names.get("trtc::cpu_step") == (1 if cpu_step.library() else None)
-    printed = capsys.readouterr().out
+    printed, others = capfd.readouterr()
+    # The library behind the profiler writes to the file descriptor.
+    assert others == "" or torch.cuda.is_available()
     assert printed.count("others") == 2
     assert "decode, batch 2: " in printed
 
