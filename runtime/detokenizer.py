@@ -10,6 +10,8 @@ from .tokenizer import Tokenizer
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are not a whole character
 _PROMPT_CONTEXT = 5
 """Prompt tokens decoded before the output: some tokenizers drop the space of the first token."""
+_MAX_CONTINUATION = 3
+"""Bytes of a character in UTF-8 behind its first."""
 _MAX_PENDING = 16
 """Tokens at whose end no character has ended, before the older ones are taken for what they decode to. A character has four
 bytes at most; the others may be tokens without text."""
@@ -27,7 +29,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = params.skip_special_tokens
-        self._ids = list(prompt_token_ids[-_PROMPT_CONTEXT:])
+        self._ids = list(prompt_token_ids[_context_start(tokenizer, prompt_token_ids) :])
         self._window_start = 0
         self._read = len(self._ids)
         self._window_chars = len(self._decode_window())
@@ -121,3 +123,17 @@ class Detokenizer:
             if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):
                 return length
         return 0
+
+
+def _context_start(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> int:
+    """Where in the prompt decoding begins: not within a character. Of a row of bytes that does, byte fallback makes no
+    character, however far into the output the row goes."""
+    start = max(0, len(prompt_token_ids) - _PROMPT_CONTEXT)
+    earliest = max(0, start - _MAX_CONTINUATION)
+    while start > earliest and _within_character(tokenizer.token_bytes(prompt_token_ids[start])):
+        start -= 1
+    return start
+
+
+def _within_character(encoded: bytes) -> bool:
+    return bool(encoded) and encoded[0] & 0xC0 == 0x80

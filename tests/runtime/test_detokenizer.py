@@ -157,6 +157,23 @@ def test_broken_bytes_are_shown_before_the_request_ends(byte_level: Tokenizer) -
     assert final == "" and stop is not None and 40 <= len(shown) < 60
 
 
+@settings(max_examples=100, deadline=None)
+@given(prompt=st.text("aé漢🙂", min_size=1, max_size=8), text=st.text("aé漢🙂 ", max_size=8))
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_a_prompt_may_end_in_characters_of_many_tokens(
+    kind: str, prompt: str, text: str, request: pytest.FixtureRequest
+) -> None:
+    """Oracle: the text. What is decoded of the prompt begins with a whole character: byte fallback makes none of a row of bytes
+    that does not."""
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    before, after = (
+        bytes_of(tokenizer, t) if kind == "byte_level" else [byte + 1 for byte in t.encode()]
+        for t in (prompt, text)
+    )
+    shown, final, _ = stream(tokenizer, after, before)
+    assert final == text and all(text.startswith(part) for part in shown)
+
+
 def test_a_literal_replacement_character_in_the_prompt_stays_there(byte_level: Tokenizer) -> None:
     prompt = byte_level.encode("so\ufffd")
     _, final, _ = stream(byte_level, byte_level.encode("é cat")[1:], prompt)
