@@ -71,7 +71,7 @@ def test_a_rank_that_hangs_ends_the_job(ranks_engine: RanksEngine, tmp_path: Pat
         parts.append((1, ["--wdir", str(folder.parent), *script]))
     err = lose(1, signal.SIGSTOP, mpirun(*parts), until_written(results))
     assert f"trtc: error: rank 1 on {socket.gethostname()} (process " in err
-    assert "died or hangs: no sign of life for 5 s; the job ends" in err
+    assert re.search(r"died or hangs: no sign of life for \d+ s; the job ends", err), err
 
 
 @pytest.mark.slow
