@@ -82,15 +82,19 @@ def test_a_side_that_fails_is_on_record(tmp_path: Path, args: argparse.Namespace
 
 
 def test_what_a_side_has_timed_is_kept_when_its_time_is_up(tmp_path: Path, args: argparse.Namespace) -> None:
-    args.peer_limit_s = 15
+    """With as much time as this machine takes to come to the second case, where the peer stays."""
     hangs = VLLM.replace(
-        "use_tqdm):\n", "use_tqdm):\n        import time; time.sleep(60 * (len(prompts) == 9))\n"
+        "use_tqdm):\n", "use_tqdm):\n        import time; time.sleep(600 * (len(prompts) == 9))\n"
     )
     (args.peer / "site" / "vllm" / "__init__.py").write_text(hangs)
     planned = dataclasses.replace(SHORT, cases=("1x8x1", "9x8x1"))
-    found = list(theirs("125m", planned, tmp_path, args))
+    for limit_s in (1, 4, 16, 64):
+        args.peer_limit_s = limit_s
+        found = list(theirs("125m", planned, tmp_path, args))
+        if len(found) == 3:
+            break
     assert [record["kind"] for record in found] == ["error", "setup", "batch"], found
-    assert found[0]["message"] == "not done after 15 s" and found[2]["batch"] == 1
+    assert found[0]["message"] == f"not done after {limit_s} s" and found[2]["batch"] == 1
 
 
 def test_what_fits() -> None:
