@@ -52,10 +52,7 @@ class CpuExecutor(EngineLimits):
             self._cache,
             kernels=plugins().kernels("cpu"),
             communicator=communicator,
-            # Ranks exchange tensors in the middle of a step, or between steps that others then overwrite.
-            decode_limits=DecodeLimits(self._compiled_tokens, engine.build.max_seq_len)
-            if communicator is None
-            else None,
+            decode_limits=DecodeLimits(self._compiled_tokens, engine.build.max_seq_len),
         )
 
     def execute(self, step: StepInput, **received: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from ..passes.fuse import ACTIVATION, ADD_NORM, DEQUANTIZE, SIBLINGS
 from ..quantize.scheme import KINDS
 from .base import CacheShape, Capabilities
 from .cpu_attention import CompiledAttention, CpuAttention, KVCache
-from .cpu_linear import EPILOGUES, linear_kernel, quantized_linear_kernel
+from .cpu_linear import EPILOGUES, QuantizedLinear, linear_kernel
 from .cpu_step import DecodeLimits, DecodeStep, Unsupported
 from .program import KernelFactory, Program
 
@@ -101,27 +101,30 @@ class CpuProgram:
         """weights: a tensor for every weight node of `graph`, memory-mapped ones included.
 
         kernels: factories by op name that take precedence over this target's own (from plugins).
-        decode_limits: run decode steps within them as one call of compiled code, where graph and machine allow it.
+        decode_limits: run decode steps within them as one call of compiled code, where graph and machine allow it. With a
+            communicator they run node by node: ranks exchange tensors in the middle of a step, or between steps.
         """
         self._attention = (
             CompiledAttention(cache) if CompiledAttention.compiles(cache) else CpuAttention(cache)
         )
+        self._quantized, self._limits = QuantizedLinear(), decode_limits
         factories: dict[str, KernelFactory] = {
             "attention": self._attention.kernel,
             "linear": linear_kernel,
-            "quantized_linear": quantized_linear_kernel,
+            "quantized_linear": self._quantized.kernel,
             **(kernels or {}),
         }
         self._program = Program(graph, weights, factories, ReferenceContext(cache, communicator))
         self._decode: DecodeStep | None = None
-        if decode_limits is not None and not {node.op for node in graph.nodes} & set(kernels or {}):
+        plain = communicator is None and not {node.op for node in graph.nodes} & set(kernels or {})
+        if decode_limits is not None and plain:
             with suppress(Unsupported):  # then every step runs node by node
                 self._decode = DecodeStep(graph, weights, cache, decode_limits)
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One step. inputs: the tensors of `core.graph.GRAPH_INPUTS`, int32. Returns the graph's output, which the next
         step may overwrite."""
-        if self._decode is not None and self._decode.fits(inputs):
+        if self._decode is not None and self._decodes(inputs):
             return self._decode.logits(inputs)
         return self._run(inputs)
 
@@ -133,7 +136,7 @@ class CpuProgram:
     def next_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A step. Returns [R] int32, one for each of its logits rows: the token with the largest logit, -1 where that is not
         finite. The next step may overwrite it."""
-        if self._decode is not None and self._decode.fits(inputs):
+        if self._decode is not None and self._decodes(inputs):
             return self._decode.next_tokens(inputs)
         best, chosen = self._run(inputs).max(-1)
         return chosen.where(best.isfinite(), -1).int()
@@ -141,4 +144,8 @@ class CpuProgram:
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Node by node."""
         self._attention.begin_step(inputs["query_start"], inputs["kv_length"], inputs["page_table"])
+        self._quantized.begin_step(decoding=self._decodes(inputs))
         return self._program.run(inputs)
+
+    def _decodes(self, inputs: Mapping[str, torch.Tensor]) -> bool:
+        return self._limits is not None and self._limits.allow(inputs)

@@ -7,7 +7,7 @@ memory's speed, and takes bias, activation and residual along.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
@@ -70,56 +70,75 @@ def linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
     return linear
 
 
-def quantized_linear_kernel(node: Node) -> Callable[..., torch.Tensor]:
-    """The implementation of the quantized_linear node `node`: activation(x W^T + bias) + residual, W from integers.
+class QuantizedLinear:
+    """Kernels of quantized_linear nodes: activation(x W^T + bias) + residual, W from integers.
 
-    int8 rows with one scale each are multiplied as the integers they are, by activations in int8 with a step for every 64
-    columns of a token. Other formats, and all where there are no compiled kernels or no VNNI, are dequantized first.
+    int8 rows with one scale each are multiplied as the integers they are: in decode steps by activations in 16 bits, as
+    compiled steps do, in others by activations in int8 with a step for every 64 columns of a row. Other formats, and all that
+    this processor has no kernel for, are dequantized first.
     """
-    plain = linear_kernel(node)
-    kind = cpu_step.ACTIVATION_KINDS.get(node.attrs.get("activation"))
 
-    def linear(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        zero: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if ROUNDED_ACTIVATIONS in node.attrs:
-            x = rounded_rows(x)
-        rows = weight.dtype is torch.int8 and scale.dim() == 1 and zero is None
-        if kind is None or not rows or not cpu_step.has_int8():
-            return plain(x, dequantize(weight, scale, zero), bias, residual)
-        return _integer_linear(kind, x, weight, scale, bias, residual)
+    def __init__(self) -> None:
+        self._decoding = False
 
-    return linear
+    def begin_step(self, *, decoding: bool) -> None:
+        """decoding: whether the step is one that `DecodeLimits` allows to be compiled."""
+        self._decoding = decoding
+
+    def kernel(self, node: Node) -> Callable[..., torch.Tensor]:
+        """The implementation of `node`; x may have any number of axes before its last."""
+        plain = linear_kernel(node)
+        kind = cpu_step.ACTIVATION_KINDS.get(node.attrs.get("activation"))
+
+        def linear(
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            scale: torch.Tensor,
+            zero: torch.Tensor | None = None,
+            bias: torch.Tensor | None = None,
+            residual: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            if ROUNDED_ACTIVATIONS in node.attrs:
+                x = rounded_rows(x)
+            runs = cpu_step.library() is not None if self._decoding else cpu_step.has_int8()
+            rows = weight.dtype is torch.int8 and scale.dim() == 1 and zero is None
+            if kind is None or not rows or not runs:
+                return plain(x, dequantize(weight, scale, zero), bias, residual)
+            floats = {"x": x, "scale": scale, "bias": bias, "residual": residual}
+            operands = {name: part.float().contiguous() for name, part in floats.items() if part is not None}
+            operands |= {"w": weight.contiguous(), "y": torch.empty(*x.shape[:-1], len(weight))}
+            (_multiply_wide if self._decoding else _multiply_narrow)(kind, operands)
+            return operands["y"].to(x.dtype)
+
+        return linear
 
 
-def _integer_linear(
-    kind: int,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
-    source, factor = x.float().contiguous(), scale.float().contiguous()
-    added = None if bias is None else bias.float().contiguous()
-    carried = None if residual is None else residual.float().contiguous()
-    (tokens, k), n, rows = x.shape, len(weight), weight.contiguous()
-    groups = -(-k // cpu_step.INT8_GROUP)
-    y = torch.empty(tokens, n)
-    narrow = torch.empty(tokens, groups * cpu_step.INT8_GROUP, dtype=torch.int8)
-    steps, starts = torch.empty(tokens, groups), torch.empty(tokens, groups, dtype=torch.int32)
-    layer = cpu_step.Int8Layer(
-        tokens=tokens, n=n, k=k, kind=kind, x=source.data_ptr(), scale=factor.data_ptr(),
-        bias=None if added is None else added.data_ptr(), residual=None if carried is None else carried.data_ptr(),
-        w=rows.data_ptr(), y=y.data_ptr(), narrow=narrow.data_ptr(), steps=steps.data_ptr(), starts=starts.data_ptr(),
-    )  # fmt: skip
+def _multiply_wide(kind: int, operands: Mapping[str, torch.Tensor]) -> None:
+    """One layer of a compiled step by itself, activations in 16 bits. operands: those of `Instruction`."""
+    n, k = operands["w"].shape
+    count, widest, threads = operands["y"].numel() // n, -(-k // 32) * 32, torch.get_num_threads()
+    narrow = torch.empty(threads, count, widest, dtype=torch.int16)
+    kinds = {"op": cpu_step.Op.LINEAR, "kind": kind, "wtype": cpu_step.WEIGHT_TYPES["int8"]}
+    layer = cpu_step.Instruction(**kinds, n=n, k=k, ldx=k, **_pointers(operands))
+    step = cpu_step.Step(tokens=count, narrow=narrow.data_ptr(), narrow_k=widest)
+    cpu_step.run((cpu_step.Instruction * 1)(layer), step, threads)
+
+
+def _multiply_narrow(kind: int, operands: Mapping[str, torch.Tensor]) -> None:
+    """Activations in int8. operands: those of `Int8Layer`."""
+    n, k = operands["w"].shape
+    count, groups = operands["y"].numel() // n, -(-k // cpu_step.INT8_GROUP)
+    scratch = {
+        "narrow": torch.empty(count, groups * cpu_step.INT8_GROUP, dtype=torch.int8),
+        "steps": torch.empty(count, groups),
+        "starts": torch.empty(count, groups, dtype=torch.int32),
+    }
+    layer = cpu_step.Int8Layer(tokens=count, n=n, k=k, kind=kind, **_pointers({**operands, **scratch}))
     cpu_step.int8_layer(layer, torch.get_num_threads())
-    return y.to(x.dtype)
+
+
+def _pointers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 @cache

@@ -57,14 +57,19 @@ class _Value:
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """max_tokens: of a step, over all its sequences; max_len: tokens of a sequence."""
+    """Which steps decode. max_tokens: of a step, over all its sequences; max_len: tokens of a sequence."""
 
     max_tokens: int
     max_len: int
 
+    def allow(self, inputs: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a step wants the logits of all its tokens, and is not too large."""
+        return len(inputs["logits_index"]) == len(inputs["token_ids"]) <= self.max_tokens
+
 
 class DecodeStep:
-    """Runs steps of few tokens whose logits are all wanted: one of each sequence, or several where guesses are verified.
+    """Runs the steps that `DecodeLimits` allow: of few tokens whose logits are all wanted, one of each sequence, or several
+    where guesses are verified.
 
     A token's logits are the same, to the last bit, whatever other tokens are in the step.
     Raises Unsupported for graphs and machines that cannot run this way.
@@ -80,7 +85,7 @@ class DecodeStep:
         max_tokens, max_len = limits.max_tokens, limits.max_len
         if cpu_step.library() is None:
             raise Unsupported("no compiled kernels for this processor")
-        self.max_tokens, self._threads = max_tokens, torch.get_num_threads()
+        self._threads = torch.get_num_threads()
         compiler = _Compiler(graph, weights, cache, max_tokens)
         instructions = compiler.instructions
         self._logits = compiler.values[graph.outputs[0]].register
@@ -109,10 +114,6 @@ class DecodeStep:
             narrow=self._narrow.data_ptr(),
             narrow_k=widest,
         )
-
-    def fits(self, inputs: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a step wants the logits of all its tokens, and is not too large."""
-        return len(inputs["logits_index"]) == len(inputs["token_ids"]) <= self.max_tokens
 
     def logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[T, vocab_size] float32; the memory is used again by the next step."""

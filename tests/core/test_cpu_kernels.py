@@ -5,6 +5,8 @@ Oracle: the same arithmetic in float64, by torch; where a number is not finite, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,10 @@ from trtc.core.dtypes import DType, from_torch, to_torch
 from trtc.core.graph import GraphBuilder, Node
 from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.targets.cpu_attention import CompiledAttention, CpuAttention
-from trtc.core.targets.cpu_linear import bucket, linear_kernel, quantized_linear_kernel
+from trtc.core.targets.cpu_linear import QuantizedLinear, bucket, linear_kernel
 from trtc.core.targets.cpu_step import DecodeLimits, DecodeStep
 from trtc.kernels import cpu_step
-from trtc.tests.tolerances import logits_tolerance, max_error
+from trtc.tests.tolerances import LOGITS_INT8_RELATIVE, logits_tolerance, max_error
 from trtc.tests.toy_decoder import weight_rows
 
 from .test_cpu_target import needs_kernels
@@ -76,6 +78,12 @@ def test_int8_products_are_those_of_the_dequantized_weight(count: int, rows: int
     assert max_error(y, expected) <= 1e-3 * float(expected.abs().max())
 
 
+def quantized_linear(node: Node, *, decoding: bool = False) -> Callable[..., torch.Tensor]:
+    linears = QuantizedLinear()
+    linears.begin_step(decoding=decoding)
+    return linears.kernel(node)
+
+
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize(
     ("count", "rows", "columns"), [(0, 70, 200), (1, 70, 200), (2, 16, 40), (3, 130, 600), (401, 70, 200)]
@@ -100,7 +108,7 @@ def test_int8_layers_keep_8_bits_of_64_columns(
         ("x", "w", "s", None, "b", "r"),
         {"activation": activation} if activation else {},
     )
-    y = quantized_linear_kernel(node)(x, weight, scale, None, bias, residual)
+    y = quantized_linear(node)(x, weight, scale, None, bias, residual)
     expected = x.double() @ (weight.double() * scale.double()[:, None]).t() + bias.double()
     expected = (expected if activation is None else ACTIVATIONS[activation](expected)) + residual.double()
     # Half a step in every column, if all erred the same way (a gelu's slope reaches 1.13); then float32's own rounding.
@@ -111,12 +119,59 @@ def test_int8_layers_keep_8_bits_of_64_columns(
     assert ((y - expected).abs() <= bound).all()
 
 
+def test_int8_layers_of_ranks_round_as_one_where_their_columns_are_whole_groups() -> None:
+    """Oracle: the layer of one rank, whose columns two ranks have 128 of each. What is left is the order of float32's sums."""
+    random = torch.Generator().manual_seed(5)
+    weight = torch.randint(-127, 128, (70, 256), generator=random, dtype=torch.int8)
+    scale, x = torch.rand(70, generator=random) / 500, torch.randn(9, 256, generator=random)
+    layer = quantized_linear(Node("y", "quantized_linear", ("x", "w", "s")))
+    parts = [layer(x[:, half], weight[:, half], scale) for half in (slice(128), slice(128, None))]
+    assert max_error(parts[0] + parts[1], layer(x, weight, scale)) <= 1e-5
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize(("count", "rows", "columns"), [(1, 70, 200), (3, 16, 40), (65, 130, 600)])
+def test_int8_layers_of_decode_steps_keep_16_bits(
+    count: int, rows: int, columns: int, activation: str | None
+) -> None:
+    """Tokens of very different sizes. Oracle: float64."""
+    random = torch.Generator().manual_seed(4)
+    weight = torch.randint(-127, 128, (rows, columns), generator=random, dtype=torch.int8)
+    scale, bias = torch.rand(rows, generator=random) / 500, torch.randn(rows, generator=random)
+    x = torch.randn(count, columns, generator=random) * torch.logspace(1, -3, count)[:, None]
+    residual = torch.randn(count, rows, generator=random)
+    inputs = ("x", "w", "s", None, "b", "r")
+    node = Node("y", "quantized_linear", inputs, {"activation": activation} if activation else {})
+    y = quantized_linear(node, decoding=True)(x, weight, scale, None, bias, residual)
+    expected = x.double() @ (weight.double() * scale.double()[:, None]).t() + bias.double()
+    expected = (expected if activation is None else ACTIVATIONS[activation](expected)) + residual.double()
+    # As above, with one step for a token; then float32's own rounding.
+    step = x.abs().amax(1, keepdim=True).double() / 32767
+    bound = 1.13 * 0.5 * step * weight.double().abs().sum(1) * scale + 1e-5
+    assert ((y - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_int8_layers_multiply_heads(decoding: bool) -> None:
+    """A weight that is applied to every head. Oracle: float64, to 8 bits of activations."""
+    random = torch.Generator().manual_seed(6)
+    x, residual = (torch.randn(3, 4, 32, generator=random) for _ in range(2))
+    weight = torch.randint(-127, 128, (32, 32), generator=random, dtype=torch.int8)
+    scale = torch.rand(32, generator=random) / 500
+    node = Node("y", "quantized_linear", ("x", "w", "s", None, None, "r"))
+    y = quantized_linear(node, decoding=decoding)(x, weight, scale, None, None, residual)
+    expected = x.double() @ (weight.double() * scale.double()[:, None]).t() + residual.double()
+    assert y.shape == expected.shape
+    assert max_error(y, expected) <= LOGITS_INT8_RELATIVE * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("decoding", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_int8_layers_report_a_token_that_is_not_finite(bad: float) -> None:
+def test_int8_layers_report_a_token_that_is_not_finite(bad: float, decoding: bool) -> None:
     x = torch.ones(3, 32)
     x[1, 7] = bad
     node = Node("y", "quantized_linear", ("x", "w", "s"))
-    y = quantized_linear_kernel(node)(x, torch.ones(5, 32, dtype=torch.int8), torch.ones(5))
+    y = quantized_linear(node, decoding=decoding)(x, torch.ones(5, 32, dtype=torch.int8), torch.ones(5))
     assert y.isfinite().all(1).tolist() == [True, False, True]
 
 
