@@ -14,7 +14,7 @@ from trtc.tests.tiny_opt import build_tiny_opt
 
 from .running import LIMIT_S, RunningServer, wait_until
 
-TOKENS = 200
+TOKENS = 64
 PROMPT = "The council of"
 
 
