@@ -114,26 +114,28 @@ def test_the_pipeline_computes_with_the_dequantized_weights(
 
 @pytest.mark.parametrize("precision", FORMATS)
 @pytest.mark.parametrize(
-    ("variant", "embedding"),
+    ("variant", "embedding", "lm_head"),
     [
-        ("vocabulary_odd", {}),
-        ("vocabulary_odd", {"use_parallel_embedding": True}),
-        ("gpt2_groups", {"use_parallel_embedding": True, "embedding_sharding_dim": 1}),
-        ("llama_groups", {}),
+        ("vocabulary_odd", {}, True),
+        ("vocabulary_odd", {"use_parallel_embedding": True}, True),
+        ("vocabulary_odd", {"use_parallel_embedding": True}, False),  # head and embedding are one weight
+        ("gpt2_groups", {"use_parallel_embedding": True, "embedding_sharding_dim": 1}, False),  # they are two
+        ("llama_groups", {}, True),
     ],
 )
 def test_ranks_together_compute_what_one_does(
-    precision: str, variant: str, embedding: dict[str, Any], opt_checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
+    precision: str, variant: str, embedding: dict[str, Any], lm_head: bool, opt_checkpoint: Callable[[str], OptCheckpoint],
+    tmp_path: Path,
 ) -> None:  # fmt: skip
     """Oracle: the composed graph with the dequantized weights of one rank. Row-split products share their rows' scales."""
     checkpoint = package_checkpoint(variant, tmp_path) if variant in PACKAGES else opt_checkpoint(variant)
     composed = checkpoint.family.compose(checkpoint.config)
-    one = quantized(checkpoint, FORMATS[precision], lm_head=True)
+    one = quantized(checkpoint, FORMATS[precision], lm_head=lm_head)
     inputs = two_prompts(checkpoint.config.vocab_size)
     expected = evaluate(
         composed, {node.name: dequantized(one, node.name) for node in composed.weights}, inputs
     )
-    source = quantized(checkpoint, FORMATS[precision], lm_head=True, tp_size=2, **embedding)
+    source = quantized(checkpoint, FORMATS[precision], lm_head=lm_head, tp_size=2, **embedding)
 
     def run(rank: int, communicator: RankCommunicator) -> torch.Tensor:
         parts = pipeline(composed, source, rank)
