@@ -237,7 +237,7 @@ def _values(plan: Plan | DecodePlan, gpu: Gpu) -> Mapping[str, Sequence[Any]]:
     """What each choice may be. Grids are of whole and half waves, and, of stream.cu, of blocks of whole tiles of features."""
     blocks = {gpu.multiprocessors * quarters // 4 for quarters in BLOCK_QUARTERS}
     if isinstance(plan, StreamPlan):
-        blocks |= {ceil_div(plan.features, width) for width in (8, 12, 16, 20, 24, 32)}
+        blocks |= {ceil_div(plan.features, width) for width in (8, 12, 16, 20, 24, 32, 40)}
         least, most = gpu.multiprocessors // 4, 2 * gpu.multiprocessors
         blocks = {one for one in blocks if least <= one <= most}
     return {**VALUES[type(plan)], "blocks": sorted(blocks)}
@@ -321,17 +321,19 @@ def multicast(
 ) -> MulticastPlan | None:
     """`plan` with these choices: `width` features a block, and as many of `copies` as a cluster of `split` parts has room for.
 
-    None for parts without columns, and for grids of less than a third of the multiprocessors or more than two blocks on each.
+    None for parts without columns, for grids of less than a third of the multiprocessors or more than two blocks on each, and
+    where two blocks have no room for so many stages of x.
     """
     blocks = ceil_div(plan.features, width) * split
     if not gpu.multiprocessors <= 3 * blocks <= 6 * gpu.multiprocessors:
         return None
     if (split - 1) * columns_per_block(plan.columns, split) >= plan.columns:
         return None
-    return plan_multicast(
+    made = plan_multicast(
         plan.rows, plan.features, plan.columns, features_per_block=width,
         copies=min(copies, MAX_CLUSTER // split), split=split, row_stages=row_stages,
     )  # fmt: skip
+    return made if made.shared_bytes <= BLOCK_BYTES else None
 
 
 def warpgroup(

@@ -34,15 +34,18 @@ MAX_SPLIT = 8
 LEAST_PART_COLUMNS = 256
 """Columns of a part of K of a large weight, at least: fewer are not worth the exchange of sums."""
 
-LEAST_WIDTH = 64
-"""Features of a block of a large weight, at least, while K can be split instead: it reads as many bytes of x as of W then."""
+LEAST_WIDTH, LEAST_WHOLE_WIDTH = 64, 72
+"""Features of a block of a large weight, at least, while K can be split instead: it reads as many bytes of x as of W then. For
+the first split they are more: a layer with 16384 x 4096 takes up to 0.8% less in two parts of 128 features than whole in 64."""
 
-CLUSTERS_IN_PAIRS = {1: 264, 2: 132, 4: 60, 8: 27}
+CLUSTERS_IN_PAIRS = {1: 264, 2: 132, 4: 60, 8: 25}
 """Blocks of a cluster -> clusters that an H200 runs at once, of its 132 multiprocessors, two blocks on each. 30 of eight also
-fit, but not beside other kernels' blocks: with 29 and 30 a launch took 2 us more than with 26 and 27."""
+fit, but not beside other kernels' blocks: with 29 and 30 a launch took 2 us more than with 26 and 27, and a layer takes 0.4 to
+1.5% less with 25 than with 27."""
 
-SHORT_COLUMNS = 2048
-"""Columns up to which two parts of K leave a quarter of the room for blocks free: a layer with 8192 x 2048 takes 2 us less."""
+SHORT_COLUMNS, SHORT_ROW_STAGES = 2560, 8
+"""Columns up to which K is split once, not twice, for blocks of three quarters of LEAST_WIDTH, and more stages of x are in
+flight for these two parts: a layer with 6144 and 8192 x 2048 takes 1.7% less (64 rows), with 7680 x 2560 0.8% (33 and 40)."""
 
 MOST_ROWS_OF_ONE_COPY = 48
 """Rows up to which each block of an unsplit K loads all of x: a layer with 16384 x 4096 takes 0.1 to 0.3% less with two copies
@@ -155,16 +158,20 @@ def choose_multicast(rows: int, features: int, columns: int, multiprocessors: in
         return _choose_small(rows, features, columns, multiprocessors)
     split = 1
     width = even_width(features, 2 * multiprocessors)
-    while width < LEAST_WIDTH and split < MAX_SPLIT and columns >= 2 * split * LEAST_PART_COLUMNS:
+    while (
+        width < (LEAST_WIDTH if split > 1 else LEAST_WHOLE_WIDTH)
+        and split < MAX_SPLIT
+        and columns >= 2 * split * LEAST_PART_COLUMNS
+    ):
         split *= 2
-        clusters = CLUSTERS_IN_PAIRS[split] * multiprocessors // 132
-        if split == 2 and columns <= SHORT_COLUMNS:
-            width = even_width(features, clusters * 3 // 4)
-            width = round_up(width, 16) if width > LEAST_WIDTH else width
-        else:
-            width = even_width(features, clusters)
+        width = even_width(features, CLUSTERS_IN_PAIRS[split] * multiprocessors // 132)
+        if split == 2 and columns <= SHORT_COLUMNS and width >= LEAST_WIDTH * 3 // 4:
+            width = max(width, LEAST_WIDTH)
+    row_stages = SHORT_ROW_STAGES if split == 2 and columns <= SHORT_COLUMNS else ROW_STAGES
     copies = 2 if split == 1 and rows > MOST_ROWS_OF_ONE_COPY else 1
-    return plan_multicast(rows, features, columns, features_per_block=width, copies=copies, split=split)
+    return plan_multicast(
+        rows, features, columns, features_per_block=width, copies=copies, split=split, row_stages=row_stages
+    )
 
 
 def even_width(features: int, ranges: int) -> int:

@@ -41,11 +41,20 @@ SMALL_RING_BYTES = 96 * 1024
 """The same where a block is alone on its SM: what it has asked for before its predecessor ends is what DRAM does meanwhile. Of
 blocks of few features and many columns, and of small weights, less is enough."""
 
+LEAST_LONG_COLUMNS = 2560
+"""Columns from which a block of up to 24 features has 16 warps."""
+
+MOST_WHOLE_TILES = 4
+"""Up to so many tiles a block has whole ones only, where nearly as many blocks can: 0.5% of a layer with 16384 x 4096. An
+incomplete fifth or later one costs less than the blocks do."""
+
 HELD_ELEMENTS = 16 * 1024
 """Elements of x under which a block holds them: more take too much of the ring's room."""
 
 MAX_STAGES = 16
 MAX_TILE_FEATURES = 32
+WIDE_TILE_FEATURES = 40
+"""Features of a tile at most, and of one of a block's only two at most: a tile more reads all of x again."""
 
 STREAM_SIGNATURE = "PPPPPPPiiiif"
 TILE_SIGNATURE = "PPPPPPiiiiii"
@@ -70,7 +79,7 @@ class StreamPlan:
     """A launch of `linear_stream`: each block owns a range of features and reads all of x.
 
     warps:       per block; they split the columns.
-    octets:      a tile is 8 * octets features (1 to 4).
+    octets:      a tile is 8 * octets features (1 to 5).
     token_tiles: groups of 8 rows of x (1 or 2).
     stages:      of the ring of W.
     held_x:      x is held in shared memory; else it comes through the ring, once a tile.
@@ -108,7 +117,9 @@ class StreamPlan:
         x_slots = 0 if self.held_x else self.token_tiles * WEIGHTS[self.weight].pieces
         ring = self.stages * stage_bytes(self.warps, self.octets, x_slots)
         held = _held_bytes(self.rows, self.columns, self.weight) if self.held_x else 0
-        return max(self.least_bytes, ring + _partial_bytes(self.rows, self.warps, self.octets) + held)
+        turns = ceil_div(ceil_div(self.features, self.blocks), 8 * self.octets)
+        partial = _partial_bytes(self.rows, self.warps, self.octets, turns, held=self.held_x)
+        return max(self.least_bytes, ring + partial + held)
 
     def launch_shape(self, dependent: bool) -> LaunchShape:
         return LaunchShape((self.blocks,), (32 * self.warps,), self.shared_bytes, dependent=dependent)
@@ -240,16 +251,22 @@ def plan_stream(
     pieces = WEIGHTS[weight].pieces
     blocks = min(blocks, features)
     per_block = ceil_div(features, blocks)
-    octets = ceil_div(ceil_div(per_block, ceil_div(per_block, MAX_TILE_FEATURES)), 8)
+    wide = per_block <= 2 * WIDE_TILE_FEATURES and weight == FLOAT
+    turns = ceil_div(per_block, WIDE_TILE_FEATURES if wide else MAX_TILE_FEATURES)
+    octets = ceil_div(ceil_div(per_block, turns), 8)
     token_tiles = ceil_div(rows, 8)
-    needed = ceil_div(columns, WEIGHTS[weight].warp_columns * warps) * ceil_div(per_block, 8 * octets)
+    needed = ceil_div(columns, WEIGHTS[weight].warp_columns * warps) * turns
     needed = min(MAX_STAGES, max(2, needed))
 
-    free = block_bytes - _partial_bytes(rows, warps, octets)
+    free = block_bytes - _partial_bytes(rows, warps, octets, turns, held=True)
     room, stage = min(ring_bytes, free - _held_bytes(rows, columns, weight)), stage_bytes(warps, octets, 0)
     held = held and room >= min(MIN_RING_BYTES, needed * stage)
     if not held:
-        # The ring also holds x, which must not take W's room.
+        # The ring also holds x, which must not take W's room. With more than 8 rows the room of a second
+        # buffer of sums is better left free than in the ring: the block fits beside those of the kernel before (a layer with
+        # 8192 x 2048 after 2048 x 2048, 16 rows: 55.6 us, 56.5 with a stage more).
+        spared = weight == FLOAT and turns == 1 and (rows <= 8 or 8 * octets > MAX_TILE_FEATURES)
+        free = block_bytes - _partial_bytes(rows, warps, octets, 1 if spared else 2, held=False)
         stage = stage_bytes(warps, octets, token_tiles * pieces)
         room = min(ring_bytes * (octets + token_tiles * pieces) // octets, free)
     stages = max(2, min(needed, room // stage))
@@ -390,8 +407,11 @@ def _choose_stream(
         # Many turns of little K: x is held, and a second block covers the ends of the turns of the first.
         shape = _Shape(2 * multiprocessors, 8, RING_BYTES, True)
     elif 20 <= features // (2 * multiprocessors) <= 40 and columns <= 4096:
-        # Both blocks of an SM are done in one or two turns.
-        shape = _Shape(2 * multiprocessors, 8, RING_BYTES, held and rows > 1)
+        # Both blocks of an SM are done in one or two turns. 10 warps where they take K in whole stages, which saves 0.8% of a
+        # layer with 7680 and 10240 x 2560 (8 rows).
+        warps = 10 if rows <= 8 and columns % (10 * WEIGHTS[FLOAT].warp_columns) == 0 else 8
+        blocks = _even_blocks(features, 2 * multiprocessors)
+        shape = _Shape(blocks, warps, RING_BYTES, held and rows > 1)
     else:
         shape = _large_shape(features, columns, multiprocessors, shared_limit)
     blocks, warps, ring_bytes, held, alone = shape
@@ -407,9 +427,9 @@ def _small_shape(rows: int, features: int, columns: int, multiprocessors: int, h
     warps = 12 if rows <= 8 else 8
     if features > columns:
         return _Shape(min(multiprocessors, ceil_div(features, 24)), warps, RING_BYTES, False)
+    # Alone on its SM: with 768 x 3072 a layer then takes 1.0 us less of 16.7 (8 rows), with 768 x 768 too 0.5 of 13.2 (1 row).
     if columns <= 1024:
-        return _Shape(min(multiprocessors // 2, ceil_div(features, 12)), warps, RING_BYTES, held)
-    # Alone on its SM: with 768 x 3072 a layer then takes 1.0 us less of 16.7, for 8 rows.
+        return _Shape(min(multiprocessors // 2, ceil_div(features, 12)), warps, RING_BYTES, held, alone=True)
     return _Shape(min(multiprocessors, ceil_div(features, 16)), warps, SMALL_RING_BYTES, held, alone=True)
 
 
@@ -420,10 +440,24 @@ def _large_shape(features: int, columns: int, multiprocessors: int, shared_limit
     # A square weight is the one behind attention, most likely, whose last blocks keep some SMs: whole tiles on the others
     # take 1.3 us less of a layer's 46.3 (2560 x 2560).
     square = features == columns and multiprocessors * 3 // 4 <= tiles <= multiprocessors
-    blocks = tiles if square else multiprocessors
-    if columns > 4096 and ceil_div(features, multiprocessors) <= 24 and shared_limit > LONG_RING_BYTES:
+    if square:
+        blocks = tiles
+    elif ceil_div(features, multiprocessors) <= WIDE_TILE_FEATURES:
+        blocks = _even_blocks(features, multiprocessors)
+    elif ceil_div(features, multiprocessors) <= MOST_WHOLE_TILES * MAX_TILE_FEATURES:
+        blocks = _even_blocks(features, multiprocessors, MAX_TILE_FEATURES)
+    else:
+        blocks = multiprocessors
+    narrow = columns >= LEAST_LONG_COLUMNS and ceil_div(features, multiprocessors) <= 24
+    if narrow and shared_limit > LONG_RING_BYTES:
         return _Shape(blocks, 16, LONG_RING_BYTES, False, alone=True)
     return _Shape(blocks, 8, LARGE_RING_BYTES, False, alone=True)
+
+
+def _even_blocks(features: int, blocks: int, tile: int = 1) -> int:
+    """As many blocks as have equally many features, whole tiles; `blocks` where those are less than 19 of 20 of them."""
+    fewer = range(blocks, blocks * 19 // 20, -1)
+    return next((count for count in fewer if features % (tile * count) == 0), blocks)
 
 
 def _choose_warpgroup(rows: int, features: int, columns: int, multiprocessors: int) -> WarpgroupPlan:
@@ -479,9 +513,10 @@ def stage_bytes(warps: int, octets: int, x_slots: int) -> int:
     return (octets + x_slots) * warps * 32 * LANE_BYTES
 
 
-def _partial_bytes(rows: int, warps: int, octets: int) -> int:
-    """Bytes of the two buffers in which the sums of a stream kernel's warps meet."""
-    return 2 * warps * rows * 8 * octets * 4
+def _partial_bytes(rows: int, warps: int, octets: int, turns: int, *, held: bool) -> int:
+    """Bytes of the buffers in which the sums of a stream kernel's warps meet: two; one for one turn with no x behind it."""
+    buffers = 1 if turns == 1 and not held else 2
+    return buffers * warps * rows * 8 * octets * 4
 
 
 def _held_bytes(rows: int, columns: int, weight: str) -> int:

@@ -94,7 +94,7 @@ def check_work(one: Any, chosen: Any) -> None:
 
 def check_stream(one: StreamPlan, chosen: Any) -> None:
     check_work(one, chosen)
-    assert one.blocks <= one.features and 1 <= one.octets <= 4 and one.stages >= 2
+    assert one.blocks <= one.features and 1 <= one.octets <= 5 and one.stages >= 2
     assert 8 * one.token_tiles >= one.rows and 32 * one.warps <= 512
     moments = 8 * one.warps * 8 * one.token_tiles
     assert one.shared_bytes + moments + 1024 <= MULTIPROCESSOR_BYTES
@@ -172,7 +172,7 @@ class CountedChain:
 
     def us(self, plans: LayerPlans) -> float:
         warps = {name: getattr(plans[name], "warps", 0) for name in ("qkv", "fc1", "fc2")}
-        late = 0.5 if warps["fc1"] != 12 or warps["qkv"] != 10 else 0
+        late = 0.5 if warps["fc1"] != 12 or warps["qkv"] != 6 else 0
         return (
             40 + 0.25 * abs(plans.attention.stages - 6) + late + sum(warps[n] != 12 for n in ("fc1", "fc2"))
         )
