@@ -144,7 +144,7 @@ class CpuProgram:
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Node by node."""
         self._attention.begin_step(inputs["query_start"], inputs["kv_length"], inputs["page_table"])
-        self._quantized.begin_step(decoding=self._decodes(inputs))
+        self._quantized.begin_step(len(inputs["token_ids"]), decoding=self._decodes(inputs))
         return self._program.run(inputs)
 
     def _decodes(self, inputs: Mapping[str, torch.Tensor]) -> bool:

@@ -15,7 +15,7 @@ from trtc.core.dtypes import DType, from_torch, to_torch
 from trtc.core.graph import GraphBuilder, Node
 from trtc.core.ops.elementwise import ACTIVATIONS
 from trtc.core.targets.cpu_attention import CompiledAttention, CpuAttention
-from trtc.core.targets.cpu_linear import QuantizedLinear, bucket, linear_kernel
+from trtc.core.targets.cpu_linear import FEW_TOKENS, QuantizedLinear, bucket, linear_kernel
 from trtc.core.targets.cpu_step import DecodeLimits, DecodeStep
 from trtc.kernels import cpu_step
 from trtc.tests.tolerances import LOGITS_INT8_RELATIVE, logits_tolerance, max_error
@@ -78,9 +78,12 @@ def test_int8_products_are_those_of_the_dequantized_weight(count: int, rows: int
     assert max_error(y, expected) <= 1e-3 * float(expected.abs().max())
 
 
-def quantized_linear(node: Node, *, decoding: bool = False) -> Callable[..., torch.Tensor]:
+def quantized_linear(
+    node: Node, *, decoding: bool = False, tokens: int = FEW_TOKENS
+) -> Callable[..., torch.Tensor]:
+    """tokens: of the step, as far as the kernel is told."""
     linears = QuantizedLinear()
-    linears.begin_step(decoding=decoding)
+    linears.begin_step(tokens, decoding=decoding)
     return linears.kernel(node)
 
 
@@ -149,6 +152,16 @@ def test_int8_layers_of_decode_steps_keep_16_bits(
     step = x.abs().amax(1, keepdim=True).double() / 32767
     bound = 1.13 * 0.5 * step * weight.double().abs().sum(1) * scale + 1e-5
     assert ((y - expected).abs() <= bound).all()
+
+
+def test_int8_layers_of_decode_steps_of_many_tokens_are_those_of_prompts() -> None:
+    """Which are faster there. Oracle: the same layer of a prompt."""
+    random = torch.Generator().manual_seed(4)
+    weight = torch.randint(-127, 128, (70, 200), generator=random, dtype=torch.int8)
+    scale, x = torch.rand(70, generator=random) / 500, torch.randn(FEW_TOKENS + 1, 200, generator=random)
+    node = Node("y", "quantized_linear", ("x", "w", "s"))
+    prompt = quantized_linear(node)(x, weight, scale)
+    assert torch.equal(quantized_linear(node, decoding=True, tokens=len(x))(x, weight, scale), prompt)
 
 
 @pytest.mark.parametrize("decoding", [False, True])
