@@ -427,9 +427,7 @@ def _small_shape(rows: int, features: int, columns: int, multiprocessors: int, h
     warps = 12 if rows <= 8 else 8
     if features > columns:
         return _Shape(min(multiprocessors, ceil_div(features, 24)), warps, RING_BYTES, False)
-    # Alone on its SM: with 768 x 3072 a layer then takes 1.0 us less of 16.7 (8 rows), with 768 x 768 too 0.5 of 13.2 (1 row).
-    if columns <= 1024:
-        return _Shape(min(multiprocessors // 2, ceil_div(features, 12)), warps, RING_BYTES, held, alone=True)
+    # Alone on its SM: with 768 x 3072 a layer then takes 1.0 us less of 16.7 (8 rows), with 768 x 768 too 0.1 to 0.6.
     return _Shape(min(multiprocessors, ceil_div(features, 16)), warps, SMALL_RING_BYTES, held, alone=True)
 
 
