@@ -262,9 +262,9 @@ def plan_stream(
     room, stage = min(ring_bytes, free - _held_bytes(rows, columns, weight)), stage_bytes(warps, octets, 0)
     held = held and room >= min(MIN_RING_BYTES, needed * stage)
     if not held:
-        # The ring also holds x, which must not take W's room. With more than 8 rows the room of a second
-        # buffer of sums is better left free than in the ring: the block fits beside those of the kernel before (a layer with
-        # 8192 x 2048 after 2048 x 2048, 16 rows: 55.6 us, 56.5 with a stage more).
+        # The ring also holds x, which must not take W's room. With more than 8 rows the room of a second buffer of sums is
+        # better left free than in the ring: the block fits beside those of the kernel before (a layer with 8192 x 2048 after
+        # 2048 x 2048, 16 rows: 55.6 us, 56.5 with a stage more). Integer weights keep the stages that were measured.
         spared = weight == FLOAT and turns == 1 and (rows <= 8 or 8 * octets > MAX_TILE_FEATURES)
         free = block_bytes - _partial_bytes(rows, warps, octets, 1 if spared else 2, held=False)
         stage = stage_bytes(warps, octets, token_tiles * pieces)
@@ -438,16 +438,16 @@ def _large_shape(features: int, columns: int, multiprocessors: int, shared_limit
     # A square weight is the one behind attention, most likely, whose last blocks keep some SMs: whole tiles on the others
     # take 1.3 us less of a layer's 46.3 (2560 x 2560).
     square = features == columns and multiprocessors * 3 // 4 <= tiles <= multiprocessors
+    each = ceil_div(features, multiprocessors)
     if square:
         blocks = tiles
-    elif ceil_div(features, multiprocessors) <= WIDE_TILE_FEATURES:
+    elif each <= WIDE_TILE_FEATURES:
         blocks = _even_blocks(features, multiprocessors)
-    elif ceil_div(features, multiprocessors) <= MOST_WHOLE_TILES * MAX_TILE_FEATURES:
+    elif each <= MOST_WHOLE_TILES * MAX_TILE_FEATURES:
         blocks = _even_blocks(features, multiprocessors, MAX_TILE_FEATURES)
     else:
         blocks = multiprocessors
-    narrow = columns >= LEAST_LONG_COLUMNS and ceil_div(features, multiprocessors) <= 24
-    if narrow and shared_limit > LONG_RING_BYTES:
+    if columns >= LEAST_LONG_COLUMNS and each <= 24 and shared_limit > LONG_RING_BYTES:
         return _Shape(blocks, 16, LONG_RING_BYTES, False, alone=True)
     return _Shape(blocks, 8, LARGE_RING_BYTES, False, alone=True)
 
