@@ -118,7 +118,8 @@ class StreamPlan:
         ring = self.stages * stage_bytes(self.warps, self.octets, x_slots)
         held = _held_bytes(self.rows, self.columns, self.weight) if self.held_x else 0
         turns = ceil_div(ceil_div(self.features, self.blocks), 8 * self.octets)
-        partial = _partial_bytes(self.rows, self.warps, self.octets, turns, held=self.held_x)
+        buffers = 1 if turns == 1 and not self.held_x and self.weight == FLOAT else 2
+        partial = _partial_bytes(self.rows, self.warps, self.octets, buffers)
         return max(self.least_bytes, ring + partial + held)
 
     def launch_shape(self, dependent: bool) -> LaunchShape:
@@ -258,7 +259,7 @@ def plan_stream(
     needed = ceil_div(columns, WEIGHTS[weight].warp_columns * warps) * turns
     needed = min(MAX_STAGES, max(2, needed))
 
-    free = block_bytes - _partial_bytes(rows, warps, octets, turns, held=True)
+    free = block_bytes - _partial_bytes(rows, warps, octets, 2)
     room, stage = min(ring_bytes, free - _held_bytes(rows, columns, weight)), stage_bytes(warps, octets, 0)
     held = held and room >= min(MIN_RING_BYTES, needed * stage)
     if not held:
@@ -266,7 +267,7 @@ def plan_stream(
         # better left free than in the ring: the block fits beside those of the kernel before (a layer with 8192 x 2048 after
         # 2048 x 2048, 16 rows: 55.6 us, 56.5 with a stage more). Integer weights keep the stages that were measured.
         spared = weight == FLOAT and turns == 1 and (rows <= 8 or 8 * octets > MAX_TILE_FEATURES)
-        free = block_bytes - _partial_bytes(rows, warps, octets, 1 if spared else 2, held=False)
+        free = block_bytes - _partial_bytes(rows, warps, octets, 1 if spared else 2)
         stage = stage_bytes(warps, octets, token_tiles * pieces)
         room = min(ring_bytes * (octets + token_tiles * pieces) // octets, free)
     stages = max(2, min(needed, room // stage))
@@ -511,9 +512,9 @@ def stage_bytes(warps: int, octets: int, x_slots: int) -> int:
     return (octets + x_slots) * warps * 32 * LANE_BYTES
 
 
-def _partial_bytes(rows: int, warps: int, octets: int, turns: int, *, held: bool) -> int:
-    """Bytes of the buffers in which the sums of a stream kernel's warps meet: two; one for one turn with no x behind it."""
-    buffers = 1 if turns == 1 and not held else 2
+def _partial_bytes(rows: int, warps: int, octets: int, buffers: int) -> int:
+    """Bytes of the buffers in which the sums of a stream kernel's warps meet: two, and held x behind both; one for the only
+    turn of float weights. Launches of integers were measured with two."""
     return buffers * warps * rows * 8 * octets * 4
 
 

@@ -14,7 +14,7 @@ from trtc.core.quantize.integers import pack_int4
 from trtc.kernels.linear.formats import WEIGHTS, interleave_int4
 from trtc.kernels.linear.plan import SHARED_LIMITS, SMALLEST_SHARED_LIMIT, StreamPlan, TilePlan
 from trtc.kernels.linear.quantized import for_kernels, stored_format
-from trtc.kernels.linear.quantized_plan import choose_quantized, norms_quantized_input
+from trtc.kernels.linear.quantized_plan import choose_quantized, norms_quantized_input, quantized_stream
 from trtc.kernels.linear.quantized_warpgroup_plan import QuantizedWarpgroupPlan
 from trtc.kernels.linear.stripe_plan import StripePlan
 
@@ -250,6 +250,15 @@ def test_plans_cover_the_matrix_and_fit(how: str, capability: int) -> None:
         )
         assert plan.features_per_block <= 16 * plan.feature_tiles * plan.warps_down
         assert 8 * plan.token_tiles >= rows and plan.stage_columns >= WEIGHTS[how].warp_columns
+
+
+def test_integers_keep_two_buffers_of_sums() -> None:
+    """Oracle: bytes by hand; the launch of before floats did with one. Only their launches were measured so."""
+    plan = choose_quantized(16, 4096, 4096, weight="int4/128")
+    assert isinstance(plan, StreamPlan) and plan.held_x and plan.warps == 8
+    plan = quantized_stream(8, 1024, 8192, weight="int8", held=False, alone=False)
+    assert (plan.blocks, plan.warps, plan.octets) == (132, 8, 1)
+    assert plan.shared_bytes == plan.stages * 8 * 512 * (1 + 2) + 2 * 8 * 8 * 8 * 4
 
 
 def test_few_rows_on_hopper_are_stripes() -> None:
