@@ -416,9 +416,10 @@ def _choose_stream(
     else:
         shape = _large_shape(features, columns, multiprocessors, shared_limit)
     blocks, warps, ring_bytes, held, alone = shape
+    room = shared_limit - MOMENTS_BYTES * warps // 8
     return plan_stream(
         rows, features, columns, norm=norm, blocks=blocks, warps=warps, held=held, ring_bytes=ring_bytes,
-        block_bytes=shared_limit - MOMENTS_BYTES * warps // 8 if alone else min(BLOCK_BYTES, shared_limit),
+        block_bytes=room if alone else min(BLOCK_BYTES, room),
         least_bytes=(shared_limit + RESERVED_BYTES) // 2 if alone else 0,
     )  # fmt: skip
 

@@ -114,15 +114,16 @@ def quantized_stream(
     """
     if alone is None:
         alone = features * columns * WEIGHTS[weight].bits >= SMALL_WEIGHT * 16
-    block_bytes = shared_limit if alone else min(BLOCK_BYTES, shared_limit)
+    most = shared_limit if alone else min(BLOCK_BYTES, shared_limit)
     least_bytes = (shared_limit + RESERVED_BYTES) // 2 if alone else 0
     warps = min(warps, max(2, ceil_div(columns, WEIGHTS[weight].warp_columns)))
     while True:
+        moments = MOMENTS_BYTES * max(warps, 8) // 8
         plan = plan_stream(
             rows, features, columns, norm=norm, blocks=blocks, warps=warps, held=held, weight=weight, ring_bytes=ring_bytes,
-            block_bytes=block_bytes - MOMENTS_BYTES, least_bytes=least_bytes,
+            block_bytes=most - moments, least_bytes=least_bytes,
         )  # fmt: skip
-        if plan.shared_bytes + MOMENTS_BYTES <= shared_limit or warps <= 2:
+        if plan.shared_bytes + moments <= shared_limit or warps <= 2:
             return plan
         warps //= 2
 

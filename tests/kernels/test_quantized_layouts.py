@@ -216,6 +216,7 @@ def test_plans_cover_the_matrix_and_fit(how: str, capability: int) -> None:
         (4096, 16384),
         (50272, 9216),
         (9216, 36864),
+        (5376, 7168),
         (101, 256),
         (7, 128),
     ]
@@ -227,7 +228,9 @@ def test_plans_cover_the_matrix_and_fit(how: str, capability: int) -> None:
             continue
         plan = choose_quantized(rows, features, columns, capability=capability, norm=norm, weight=how)
         assert plan.weight == how and how.split("/")[0].capitalize() in plan.entry("__half")
-        assert plan.shared_bytes + (1024 if norm != "none" else 0) <= limit, plan
+        normed = isinstance(plan, StreamPlan) and norm != "none"
+        moments = plan.warps * 8 * plan.token_tiles * 8 if normed else 0  # bytes beside the ring
+        assert plan.shared_bytes + moments <= limit, plan
         shape = plan.launch_shape(dependent=True)
         assert shape.block[0] % 32 == 0
         if isinstance(plan, StreamPlan):
