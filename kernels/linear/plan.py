@@ -252,10 +252,12 @@ def plan_stream(
     pieces = WEIGHTS[weight].pieces
     blocks = min(blocks, features)
     per_block = ceil_div(features, blocks)
-    wide = per_block <= 2 * WIDE_TILE_FEATURES and weight == FLOAT
+    token_tiles = ceil_div(rows, 8)
+    widest = WIDE_TILE_FEATURES // 8
+    fits = 2 * stage_bytes(warps, widest, token_tiles) + _partial_bytes(rows, warps, widest, 2) <= block_bytes
+    wide = per_block <= 2 * WIDE_TILE_FEATURES and weight == FLOAT and fits
     turns = ceil_div(per_block, WIDE_TILE_FEATURES if wide else MAX_TILE_FEATURES)
     octets = ceil_div(ceil_div(per_block, turns), 8)
-    token_tiles = ceil_div(rows, 8)
     needed = ceil_div(columns, WEIGHTS[weight].warp_columns * warps) * turns
     needed = min(MAX_STAGES, max(2, needed))
 
