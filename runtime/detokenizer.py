@@ -29,7 +29,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = params.skip_special_tokens
-        self._ids = list(prompt_token_ids[_context_start(tokenizer, prompt_token_ids) :])
+        context = max(0, len(prompt_token_ids) - _PROMPT_CONTEXT)
+        self._ids = list(prompt_token_ids[_character_start(tokenizer, prompt_token_ids, context) :])
         self._window_start = 0
         self._read = len(self._ids)
         self._window_chars = len(self._decode_window())
@@ -59,6 +60,8 @@ class Detokenizer:
         assert not self._finished, "the text is finished"
         self._ids.append(token_id)
         self._num_tokens += 1
+        if self._num_tokens == 1:
+            self._read = _character_start(self._tokenizer, self._ids, self._read)
         checked = len(self._text)
         self._text += self._new_text()
         if self._num_tokens <= self._min_tokens:
@@ -92,8 +95,8 @@ class Detokenizer:
         """Lets the window begin later though its text, `window`, does not end with a whole character: else tokens that never
         make one would all be decoded again at each of them. Returns what of the text the new window does not hold.
 
-        In UTF-8 characters are found again wherever one begins to read. Only tokenizers with byte fallback, which make no
-        character of a row of bytes with a wrong one, now show some that decoding the whole row would not.
+        In UTF-8 characters are found again wherever one begins to read. Unlike of all at once, nothing is made of a character
+        with as many tokens without text inside, and of a row of bytes with a wrong one byte fallback may make some.
         """
         self._window_start = self._read = len(self._ids) - _KEPT_PENDING
         kept = self._decode_window()
@@ -125,14 +128,13 @@ class Detokenizer:
         return 0
 
 
-def _context_start(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> int:
-    """Where in the prompt decoding begins: not within a character. Of a row of bytes that does, byte fallback makes no
-    character, however far into the output the row goes."""
-    start = max(0, len(prompt_token_ids) - _PROMPT_CONTEXT)
-    earliest = max(0, start - _MAX_CONTINUATION)
-    while start > earliest and _within_character(tokenizer.token_bytes(prompt_token_ids[start])):
-        start -= 1
-    return start
+def _character_start(tokenizer: Tokenizer, token_ids: Sequence[int], at: int) -> int:
+    """Where a window about `at` begins: not within a character. Of a row of bytes that does, byte fallback makes no
+    character, however far the row goes."""
+    earliest = max(0, at - _MAX_CONTINUATION)
+    while at > earliest and _within_character(tokenizer.token_bytes(token_ids[at])):
+        at -= 1
+    return at
 
 
 def _within_character(encoded: bytes) -> bool:

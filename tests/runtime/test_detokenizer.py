@@ -174,6 +174,18 @@ def test_a_prompt_may_end_in_characters_of_many_tokens(
     assert final == text and all(text.startswith(part) for part in shown)
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("cut", range(1, 17))
+def test_a_prompt_may_end_within_a_character(kind: str, cut: int, request: pytest.FixtureRequest) -> None:
+    """Oracle: the characters whose first byte is in the output, as that of a request that goes on where another was cut off."""
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    text = "字漢é🙂漢a🙂"
+    ids = bytes_of(tokenizer, text) if kind == "byte_level" else [byte + 1 for byte in text.encode()]
+    expected = text[len(text.encode()[:cut].decode(errors="replace")) :]
+    shown, final, _ = stream(tokenizer, ids[cut:], ids[:cut])
+    assert final == expected and all(expected.startswith(part) for part in shown)
+
+
 def test_a_literal_replacement_character_in_the_prompt_stays_there(byte_level: Tokenizer) -> None:
     prompt = byte_level.encode("so\ufffd")
     _, final, _ = stream(byte_level, byte_level.encode("é cat")[1:], prompt)
