@@ -1,6 +1,7 @@
 """How the time of a decode step on the CPU grows with batch, context and model, against the bytes it has to read.
 
 python -m trtc.bench.cpu_scaling [--json bench/results/cpu-scaling.json]
+python -m trtc.bench.cpu_scaling --json FILE --engines gelu125m-int8 llama1.1b-int8 ...  # with examples/trtc-llama installed
 
 Random weights; the floor is the step's bytes (`Graph.cost`: every weight, key and value once) at the bandwidth that a sum over
 memory reaches in the same run. A greedy step can stay below that floor: it reads the head in int8 first, and four streams a
@@ -31,20 +32,32 @@ from .markdown import table_of
 
 SHAPES = {"125m": (768, 12, 12), "350m": (1024, 24, 16), "1.3b": (2048, 24, 32)}
 """Hidden size, layers, heads of OPT. (The real OPT-350M projects its embeddings from 512; here they are 1024 wide.)"""
+GATED_SHAPES = {"110m": (768, 12, 12, 2048), "1.1b": (2048, 22, 32, 5632)}
+"""Hidden size, layers, heads, width of the gated MLP of Llama, with four heads of keys and values. The second is TinyLlama."""
 STEPS = 24
+
+
+def config(size: str) -> dict[str, Any]:
+    """size: one of OPT's; `gelu` before it gives it the exact gelu for an activation; `llama` stands before one of Llama's."""
+    if size.startswith("llama"):
+        hidden, layers, heads, ffn = GATED_SHAPES[size.removeprefix("llama")]
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": hidden,
+                "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
+                "num_key_value_heads": 4, "max_position_embeddings": 2048, "hidden_act": "silu"}  # fmt: skip
+    hidden, layers, heads = SHAPES[size.removeprefix("gelu")]
+    return {"architectures": ["OPTForCausalLM"], "model_type": "opt", "vocab_size": VOCAB, "hidden_size": hidden,
+            "word_embed_proj_dim": hidden, "ffn_dim": 4 * hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "max_position_embeddings": 2048, "do_layer_norm_before": True,
+            "activation_function": "gelu" if size.startswith("gelu") else "relu"}  # fmt: skip
 
 
 def build(folder: Path, size: str, weights: str) -> Path:
     """weights: a dtype, or int8."""
     engine = folder / f"{size}-{weights}"
     if not engine.exists():
-        hidden, layers, heads = SHAPES[size]
-        config = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "vocab_size": VOCAB, "hidden_size": hidden,
-                  "word_embed_proj_dim": hidden, "ffn_dim": 4 * hidden, "num_hidden_layers": layers,
-                  "num_attention_heads": heads, "max_position_embeddings": 2048, "do_layer_norm_before": True}  # fmt: skip
         model = folder / f"{size}-config"
         model.mkdir(exist_ok=True)
-        (model / "config.json").write_text(json.dumps(config))
+        (model / "config.json").write_text(json.dumps(config(size)))
         dtype = ["--dtype", weights]
         if weights == "int8":
             dtype = ["--dtype", "float32", "--use-weight-only", "--weight-only-precision", "int8"]
@@ -60,7 +73,7 @@ def measure(engine_dir: Path, bandwidth: float) -> Iterator[dict[str, Any]]:
     with LLM(engine_dir, verify=False, enable_prefix_cache=False) as llm:
         for batch, context in ((1, 128), (2, 128), (4, 128), (8, 128), (1, 1024), (4, 1024)):
             rng = np.random.default_rng(0)
-            prompts = [rng.integers(4, VOCAB, context).tolist() for _ in range(batch)]
+            prompts = [rng.integers(4, engine.model.vocab_size, context).tolist() for _ in range(batch)]
             params = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True)
             for number, prompt in enumerate(prompts):
                 llm.core.add_request(str(number), prompt, params, stream=False)
