@@ -331,25 +331,25 @@ class _Compiler:
         q, k, v = (self._value(node, i, whole=False) for i in range(3))
         keys, values = self._cache[node.attrs["layer"]]
         kind = cpu_step.WEIGHT_TYPES.get(from_torch(keys.dtype).value)
-        if k.stride != v.stride or keys.dtype is torch.int8 or kind is None or not keys.is_contiguous():
-            raise Unsupported(f"attention '{node.name}': k, v or a cache of {keys.dtype}")
+        if keys.dtype is torch.int8 or kind is None or not keys.is_contiguous():
+            raise Unsupported(f"attention '{node.name}': a cache of {keys.dtype}")
         _, heads, dim = node.outputs[0].shape
         if not isinstance(dim, int) or dim > cpu_step.MAX_HEAD_DIM:
             raise Unsupported(f"attention '{node.name}': head_dim {dim}")
         out = self._new(node)
         self._emit(
-            Op.ATTENTION, wtype=kind, n=heads, k=keys.shape[2], ldx=q.stride, ld2=k.stride, dim=dim,
-            number=node.attrs["scale"], x=q.pointer, w=k.pointer, bias=v.pointer, scale=keys.data_ptr(),
+            Op.ATTENTION, wtype=kind, n=heads, k=keys.shape[2], ldx=q.stride, ld2=k.stride, ld3=v.stride,
+            dim=dim, number=node.attrs["scale"], x=q.pointer, w=k.pointer, bias=v.pointer, scale=keys.data_ptr(),
             residual=values.data_ptr(), y=out.pointer,
         )  # fmt: skip
 
     def _activation(self, node: Node) -> None:
-        x = self._value(node, 0)
+        x = self._value(node, 0, whole=False)
         kind = cpu_step.ACTIVATION_KINDS.get(node.attrs["kind"])
         if kind is None:
             raise Unsupported(f"activation '{node.name}': {node.attrs['kind']}")
         out = self._new(node)
-        self._emit(Op.ACTIVATION, kind=kind, n=x.width, x=x.pointer, y=out.pointer)
+        self._emit(Op.ACTIVATION, kind=kind, n=x.width, ldx=x.stride, x=x.pointer, y=out.pointer)
 
     def _rotary(self, node: Node) -> None:
         x = self._value(node, 0, whole=False)
@@ -372,6 +372,6 @@ class _Compiler:
         self._binary(node, Op.ADD)
 
     def _binary(self, node: Node, op: Op) -> None:
-        x, w = self._value(node, 0), self._value(node, 1)
+        x, w = (self._value(node, i, whole=False) for i in range(2))
         out = self._new(node)
-        self._emit(op, n=x.width, x=x.pointer, w=w.pointer, y=out.pointer)
+        self._emit(op, n=x.width, ldx=x.stride, ld2=w.stride, x=x.pointer, w=w.pointer, y=out.pointer)

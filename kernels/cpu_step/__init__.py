@@ -28,8 +28,10 @@ class Op(IntEnum):
 
 
 WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
-ACTIVATION_KINDS = {None: 0, "relu": 1, "silu": 2, "gelu_tanh": 3}
+ACTIVATION_KINDS = {None: 0, "relu": 1, "silu": 2, "gelu_tanh": 3, "gelu": 4}
 NORM_KINDS = {"layer_norm": 0, "rms_norm": 1}
+INTERFACE = 1
+"""Of step.c, which gives its own: raised with every change of these structures and numbers, on both sides."""
 MAX_HEAD_DIM = 256
 """16 MAX_VECTORS of step.c, MAX_DIM of context_attention.c."""
 
@@ -38,11 +40,11 @@ class Instruction(ctypes.Structure):
     """`Instr` of step.c, which says what the fields mean for each op."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("op", "kind", "wtype", "n", "k", "ldx", "ld2", "dim")),
+        *((name, ctypes.c_int32) for name in ("op", "kind", "wtype", "n", "k")),
+        *((name, ctypes.c_int32) for name in ("ldx", "ld2", "ld3", "dim")),
         ("offset", ctypes.c_int32),
         ("offset2", ctypes.c_int32),
         ("number", ctypes.c_float),
-        ("unused", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("x", "w", "bias", "residual", "scale", "y", "y2")),
     )
 
@@ -93,10 +95,8 @@ def library() -> ctypes.CDLL | None:
     if not found:
         return None
     loaded = ctypes.CDLL(str(found[0]))
-    if not all(
-        hasattr(loaded, name) for name in ("trtc_run_step", "trtc_int8_layer", "trtc_context_attention")
-    ):
-        return None  # of an older checkout: compiled again, it has what is missing
+    if not hasattr(loaded, "trtc_interface") or loaded.trtc_interface() != INTERFACE:
+        return None  # of another checkout: it has to be compiled again
     return loaded if loaded.trtc_step_supported() else None
 
 

@@ -15,10 +15,9 @@ typedef struct {
     int32_t op, kind;           /* kind: activation; 0 layer norm or 1 RMS norm; embedding: 1 looks up positions */
     int32_t wtype;              /* of w; attention: of the cache */
     int32_t n, k;               /* outputs and inputs; attention: heads and kv heads */
-    int32_t ldx, ld2, dim;      /* floats from one token to the next in x and in w (k, v of attention); head_dim */
+    int32_t ldx, ld2, ld3, dim; /* floats from one token to the next in x, in w (k of attention), in v of attention; head_dim */
     int32_t offset, offset2;    /* embedding: added to token ids and to positions */
     float number;               /* eps; scale of the scores */
-    int32_t unused;
     const void *x, *w, *bias, *residual, *scale;
     void *y, *y2;
 } Instr;
@@ -328,7 +327,7 @@ static const int32_t *pages_of(const Step *step, int t) {
 ISA static void append(const Instr *in, const Step *step, int t, int kv) {
     const ptrdiff_t dim = in->dim, last = step->positions[t], page = pages_of(step, t)[last / step->page_size];
     const ptrdiff_t slot = ((page * step->page_size + last % step->page_size) * in->k + kv) * dim;
-    const float *k = (const float *)in->w + t * in->ld2 + kv * dim, *v = (const float *)in->bias + t * in->ld2 + kv * dim;
+    const float *k = (const float *)in->w + t * in->ld2 + kv * dim, *v = (const float *)in->bias + t * in->ld3 + kv * dim;
     for (ptrdiff_t i = 0; i < dim; i += 16) {
         __mmask16 mask = first(dim - i);
         store(in->wtype, (void *)in->scale, slot + i, mask, _mm512_maskz_loadu_ps(mask, k + i));
@@ -482,38 +481,41 @@ static void rotary(const Instr *in, const Step *step, int thread, int threads) {
         }
 }
 
-ISA static void elementwise(const Instr *in, ptrdiff_t begin, ptrdiff_t end) {
-    for (ptrdiff_t i = begin; i < end; i += 16) {
-        __mmask16 mask = first(end - i);
-        __m512 v = _mm512_maskz_loadu_ps(mask, (const float *)in->x + i);
-        if (in->op == ACTIVATION) v = activate(in->kind, v);
-        else {
-            __m512 other = _mm512_maskz_loadu_ps(mask, (const float *)in->w + i);
-            v = in->op == ADD ? _mm512_add_ps(v, other) : _mm512_mul_ps(v, other);
+/* columns [begin, end) of every token */
+ISA static void elementwise(const Instr *in, const Step *step, ptrdiff_t begin, ptrdiff_t end) {
+    for (ptrdiff_t t = 0; t < step->tokens; t++)
+        for (ptrdiff_t i = begin; i < end; i += 16) {
+            __mmask16 mask = first(end - i);
+            __m512 v = _mm512_maskz_loadu_ps(mask, (const float *)in->x + t * in->ldx + i);
+            if (in->op == ACTIVATION) v = activate(in->kind, v);
+            else {
+                __m512 other = _mm512_maskz_loadu_ps(mask, (const float *)in->w + t * in->ld2 + i);
+                v = in->op == ADD ? _mm512_add_ps(v, other) : _mm512_mul_ps(v, other);
+            }
+            _mm512_mask_storeu_ps((float *)in->y + t * in->n + i, mask, v);
         }
-        _mm512_mask_storeu_ps((float *)in->y + i, mask, v);
-    }
 }
 
 static void run_one(const Instr *in, const Step *step, int thread, int threads) {
-    const int flat = in->op == ACTIVATION || in->op == MULTIPLY || in->op == ADD;
-    const ptrdiff_t count = flat ? (ptrdiff_t)in->n * step->tokens : in->n;
-    const ptrdiff_t share = ((count + threads - 1) / threads + 15) & ~(ptrdiff_t)15;
+    const ptrdiff_t share = ((in->n + threads - 1) / threads + 15) & ~(ptrdiff_t)15;
     ptrdiff_t begin = thread * share, end = begin + share;
-    begin = begin < count ? begin : count;
-    end = end < count ? end : count;
+    begin = begin < in->n ? begin : in->n;
+    end = end < in->n ? end : in->n;
     switch (in->op) {
     case EMBEDDING: embedding(in, step, thread, threads); break;
     case LINEAR: linear(in, step, thread, begin, end); break;
     case NORM: norm(in, step, thread, threads); break;
     case ATTENTION: attention(in, step, thread, threads); break;
     case ROTARY: rotary(in, step, thread, threads); break;
-    case ACTIVATION: case MULTIPLY: case ADD: elementwise(in, begin, end); break;
+    case ACTIVATION: case MULTIPLY: case ADD: elementwise(in, step, begin, end); break;
     case SCREEN: screen(in, step, thread, begin, end); break;
     case RESCORE: rescore(in, step, thread, threads, begin, end); break;
     case PICK: if (thread == 0) pick(step, threads); break;
     }
 }
+
+/* INTERFACE of __init__.py: what the structures and numbers mean that come from there */
+int trtc_interface(void) { return 1; }
 
 int trtc_step_supported(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

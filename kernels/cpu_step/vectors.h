@@ -12,7 +12,7 @@
 enum { F32, BF16, F16, I8 }; /* what numbers are in memory */
 static const ptrdiff_t SIZE_OF[] = {4, 2, 2, 1};
 
-enum { NONE, RELU, SILU, GELU_TANH };
+enum { NONE, RELU, SILU, GELU_TANH, GELU };
 
 INLINE __mmask16 first(ptrdiff_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1); }
 
@@ -65,9 +65,23 @@ INLINE __m512 sigmoid(__m512 x) {
     return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
+/* The share of a normal distribution below x, to about 1e-7: above |x| lies e^(-x^2/2) t P(t), t = 1 / (1 + 0.35 |x|), with P fitted
+   to the smallest largest relative error, 3.2e-8. */
+INLINE __m512 normal_share(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f), size = _mm512_abs_ps(x);
+    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, _mm512_set1_ps(0.35f), one));
+    __m512 p = _mm512_set1_ps(-0.029144152f);
+    const float c[] = {0.143962886f, -0.255695683f, 0.159152483f, -0.0230945564f, 0.105501368f, 0.119834596f, 0.139861624f, 0.139621419f};
+    for (int j = 0; j < 8; j++) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(c[j]));
+    const __m512 e = exp16(_mm512_mul_ps(_mm512_mul_ps(size, size), _mm512_set1_ps(-0.5f)));
+    const __m512 above = _mm512_mul_ps(e, _mm512_mul_ps(p, t));
+    return _mm512_mask_sub_ps(above, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), one, above);
+}
+
 INLINE __m512 activate(int kind, __m512 x) {
     if (kind == RELU) return _mm512_max_ps(_mm512_setzero_ps(), x); /* this order keeps a NaN of x */
     if (kind == SILU) return _mm512_mul_ps(x, sigmoid(x));
+    if (kind == GELU) return _mm512_mul_ps(x, normal_share(x));
     if (kind == GELU_TANH) { /* x/2 (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) */
         __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
         __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);

@@ -14,6 +14,7 @@ from trtc.core import layers
 from trtc.core.dtypes import DType, from_torch, to_torch
 from trtc.core.graph import GraphBuilder, Node
 from trtc.core.ops.elementwise import ACTIVATIONS
+from trtc.core.targets import cpu_linear
 from trtc.core.targets.cpu_attention import CompiledAttention, CpuAttention
 from trtc.core.targets.cpu_linear import FEW_TOKENS, QuantizedLinear, bucket, linear_kernel
 from trtc.core.targets.cpu_step import DecodeLimits, DecodeStep
@@ -76,6 +77,50 @@ def test_int8_products_are_those_of_the_dequantized_weight(count: int, rows: int
     cpu_step.run((cpu_step.Instruction * 1)(one), step, 2)
     expected = (x.double() @ weight.double().t()) * scale.double() + bias.double()
     assert max_error(y, expected) <= 1e-3 * float(expected.abs().max())
+
+
+@needs_kernels
+def test_a_library_of_another_checkout_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its instructions may mean something else. Oracle: the one that is loaded, told apart by its number alone."""
+    monkeypatch.setattr(cpu_step, "INTERFACE", cpu_step.INTERFACE + 1)
+    assert cpu_step.library.__wrapped__() is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", list(ACTIVATIONS))
+@pytest.mark.parametrize("threads", [1, 3])
+def test_activations_of_a_part_of_a_register(kind: str, threads: int) -> None:
+    """All of the range in which they bend, four tokens, columns behind others, numbers that are not finite. Oracle: float64."""
+    x = torch.linspace(-20, 20, 4 * 1003).view(4, 1003).flip(1).contiguous()
+    x[0, 500], x[1, 501], x[2, 502] = float("nan"), float("inf"), 0.0
+    part, y = x[:, 37:986], torch.empty(4, 949)
+    one = cpu_step.Instruction(
+        op=cpu_step.Op.ACTIVATION,
+        kind=cpu_step.ACTIVATION_KINDS[kind],
+        n=949,
+        ldx=1003,
+        x=part.data_ptr(),
+        y=y.data_ptr(),
+    )
+    cpu_step.run((cpu_step.Instruction * 1)(one), cpu_step.Step(tokens=4), threads)
+    torch.testing.assert_close(
+        y.double(), ACTIVATIONS[kind](part.double()), rtol=2e-6, atol=1e-6, equal_nan=True
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("op", [cpu_step.Op.MULTIPLY, cpu_step.Op.ADD])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sums_and_products_of_parts_of_registers(op: cpu_step.Op, threads: int) -> None:
+    """Oracle: torch, to the last bit."""
+    random = torch.Generator().manual_seed(8)
+    x, w = torch.randn(5, 131, generator=random), torch.randn(5, 70, generator=random)
+    first, second, y = x[:, 61:122], w[:, 3:64], torch.empty(5, 61)
+    one = cpu_step.Instruction(
+        op=op, n=61, ldx=131, ld2=70, x=first.data_ptr(), w=second.data_ptr(), y=y.data_ptr()
+    )
+    cpu_step.run((cpu_step.Instruction * 1)(one), cpu_step.Step(tokens=5), threads)
+    assert torch.equal(y, first * second if op is cpu_step.Op.MULTIPLY else first + second)
 
 
 def quantized_linear(
@@ -154,6 +199,21 @@ def test_int8_layers_of_decode_steps_keep_16_bits(
     assert ((y - expected).abs() <= bound).all()
 
 
+@pytest.mark.skipif(not cpu_step.has_int8(), reason="step.c is not compiled, or no AVX-512 VNNI")
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("decoding", [False, True])
+def test_int8_layers_multiply_integers_whatever_their_activation(
+    decoding: bool, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of dequantizing a weight at every step. That their results are right, tests above say."""
+    monkeypatch.setattr(cpu_linear, "dequantize", lambda *parts: pytest.fail("a weight is dequantized"))
+    node = Node("y", "quantized_linear", ("x", "w", "s"), {"activation": activation} if activation else {})
+    y = quantized_linear(node, decoding=decoding)(
+        torch.ones(3, 32), torch.ones(5, 32, dtype=torch.int8), torch.ones(5)
+    )
+    assert y.shape == (3, 5)
+
+
 def test_int8_layers_of_decode_steps_of_many_tokens_are_those_of_prompts() -> None:
     """Which are faster there. Oracle: the same layer of a prompt."""
     random = torch.Generator().manual_seed(4)
@@ -206,7 +266,7 @@ def test_compiled_attention_reads_every_kind_of_head(
     positions = torch.tensor(lengths, dtype=torch.int32) - 1
     one = cpu_step.Instruction(
         op=cpu_step.Op.ATTENTION, wtype=cpu_step.WEIGHT_TYPES[dtype.value], n=heads, k=kv_heads, ldx=x.shape[1], ld2=x.shape[1],
-        dim=dim, number=dim**-0.5, x=x.data_ptr(), w=x.data_ptr() + 4 * heads * dim,
+        ld3=x.shape[1], dim=dim, number=dim**-0.5, x=x.data_ptr(), w=x.data_ptr() + 4 * heads * dim,
         bias=x.data_ptr() + 4 * (heads + kv_heads) * dim, scale=cache[0].data_ptr(), residual=cache[1].data_ptr(),
         y=y.data_ptr(),
     )  # fmt: skip

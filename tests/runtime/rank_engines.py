@@ -38,6 +38,7 @@ LLAMA = {
 PACKAGES: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"vocab_size": 101, "n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 128},
     "llama": LLAMA,
+    "llama_gelu": {**LLAMA, "hidden_act": "gelu"},
     # Fewer heads of keys and values than ranks; of the one, the seven queries are padded to eight.
     "llama_one_kv_head": {**LLAMA, "hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1},
     "llama_two_kv_heads": {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 2},
