@@ -45,8 +45,8 @@ LEAST_LONG_COLUMNS = 2560
 """Columns from which a block of up to 24 features has 16 warps."""
 
 MOST_WHOLE_TILES = 4
-"""Up to so many tiles a block has whole ones only, where nearly as many blocks can: 0.5% of a layer with 16384 x 4096. An
-incomplete fifth or later one costs less than the blocks do."""
+"""Up to so many tiles a block has whole ones only, where nearly as many blocks can: 0.3 to 0.6% of a layer with 16384 x 4096.
+An incomplete fifth or later one costs less than the blocks do."""
 
 HELD_ELEMENTS = 16 * 1024
 """Elements of x under which a block holds them: more take too much of the ring's room."""
