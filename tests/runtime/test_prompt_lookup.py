@@ -118,6 +118,9 @@ class WithTokenizer:
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = True) -> str:
         return "".join(chr(97 + token % 26) for token in token_ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id]).encode()
+
 
 @pytest.mark.parametrize(
     "change", [{"stop": None}, {"stop_token_ids": None}, {"max_tokens": 3}, {"max_tokens": 1}]
