@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from ..core.errors import RequestError
 
@@ -24,9 +25,10 @@ class PromptLookup:
     num_tokens: int
 
     def __post_init__(self) -> None:
-        for value in (self.ngram, self.num_tokens):
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+        for name, value in (("ngram", self.ngram), ("num_tokens", self.num_tokens)):
+            if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= _MOST:
                 raise _refusal(f"{self.ngram}:{self.num_tokens}")
+            object.__setattr__(self, name, int(value))  # of numpy's too, as in SamplingParams
 
     @classmethod
     def parse(cls, text: str) -> PromptLookup:

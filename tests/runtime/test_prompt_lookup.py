@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -203,6 +204,14 @@ def test_what_is_no_lookup(text: str) -> None:
     with pytest.raises(RequestError, match=r"prompt_lookup is .*accepted: N:K"):
         PromptLookup.parse(text)
     assert PromptLookup.parse("3:8") == PromptLookup(3, 8)
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    lookup = PromptLookup(np.int64(3), np.uint8(8))  # type: ignore[arg-type]
+    assert repr(lookup) == repr(PromptLookup(3, 8))
+    for bad in (np.float32(3), np.bool_(True), np.int64(0), 3.0, True):
+        with pytest.raises(RequestError, match=r"prompt_lookup is .*:8; accepted: N:K"):
+            PromptLookup(bad, 8)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
