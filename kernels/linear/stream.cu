@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, Weight::kGroups * kTokenTil
     constexpr int kChains = kFeatureTiles * kTokenTiles <= 2 ? 2 : 1;      // independent sums hide the latency of mma
 
     extern __shared__ __align__(16) unsigned char shared[];
-    float* partial = reinterpret_cast<float*>(shared + kStages * kStageBytes);  // [2][kWarps][rows][kTile]
+    float* partial = reinterpret_cast<float*>(shared + kStages * kStageBytes);  // [2][kWarps][rows][kTile]; of one tile without kHeldX [1]
     const int partial_size = kWarps * rows * kTile;
     T* held = reinterpret_cast<T*>(partial + 2 * partial_size);                 // [rows][held_stride] with kHeldX
     __shared__ float2 moments[kNorm == kNormNone ? 1 : kWarps * kTokens];       // sums of x and x^2, by warp and row
