@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -75,35 +76,51 @@ def test_norm_moves_into_the_layer() -> None:
 def test_plans_cover_the_matrix_and_fit(
     capability: int, multiprocessors: int, features: int, columns: int
 ) -> None:
+    for rows in (1, 4, 7, 8, 9, 16, 17, 32, 33, 64):
+        check_plan(rows, features, columns, capability, multiprocessors)
+
+
+def test_plans_of_any_sizes_cover_the_matrix_and_fit() -> None:
+    """So many because few are at the edge of a block's memory."""
+    draw = random.Random(0)
+    for _ in range(20_000):
+        check_plan(
+            rows=draw.randint(1, 64),
+            features=draw.choice((draw.randint(1, 20_000), draw.randint(1, 130_000))),
+            columns=8 * draw.choice((draw.randint(1, 100), draw.randint(1, 3000))),
+            capability=draw.choice((80, 86, 89, 90, 100, 120)),
+            multiprocessors=draw.randint(1, 200),
+        )
+
+
+def check_plan(rows: int, features: int, columns: int, capability: int, multiprocessors: int) -> None:
     """Oracle: the sizes of the matrix, the rules that the kernels state, the hardware's limits."""
     limit = SHARED_LIMITS.get(capability, SMALLEST_SHARED_LIMIT)
-    for rows in (1, 4, 7, 8, 9, 16, 17, 32, 33, 64):
-        plan = choose_plan(rows, features, columns, capability=capability, multiprocessors=multiprocessors)
-        shape = plan.launch_shape(dependent=True)
-        assert plan.shared_bytes <= limit
-        assert shape.block[0] <= 1024 and shape.block[0] % 32 == 0
-        if isinstance(plan, StreamPlan):
-            moments = plan.warps * 8 * plan.token_tiles * 8  # bytes beside the ring, with a norm
-            assert plan.shared_bytes + moments <= limit, plan
-            assert plan.blocks <= features and 1 <= plan.octets <= 5 and 8 * plan.token_tiles >= rows
-            continue
-        cluster = shape.cluster[0] if shape.cluster else 1
-        assert cluster <= (8 if capability >= 90 else 1)
-        assert shape.grid[0] % cluster == 0
-        if isinstance(plan, MulticastPlan):
-            assert capability == 90
-            check_multicast(plan, rows, features, columns)
-            continue
-        assert shape.grid[0] // cluster * plan.features_per_block >= features
-        assert cluster * plan.columns_per_block >= columns and plan.columns_per_block % 64 == 0
-        if isinstance(plan, WarpgroupPlan):
-            assert capability == 90 and plan.tokens >= rows
-            assert plan.features_per_block % 8 == 0 and plan.features_per_block <= min(
-                256, 64 * plan.feature_tiles
-            )
-        else:
-            assert isinstance(plan, TilePlan) and 8 * plan.token_tiles >= rows
-            assert plan.features_per_block <= 16 * plan.feature_tiles * plan.warps_down
+    plan = choose_plan(rows, features, columns, capability=capability, multiprocessors=multiprocessors)
+    shape = plan.launch_shape(dependent=True)
+    assert plan.shared_bytes <= limit, plan
+    assert shape.block[0] <= 1024 and shape.block[0] % 32 == 0
+    if isinstance(plan, StreamPlan):
+        moments = plan.warps * 8 * plan.token_tiles * 8  # bytes beside the ring, with a norm
+        assert plan.shared_bytes + moments <= limit, plan
+        assert plan.blocks <= features and 1 <= plan.octets <= 5 and 8 * plan.token_tiles >= rows
+        return
+    cluster = shape.cluster[0] if shape.cluster else 1
+    assert cluster <= (8 if capability >= 90 else 1)
+    assert shape.grid[0] % cluster == 0
+    if isinstance(plan, MulticastPlan):
+        assert capability == 90
+        check_multicast(plan, rows, features, columns)
+        return
+    assert shape.grid[0] // cluster * plan.features_per_block >= features
+    assert cluster * plan.columns_per_block >= columns and plan.columns_per_block % 64 == 0
+    if isinstance(plan, WarpgroupPlan):
+        assert capability == 90 and plan.tokens >= rows
+        assert plan.features_per_block % 8 == 0
+        assert plan.features_per_block <= min(256, 64 * plan.feature_tiles)
+    else:
+        assert isinstance(plan, TilePlan) and 8 * plan.token_tiles >= rows
+        assert plan.features_per_block <= 16 * plan.feature_tiles * plan.warps_down
 
 
 MULTICAST_PLANS = [
