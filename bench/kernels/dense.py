@@ -24,10 +24,9 @@ from ...kernels.layer_norm import LayerNorm
 from ...kernels.layer_norm.reference import norm as reference_norm
 from ...kernels.library import KernelLibrary
 from ...kernels.linear import MAX_STREAM_ROWS, Linear, Norm, Plan, choose_plan, weight_sums
-from ...kernels.linear.multicast_plan import MulticastPlan, plan_multicast
+from ...kernels.linear.multicast_plan import MAX_NARROW_FEATURES, MulticastPlan, plan_multicast
 from ...kernels.linear.plan import (
     BLOCK_BYTES,
-    MAX_NARROW_FEATURES,
     SHARED_LIMITS,
     SMALL_WEIGHT,
     AnyPlan,

@@ -10,6 +10,7 @@ from ..contract import addresses_and_key, check_tensor, element_type
 from ..errors import KernelContractError
 from ..launch import BoundKernel, tensor_map
 from ..library import KernelLibrary
+from .choice import choose_plan, outruns_cublas
 from .formats import FLOAT
 from .multicast_plan import MULTICAST_SIGNATURE, MulticastPlan
 from .plan import (
@@ -25,8 +26,6 @@ from .plan import (
     TilePlan,
     WarpgroupPlan,
     check_sizes,
-    choose_plan,
-    outruns_cublas,
     sources,
 )
 from .quantized_warpgroup_plan import QUANTIZED_WARPGROUP_SIGNATURE, QuantizedWarpgroupPlan
