@@ -1,4 +1,4 @@
-"""Fixtures of all rooms: tiny OPT checkpoints and the engines built from them."""
+"""Fixtures of all rooms: tiny checkpoints and the engines built from them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from trtc.core.dtypes import DType
 from trtc.tests.opt_models import OptCheckpoint, save_hf
+from trtc.tests.runtime.rank_engines import PACKAGES, package_checkpoint
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -28,6 +29,21 @@ def opt_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     @cache
     def checkpoint(variant: str) -> OptCheckpoint:
         return OptCheckpoint.open(save_hf(variant, tmp_path_factory.mktemp("hf") / variant))
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(
+    opt_checkpoint: Callable[[str], OptCheckpoint], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], OptCheckpoint]:
+    """variant of `opt_models.VARIANTS`, or of a package's family in `PACKAGES` -> its checkpoint, written once in a session."""
+
+    @cache
+    def checkpoint(variant: str) -> OptCheckpoint:
+        if variant in PACKAGES:
+            return package_checkpoint(variant, tmp_path_factory.mktemp(variant))
+        return opt_checkpoint(variant)
 
     return checkpoint
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ from trtc.core.targets.cpu_step import DecodeLimits
 from trtc.core.weight_source import WeightSource
 from trtc.tests.opt_models import BUILD, OptCheckpoint
 from trtc.tests.packed_steps import Inputs, PagedSequences, Reference, filled_cache
-from trtc.tests.runtime.rank_engines import PACKAGES, package_checkpoint
 from trtc.tests.tolerances import LOGITS_INT8_DECODE_RELATIVE, logits_tolerance, max_error
 
 from .graph_values import NUM_PAGES, PAGE_SIZE
@@ -33,19 +31,6 @@ from .test_cpu_target import needs_kernels
 TOKENS = {"a": [5, 17, 1, 90, 0, 23, 64, 2, 11, *range(20, 45)], "b": [*range(50, 80), 3, 7, 8, 1]}
 VARIANTS = ["llama", "llama_gelu", "bias_free_non_affine_gelu", "gpt2"]
 Step = Callable[[Inputs], torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(
-    opt_checkpoint: Callable[[str], OptCheckpoint], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], OptCheckpoint]:
-    @cache
-    def opened(variant: str) -> OptCheckpoint:
-        if variant in PACKAGES:
-            return package_checkpoint(variant, tmp_path_factory.mktemp(variant))
-        return opt_checkpoint(variant)
-
-    return opened
 
 
 def in_steps(step: Step, chunks: Sequence[int]) -> torch.Tensor:
@@ -84,10 +69,10 @@ def float64_logits(model: OptCheckpoint, source: WeightSource, chunks: Sequence[
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decode_steps_are_compiled_and_compute_what_node_by_node_does(
-    variant: str, precision: str, checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
+    variant: str, precision: str, family_checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
 ) -> None:
     """One token of each sequence at a time; and, to the last bit, several."""
-    model = checkpoint(variant)
+    model = family_checkpoint(variant)
     dtype = DType.BFLOAT16 if precision == "bfloat16" else DType.FLOAT32
     source = quantized(model, INT8) if precision == "int8" else model.weights(dtype)
     config = dataclasses.replace(model.config, dtype=dtype)

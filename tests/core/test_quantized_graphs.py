@@ -30,7 +30,6 @@ from trtc.core.targets.cpu import CpuProgram
 from trtc.core.weight_source import WeightSource
 from trtc.tests.opt_models import BUILD, VARIANTS, OptCheckpoint
 from trtc.tests.packed_steps import PagedSequences, filled_cache
-from trtc.tests.runtime.rank_engines import PACKAGES, package_checkpoint
 from trtc.tests.thread_group import RankCommunicator, run_ranks
 from trtc.tests.tolerances import (
     FLOAT64_ABS,
@@ -124,11 +123,10 @@ def test_the_pipeline_computes_with_the_dequantized_weights(
     ],
 )
 def test_ranks_together_compute_what_one_does(
-    precision: str, variant: str, embedding: dict[str, Any], lm_head: bool, opt_checkpoint: Callable[[str], OptCheckpoint],
-    tmp_path: Path,
+    precision: str, variant: str, embedding: dict[str, Any], lm_head: bool, family_checkpoint: Callable[[str], OptCheckpoint],
 ) -> None:  # fmt: skip
     """Oracle: the composed graph with the dequantized weights of one rank. Row-split products share their rows' scales."""
-    checkpoint = package_checkpoint(variant, tmp_path) if variant in PACKAGES else opt_checkpoint(variant)
+    checkpoint = family_checkpoint(variant)
     composed = checkpoint.family.compose(checkpoint.config)
     one = quantized(checkpoint, FORMATS[precision], lm_head=lm_head)
     inputs = two_prompts(checkpoint.config.vocab_size)

@@ -25,7 +25,6 @@ from trtc.core.sharding import ShardingOptions
 from trtc.core.weight_source import DummyWeights
 from trtc.tests.asymmetric import with_zeros
 from trtc.tests.opt_models import OptCheckpoint
-from trtc.tests.runtime.rank_engines import PACKAGES, package_checkpoint
 
 from .quantized_weights import FORMATS, INT4, INT8, by_definition, parts_of, quantized
 
@@ -100,11 +99,11 @@ def numbers(source: QuantizedWeights, rank: int, name: str) -> tuple[torch.Tenso
     ],
 )  # fmt: skip
 def test_ranks_hold_the_integers_and_scales_of_one_bit_for_bit(
-    precision: str, variant: str, tp_size: int, opt_checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
+    precision: str, variant: str, tp_size: int, family_checkpoint: Callable[[str], OptCheckpoint]
 ) -> None:
     """Of every family. Oracle: the integers and scales of one rank, where the float weights' values say that a rank's rows or
     columns come from. Together the ranks have all of them; what is added is zeros."""
-    checkpoint = package_checkpoint(variant, tmp_path) if variant in PACKAGES else opt_checkpoint(variant)
+    checkpoint = family_checkpoint(variant)
     how, sharding = FORMATS[precision], ShardingOptions(tp_size=tp_size)
     whole, floats = checkpoint.weights(), checkpoint.weights(sharding=sharding)
     one, ranks = (quantized(checkpoint, how, lm_head=True, tp_size=size) for size in (1, tp_size))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,6 @@ from trtc.runtime.cpu_executor import CpuExecutor
 from trtc.runtime.step_input import StepInput
 from trtc.tests.opt_models import BUILD, OptCheckpoint
 from trtc.tests.packed_steps import PagedSequences, Reference
-from trtc.tests.runtime.rank_engines import PACKAGES, package_checkpoint
 from trtc.tests.thread_group import RankCommunicator, run_ranks
 from trtc.tests.tolerances import (
     LOGITS_FP8_CACHE_RELATIVE,
@@ -45,19 +43,6 @@ LONG: Sequence[Work] = ({"a": range(20), "b": (5, 6, 7)}, {"a": (3,), "b": (9,)}
 """Prompts, and decode steps behind them."""
 SHORT: Sequence[Work] = ({"a": (2,), "b": (5,)}, {"a": (3,), "b": (9,)}, {"b": (4,), "a": (8,)})
 """Decode steps alone."""
-
-
-@pytest.fixture(scope="module")
-def checkpoint(
-    opt_checkpoint: Callable[[str], OptCheckpoint], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], OptCheckpoint]:
-    @cache
-    def opened(variant: str) -> OptCheckpoint:
-        if variant in PACKAGES:
-            return package_checkpoint(variant, tmp_path_factory.mktemp(variant))
-        return opt_checkpoint(variant)
-
-    return opened
 
 
 def weights(model: OptCheckpoint, precision: str, dtype: DType, sharding: ShardingOptions) -> WeightSource:
@@ -128,9 +113,13 @@ def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
     ("precision", "variant"), [("float", "pre_norm"), ("int4", "llama_groups"), ("fp8", "gpt2_groups")]
 )
 def test_sums_of_ranks_differ_by_a_few_units_of_the_dtype(
-    precision: str, variant: str, dtype: DType, checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
+    precision: str,
+    variant: str,
+    dtype: DType,
+    family_checkpoint: Callable[[str], OptCheckpoint],
+    tmp_path: Path,
 ) -> None:
-    model = checkpoint(variant)
+    model = family_checkpoint(variant)
     one = logits(model, precision, tmp_path, dtype=dtype)
     two = logits(model, precision, tmp_path, dtype=dtype, sharding=ShardingOptions(tp_size=2, pp_size=2))
     assert distance(two, one) <= RANKS_EPSILONS[dtype] * torch.finfo(to_torch(dtype)).eps
@@ -138,19 +127,19 @@ def test_sums_of_ranks_differ_by_a_few_units_of_the_dtype(
 
 @pytest.mark.parametrize(("precision", "variant"), [("int8", "gpt2_groups"), ("int4", "llama_groups")])
 def test_stages_of_a_pipeline_compute_the_bits_of_one_rank(
-    precision: str, variant: str, checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
+    precision: str, variant: str, family_checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
 ) -> None:
-    model = checkpoint(variant)
+    model = family_checkpoint(variant)
     one = logits(model, precision, tmp_path)
     assert torch.equal(logits(model, precision, tmp_path, sharding=ShardingOptions(pp_size=2)), one)
 
 
 @pytest.mark.parametrize("variant", ["pre_norm", "gpt2_groups"])
 def test_int8_weights_round_the_activations_of_prompts_by_rank(
-    variant: str, checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
+    variant: str, family_checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
 ) -> None:
     """Their ranks have 32 columns of a row, which are no whole 64: they round them in other steps than one rank does."""
-    model = checkpoint(variant)
+    model = family_checkpoint(variant)
     one = logits(model, "int8", tmp_path)
     two = logits(model, "int8", tmp_path, sharding=ShardingOptions(tp_size=2, pp_size=2))
     assert distance(two, one) <= LOGITS_INT8_RELATIVE
@@ -158,10 +147,10 @@ def test_int8_weights_round_the_activations_of_prompts_by_rank(
 
 @pytest.mark.parametrize("variant", ["pre_norm", "gpt2_groups", "llama_groups"])
 def test_decode_steps_of_ranks_keep_16_bits_of_activations(
-    variant: str, checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
+    variant: str, family_checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
 ) -> None:
     """As compiled steps of one rank do, also where they run node by node. Oracle: float64, and one rank."""
-    model = checkpoint(variant)
+    model = family_checkpoint(variant)
     exact = float64_logits(model, "int8", SHORT)
     one = logits(model, "int8", tmp_path, SHORT)
     two = logits(model, "int8", tmp_path, SHORT, sharding=ShardingOptions(tp_size=2))
@@ -171,10 +160,10 @@ def test_decode_steps_of_ranks_keep_16_bits_of_activations(
 
 
 def test_ranks_round_keys_and_values_to_the_same_numbers(
-    checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
+    family_checkpoint: Callable[[str], OptCheckpoint], tmp_path: Path
 ) -> None:
     """A cache of e4m3 numbers, whose scale is 1 on every rank."""
-    model = checkpoint("llama_groups")
+    model = family_checkpoint("llama_groups")
     one = logits(model, "int4", tmp_path, kv_cache_dtype="fp8")
     sharding = ShardingOptions(tp_size=2, pp_size=2)
     two = logits(model, "int4", tmp_path, sharding=sharding, kv_cache_dtype="fp8")

@@ -16,7 +16,7 @@ from trtc.core.sharding import ShardingOptions
 from trtc.runtime.tokenizer import Tokenizer
 from trtc.tests.opt_models import BUILD, OptCheckpoint
 
-from .rank_engines import PACKAGES, Case, RanksEngine, package_checkpoint
+from .rank_engines import Case, RanksEngine
 
 CORPUS = [
     "the cat sat on the mat",
@@ -73,20 +73,14 @@ def byte_fallback() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def ranks_engine(
-    opt_checkpoint: Callable[[str], OptCheckpoint], tmp_path_factory: pytest.TempPathFactory
+    family_checkpoint: Callable[[str], OptCheckpoint], tmp_path_factory: pytest.TempPathFactory
 ) -> RanksEngine:
     """Case -> folder of its engine, built once."""
     folder = tmp_path_factory.mktemp("ranks")
 
     @cache
-    def checkpoint(variant: str) -> OptCheckpoint:
-        if variant in PACKAGES:
-            return package_checkpoint(variant, folder / variant)
-        return opt_checkpoint(variant)
-
-    @cache
     def engine(case: Case) -> Path:
-        source = checkpoint(case.variant)
+        source = family_checkpoint(case.variant)
         sharding = ShardingOptions(case.tp_size, case.dim is not None, case.dim or 0, case.pp_size)
         build = BuildConfig(
             **{**vars(BUILD), "tp_size": case.tp_size, "pp_size": case.pp_size, "max_beam_width": 2}
